@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# The common part of the training scripts, which source it: they state a recipe as a table, this turns it into a command.
+#
+#     setting NAME REAL TINY    a default: REAL for the real model, TINY where MODEL=tiny; the environment overrides both
+#     launch "$@"               builds the command, checks its inputs, and starts it; "$@" goes to the program
+#
+# Environment, beside the names that a script sets itself:
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE   the cluster; start the same script on every node
+#   MODEL=tiny           14 M parameters on a few devices, or on as many CPU processes where no GPU is visible
+#   PRECISION=bf16|fp32  default: bf16 on GPUs, fp32 on the CPU (bf16 is slow there)
+#   DRY_RUN=1            print the command, ready to paste, and start nothing
+
+launch_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+
+launch_fail() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 1
+}
+
+setting() {
+    local value="$2"
+    if [[ "$MODEL" == tiny && $# -ge 3 ]]; then value="$3"; fi
+    if [[ -z "${!1+set}" ]]; then printf -v "$1" '%s' "$value"; fi
+}
+
+# What every recipe shares. A recipe's own `setting` of the same name comes first and wins.
+launch_defaults() {
+    #       name                    real        tiny
+    setting NNODES                  1
+    setting NODE_RANK               0
+    setting VPP                     1
+    setting EP                      1
+    setting ETP                     ''          1
+    setting CP                      1
+    setting MICRO_BATCH_SIZE        1
+    setting SEQ_LENGTH              4096        256
+    setting MIN_LR                  0
+    setting LR_WARMUP_ITERS         0
+    setting CLIP_GRAD               1.0
+    setting SPLIT                   '990,10,0'  '100,0,0'
+    setting SAVE_INTERVAL           500
+    setting LOG_INTERVAL            1
+    setting EVAL_INTERVAL           500
+    setting EVAL_ITERS              10          0
+    setting LOAD_DIR                ''
+    setting HF_CHECKPOINT           ''
+    setting TOKENIZER_TYPE          HuggingFaceTokenizer
+    setting DATA_CACHE_PATH         "$SAVE_DIR/data_cache"
+    setting TENSORBOARD_DIR         "$SAVE_DIR/tensorboard"
+    if nvidia-smi -L >/dev/null 2>&1; then setting PRECISION bf16; else setting PRECISION fp32; fi
+}
+
+# Fills the array `layout`.
+launch_layout() {
+    layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
+        --expert-model-parallel-size "$EP")
+    if [[ -n "$ETP" ]]; then layout+=(--expert-tensor-parallel-size "$ETP"); fi
+    if ((VPP > 1)); then layout+=(--num-virtual-stages-per-pipeline-rank "$VPP"); fi
+    if ((CP > 1)); then layout+=(--context-parallel-size "$CP"); fi
+    if ((TP > 1)); then layout+=(--sequence-parallel); fi
+    layout+=(--use-distributed-optimizer)
+    # There is nothing to hide behind in a tiny model or on a CPU.
+    if [[ "$MODEL" != tiny ]]; then layout+=(--overlap-grad-reduce); fi
+    case "$PRECISION" in
+        bf16) layout+=(--bf16) ;;
+        fp32) ;;
+        *) launch_fail "PRECISION=$PRECISION: expected bf16 or fp32" ;;
+    esac
+}
+
+# Fills the array `start`: where the weights come from. A run that has saved goes on from its own checkpoint; otherwise
+# LOAD_DIR (a converted checkpoint), HF_CHECKPOINT (a Hugging Face folder), or random weights of the preset MODEL.
+launch_start() {
+    if [[ -f "$SAVE_DIR/latest_checkpointed_iteration.txt" ]]; then
+        start=(--load "$SAVE_DIR")
+    elif [[ -n "$LOAD_DIR" ]]; then
+        start=(--load "$LOAD_DIR")
+    elif [[ -n "$HF_CHECKPOINT" ]]; then
+        start=(--hf-checkpoint "$HF_CHECKPOINT")
+    else
+        start=(--model "$MODEL")
+    fi
+}
+
+# Fills the array `torchrun`. Alone on one node it lets torchrun choose a free port.
+launch_cluster() {
+    torchrun=(torchrun --nproc-per-node "$GPUS_PER_NODE")
+    if [[ "$NNODES" == 1 && -z "${MASTER_PORT:-}" ]]; then
+        torchrun+=(--standalone)
+    else
+        torchrun+=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
+            --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-6000}")
+    fi
+    if ((NNODES > 1)) && [[ -z "${MASTER_ADDR:-}" ]]; then
+        launch_fail "NNODES=$NNODES needs MASTER_ADDR, the address of the node with NODE_RANK=0"
+    fi
+}
+
+# The inputs, before any process starts: a missing file is found here in a second.
+launch_check_inputs() {
+    local word
+    for word in "${blend[@]}"; do
+        if [[ ! "$word" =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ && ! -f "$word.idx" ]]; then
+            launch_fail "data set $word: $word.idx does not exist. Give the prefix that tools/preprocess_data.py wrote," \
+                "such as data/github_text_document, or a blend: '0.6 A_text_document 0.4 B_text_document'"
+        fi
+    done
+    for word in "$TOKENIZER_MODEL" "$LOAD_DIR" "$HF_CHECKPOINT"; do
+        if [[ -n "$word" && ! -e "$word" ]]; then launch_fail "$word does not exist"; fi
+    done
+    if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$launch_root/.venv/bin/torchrun" ]]; then
+        PATH="$launch_root/.venv/bin:$PATH"
+    fi
+    torchrun --help >/dev/null 2>&1 ||
+        launch_fail "no working torchrun on PATH; run 'source examples/environment.sh' first"
+}
+
+# Prints the words as one shell command that can be pasted, a flag with its values on a line.
+launch_print() {
+    local word line="$1"
+    shift
+    for word in "$@"; do
+        if [[ "$word" == --* || "$word" == *.py ]]; then
+            printf '%s \\\n' "$line"
+            line="    "
+        else
+            line+=" "
+        fi
+        if [[ ! "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf -v word '%q' "$word"; fi
+        line+="$word"
+    done
+    printf '%s\n' "$line"
+}
+
+launch() {
+    launch_defaults
+    local -a layout start torchrun blend command
+    local program="$launch_root/tools/pretrain_mixtral.py"
+    launch_layout
+    launch_start
+    launch_cluster
+    read -ra blend <<<"$DATA_PATH"
+    command=("${torchrun[@]}" "${program#"$PWD"/}" "${start[@]}" "${layout[@]}"
+        --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --seq-length "$SEQ_LENGTH"
+        --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine
+        --lr-warmup-iters "$LR_WARMUP_ITERS" --weight-decay "$WEIGHT_DECAY" --adam-beta1 0.9 --adam-beta2 0.95
+        --clip-grad "$CLIP_GRAD" --moe-aux-loss-coeff "$AUX_LOSS_COEFF"
+        --data-path "${blend[@]}" --split "$SPLIT" --data-cache-path "$DATA_CACHE_PATH"
+        --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL"
+        --save "$SAVE_DIR" --save-interval "$SAVE_INTERVAL" --log-interval "$LOG_INTERVAL"
+        --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --tensorboard-dir "$TENSORBOARD_DIR" "$@")
+    # torchrun would set the first itself, with a warning; the second orders communication before computation on GPUs.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then
+        printf 'OMP_NUM_THREADS=%q CUDA_DEVICE_MAX_CONNECTIONS=%q ' "$OMP_NUM_THREADS" "$CUDA_DEVICE_MAX_CONNECTIONS"
+        launch_print "${command[@]}"
+        return
+    fi
+    launch_check_inputs
+    mkdir -p "$SAVE_DIR"
+    exec "${command[@]}"
+}
