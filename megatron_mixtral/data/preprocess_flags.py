@@ -1,0 +1,138 @@
+"""The flags of `tools/preprocess_data.py`, and what they mean together.
+
+Their spellings are those of Megatron-LM's tool and its forks, so that command lines written for these run here. A flag
+that would change the data and is not implemented is refused, never ignored.
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mixtral.data.tokenizer import TOKENIZER_TYPES, mixtral_tokenizer_path
+from megatron_mixtral.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FALLBACK_TYPES = ("PretrainedTokenizerFromHF", "PretrainedFromHF")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A preprocessing run, validated. `chunk_bytes` bounds the input that a worker takes at a time."""
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer_path: str
+    tokenizer_type: str = "HuggingFaceTokenizer"
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    prepend_bod: bool = False
+    workers: int = 1
+    on_error: str = "stop"
+    log_interval: int = 1000
+    chunk_bytes: int = 4 << 20
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for values that cannot work."""
+        if not os.path.basename(self.output_prefix):
+            raise ConfigError(f"--output-prefix {self.output_prefix!r} must end in a name, such as DIR/common_crawl.")
+        if len(set(self.keys)) != len(self.keys) or not self.keys:
+            raise ConfigError(f"--json-keys {' '.join(self.keys)}: give at least one key, and each once.")
+        for key in self.keys:
+            if not key or os.sep in key or "\0" in key:
+                raise ConfigError(f"--json-keys {key!r} cannot be part of a file name ({{prefix}}_{{key}}_document).")
+        if self.workers < 1 or self.log_interval < 1 or self.chunk_bytes < 1:
+            raise ConfigError("--workers and --log-interval must be at least 1.")
+        if self.on_error not in ("stop", "skip"):
+            raise ConfigError(f"--on-error {self.on_error} is neither stop nor skip.")
+
+
+def default_workers() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="preprocess_data.py",
+        description="Tokenize JSON lines into {prefix}_{key}_document.bin/.idx for pretraining.",
+        allow_abbrev=False,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders, glob patterns")
+    data.add_argument("--json-keys", "--json_keys", nargs="+", default=["text"], metavar="KEY", dest="json_keys",
+                      help="keys whose texts are tokenized, one dataset each (default: text)")  # fmt: skip
+    data.add_argument("--on-error", choices=["stop", "skip"], default="stop",
+                      help="at a bad line: stop with file:line (default), or leave it out and count it")  # fmt: skip
+    data.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path and first part of the names")
+    data.add_argument("--dataset-impl", default="mmap", metavar="mmap", help="mmap, the only one that the engine reads")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES))
+    tokenizer.add_argument("--tokenizer-model", nargs="?", metavar="PATH",
+                           help="directory with tokenizer.json or tokenizer.model, or such a file; empty: "
+                           "$MIXTRAL_HUGGINGFACE_PATH, else the Mixtral tokenizer of mistral-common")  # fmt: skip
+    tokenizer.add_argument("--tokenizer-name-or-path", nargs="?", metavar="PATH", help="the same as --tokenizer-model")
+    tokenizer.add_argument("--tokenizer-not-use-fast", action="store_true",
+                           help="accepted; changes nothing: fast and slow give the same ids here")  # fmt: skip
+    tokenizer.add_argument("--append-eod", action="store_true", help="end every document with the EOS id")
+    tokenizer.add_argument("--prepend-bod", action="store_true", help="begin every document with the BOS id")
+    run = parser.add_argument_group("run")
+    run.add_argument("--workers", type=int, default=default_workers(), help="processes (default here: %(default)s)")
+    run.add_argument("--log-interval", type=int, default=1000, metavar="N", help="progress every N documents")
+    later = parser.add_argument_group("known, but not implemented: refused")
+    later.add_argument("--handler-name", default="none", metavar="NAME", help="instruction data")
+    later.add_argument("--split-sentences", action="store_true", help=argparse.SUPPRESS)
+    later.add_argument("--keep-newlines", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_flags(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Options:
+    """Flags to `Options`; `environ` is where `MIXTRAL_HUGGINGFACE_PATH` is looked up.
+
+    Raises `ConfigError` for flags that contradict each other or ask for what is not there; unknown flags end the
+    process with status 2, as argparse does.
+    """
+    flags = make_parser().parse_args(argv)
+    if flags.dataset_impl != "mmap":
+        raise ConfigError(f"--dataset-impl {flags.dataset_impl}: only mmap is written; the engine reads nothing else.")
+    if flags.handler_name.lower() != "none":
+        raise ConfigError(
+            f"--handler-name {flags.handler_name}: instruction data is not supported yet. Without this flag the texts "
+            f"of --json-keys are tokenized for pretraining."
+        )
+    if flags.split_sentences or flags.keep_newlines:
+        raise ConfigError("--split-sentences and --keep-newlines are not supported yet: a document is one sequence.")
+    if flags.tokenizer_type not in TOKENIZER_TYPES:
+        raise ConfigError(f"--tokenizer-type {flags.tokenizer_type} is not one of: {', '.join(TOKENIZER_TYPES)}.")
+    return Options(
+        inputs=tuple(flags.input),
+        output_prefix=flags.output_prefix,
+        tokenizer_path=_tokenizer_path(flags, environ),
+        tokenizer_type=flags.tokenizer_type,
+        keys=tuple(flags.json_keys),
+        append_eod=flags.append_eod,
+        prepend_bod=flags.prepend_bod,
+        workers=flags.workers,
+        on_error=flags.on_error,
+        log_interval=flags.log_interval,
+    )
+
+
+def _tokenizer_path(flags: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    """The given path; for an empty one, and a type read from a Hugging Face folder, a default that is named loudly."""
+    given = [path for path in (flags.tokenizer_model, flags.tokenizer_name_or_path) if path]
+    if len(given) == 2 and Path(given[0]).resolve() != Path(given[1]).resolve():
+        raise ConfigError(f"--tokenizer-model {given[0]} and --tokenizer-name-or-path {given[1]} differ: give one.")
+    if given:
+        return given[0]
+    if flags.tokenizer_type not in FALLBACK_TYPES:
+        raise ConfigError(f"--tokenizer-type {flags.tokenizer_type} needs --tokenizer-model with a path.")
+    if from_environment := environ.get("MIXTRAL_HUGGINGFACE_PATH"):
+        logger.warning("--tokenizer-model is empty: using MIXTRAL_HUGGINGFACE_PATH, %s", from_environment)
+        return from_environment
+    path = mixtral_tokenizer_path()
+    logger.warning("--tokenizer-model is empty: using the Mixtral-8x7B-v0.1 tokenizer of mistral-common, %s", path)
+    return str(path)

@@ -1,0 +1,161 @@
+"""The account of a preprocessing run: every line read is a document, an empty text, a blank line or a counted skip.
+
+`preprocess.py` adds the chunks up in order, asks `check` before anything gets its final name, and writes the account as
+JSON beside the output. `Progress` tells the user how far the run is.
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import megatron_mixtral
+from megatron_mixtral.data.readers import Chunk, InputFiles, LineCounts
+from megatron_mixtral.data.workers import ChunkResult, KeyCounts
+from megatron_mixtral.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+BAD_LINES_REPORTED = 1000
+
+
+@dataclass
+class Account:
+    """Sums over all chunks merged so far; `lines_per_file` turns a chunk's line numbers into those of its file."""
+
+    keys: tuple[str, ...]
+    counts: LineCounts = field(default_factory=LineCounts)
+    per_key: dict[str, KeyCounts] = field(default_factory=dict)
+    bad_lines: list[dict[str, str]] = field(default_factory=list)
+    lines_per_file: dict[int, int] = field(default_factory=dict)
+    bytes_per_file: dict[int, int] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk, result: ChunkResult) -> None:
+        """Take in the next chunk (in order).
+
+        Raises:
+            DataError: with `file:line`, when the chunk stopped at a bad line.
+        """
+        before = self.lines_per_file.get(chunk.file_index, 0)
+        for bad in result.bad:
+            where = f"{chunk.file.path}:{before + bad.line}"
+            if result.failed:
+                raise DataError(f"{where}: {bad.reason}: {bad.message}. To leave such lines out: --on-error skip")
+            if len(self.bad_lines) < BAD_LINES_REPORTED:
+                self.bad_lines.append({"where": where, "reason": bad.reason, "message": bad.message})
+                logger.warning("skipped %s: %s: %s", where, bad.reason, bad.message)
+        counts = result.counts
+        self.lines_per_file[chunk.file_index] = before + counts.lines
+        self.bytes_per_file[chunk.file_index] = self.bytes_per_file.get(chunk.file_index, 0) + counts.bytes
+        for name in ("lines", "blank", "bytes", "boms"):
+            setattr(self.counts, name, getattr(self.counts, name) + getattr(counts, name))
+        for reason, number in counts.skipped.items():
+            self.counts.skipped[reason] = self.counts.skipped.get(reason, 0) + number
+        for key, found in zip(self.keys, result.keys, strict=True):
+            total = self.per_key.setdefault(key, KeyCounts())
+            for name, value in asdict(found).items():
+                setattr(total, name, getattr(total, name) + value)
+
+    @property
+    def records(self) -> int:
+        """Lines that are not blank: the documents that came in."""
+        return self.counts.lines - self.counts.blank
+
+    def check(self, inputs: InputFiles, written: dict[str, tuple[int, int]]) -> None:
+        """Raises `DataError` unless the counts add up.
+
+        `written` gives, for each key, the documents and tokens that the writer holds. Checked: every byte of every
+        plain file was read as part of a line; records = documents + empty + skipped for each key; the writer agrees.
+        """
+        for index, file in enumerate(inputs.files):
+            read = self.bytes_per_file.get(index, 0)
+            if not file.gzipped and read != file.size:
+                raise DataError(
+                    f"{file.path}: {read} bytes were read, {file.size} were listed. Did it change?"
+                )
+        skipped = sum(self.counts.skipped.values())
+        for key in self.keys:
+            found = self.per_key.get(key, KeyCounts())
+            if self.records != found.documents + found.empty + skipped:
+                raise DataError(
+                    f"The counts of key {key!r} do not add up: {self.records} records, but {found.documents} "
+                    f"documents + {found.empty} empty + {skipped} skipped. Nothing is written."
+                )
+            if written[key] != (found.documents, found.tokens):
+                raise DataError(
+                    f"The counts of key {key!r} do not add up: {found.documents} documents and {found.tokens} tokens "
+                    f"were encoded, {written[key][0]} and {written[key][1]} collected. Nothing is written."
+                )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts in the words of the report."""
+        return {
+            "lines": self.counts.lines,
+            "blank_lines": self.counts.blank,
+            "records": self.records,
+            "bytes": self.counts.bytes,
+            "byte_order_marks_removed": self.counts.boms,
+            "skipped": dict(sorted(self.counts.skipped.items())),
+            "skipped_lines": self.bad_lines,
+            "keys": {key: asdict(self.per_key.get(key, KeyCounts())) for key in self.keys},
+        }
+
+
+class Progress:
+    """A log line whenever `interval` more records are done, at most one a second."""
+
+    def __init__(self, total_bytes: int, interval: int) -> None:
+        self._total, self._interval = total_bytes, interval
+        self.started = self._last_time = time.monotonic()
+        self._last_records = 0
+        self._bytes = 0
+
+    def update(self, account: Account, chunk: Chunk) -> None:
+        self._bytes += chunk.end - chunk.start
+        now = time.monotonic()
+        if account.records - self._last_records < self._interval or now - self._last_time < 1.0:
+            return
+        self._last_records, self._last_time = account.records, now
+        left = (self._total - self._bytes) * (now - self.started) / max(self._bytes, 1)
+        logger.info("%s, %d:%02d left", self.line(account), *divmod(round(left), 60))
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def line(self, account: Account) -> str:
+        """Documents, bytes and tokens so far, with their rates."""
+        seconds = max(self.elapsed(), 1e-9)
+        tokens = sum(counts.tokens for counts in account.per_key.values())
+        return (
+            f"{account.records:,} documents ({account.records / seconds:,.0f}/s), "
+            f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({self._bytes / 1e6 / seconds:,.2f} MB/s), "
+            f"{tokens:,} tokens ({tokens / seconds:,.0f}/s)"
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that can change an id."""
+    found = {"megatron_mixtral": megatron_mixtral.__version__, "python": platform.python_version()}
+    for name in ("numpy", "sentencepiece", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that the final name only ever shows a whole file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=True)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)

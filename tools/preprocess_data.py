@@ -1,0 +1,18 @@
+"""Tokenize JSON lines into `.bin/.idx` datasets: argv to `megatron_mixtral.data.preprocess.main`. See docs/data.md."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a clone that is not installed
+
+from megatron_mixtral.data import preprocess  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return preprocess.main(argv, os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
