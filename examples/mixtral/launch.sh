@@ -71,14 +71,13 @@ launch_layout() {
 # Fills the array `start`: where the weights come from. A run that has saved goes on from its own checkpoint; otherwise
 # LOAD_DIR (a converted checkpoint), HF_CHECKPOINT (a Hugging Face folder), or random weights of the preset MODEL.
 launch_start() {
-    if [[ -f "$SAVE_DIR/latest_checkpointed_iteration.txt" ]]; then
-        start=(--load "$SAVE_DIR")
-    elif [[ -n "$LOAD_DIR" ]]; then
-        start=(--load "$LOAD_DIR")
+    start=(--load "$SAVE_DIR")
+    if [[ -n "$LOAD_DIR" ]]; then
+        start+=(--pretrained-checkpoint "$LOAD_DIR")
     elif [[ -n "$HF_CHECKPOINT" ]]; then
-        start=(--hf-checkpoint "$HF_CHECKPOINT")
+        start+=(--hf-checkpoint "$HF_CHECKPOINT")
     else
-        start=(--model "$MODEL")
+        start+=(--model "$MODEL")
     fi
 }
 
@@ -105,7 +104,7 @@ launch_check_inputs() {
                 "such as data/github_text_document, or a blend: '0.6 A_text_document 0.4 B_text_document'"
         fi
     done
-    for word in "$TOKENIZER_MODEL" "$LOAD_DIR" "$HF_CHECKPOINT"; do
+    for word in "$LOAD_DIR" "$HF_CHECKPOINT"; do
         if [[ -n "$word" && ! -e "$word" ]]; then launch_fail "$word does not exist"; fi
     done
     if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$launch_root/.venv/bin/torchrun" ]]; then
