@@ -70,7 +70,7 @@ class JsonTokenizer:
     """A `tokenizer.json`, by the `tokenizers` library. The attributes are those of `SentencePieceTokenizer`.
 
     `bos_token` and `eos_token` come from `tokenizer_config.json` or `special_tokens_map.json` beside the file, else
-    they are `<s>` and `</s>` where the vocabulary has them. `vocab_size` is the largest id plus one, added tokens included.
+    they are `<s>` and `</s>` where the vocabulary has them. `vocab_size` is the largest id plus one, with added tokens.
     """
 
     kind = "tokenizers"
