@@ -1,0 +1,212 @@
+"""The conversion command lines: `tools/checkpoint/util.py` and `tools/checkpoint/convert_megatron_to_hf_mixtral.py`.
+
+Each function takes the arguments and returns the text to show; errors are `MixtralError`s. What can be refused from
+the arguments and a config.json alone is refused before torch is imported, so a wrong layout costs no waiting.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.weights.plan import all_plans, check_complete, describe, padded_vocabulary
+from megatron_mixtral.weights.staging import is_empty
+
+if TYPE_CHECKING:
+    from megatron_mixtral.weights.fragments import TensorSource
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+EXPORT_FOLDER = "mg2hg"
+BYTES = {"fp32": 4, "float32": 4}  # of an element, by --params-dtype; 2 for the rest
+
+
+def util_parser() -> argparse.ArgumentParser:
+    """The arguments of `tools/checkpoint/util.py`, under Megatron's names."""
+    parser = argparse.ArgumentParser(
+        description="Convert Mixtral weights: Hugging Face to Megatron, Megatron to another layout, Megatron to "
+                    "Hugging Face. Nothing is written under its final name before it is whole.")
+    parser.add_argument("--model-type", choices=["GPT"], default="GPT", help="Mixtral is a GPT; kept for old scripts")
+    parser.add_argument("--loader", choices=["mixtral_hf", "mixtral_mg"], required=True,
+                        help="what --load-dir is: a Hugging Face directory, or a Megatron checkpoint of either format")
+    parser.add_argument("--saver", choices=["mixtral"], default="mixtral")
+    parser.add_argument("--save-model-type", choices=["megatron", "huggingface"], default="megatron")
+    parser.add_argument("--load-dir", type=Path, required=True)
+    parser.add_argument("--save-dir", type=Path, required=True,
+                        help=f"for huggingface: the result goes to SAVE_DIR/{EXPORT_FOLDER}/ (replacing an older one), and "
+                             "a config.json in SAVE_DIR is the template")
+    parser.add_argument("--tokenizer-model", type=Path, help="tokenizer.model to check and to copy beside the weights")
+    for axis in ("tp", "pp", "ep"):
+        parser.add_argument(TARGET_FLAGS[axis], type=int, dest=axis,
+                            help="default: as in the source if that is Megatron, else 1")
+    parser.add_argument(TARGET_FLAGS["etp"], type=int, dest="etp", help="default: the tensor parallel size")
+    parser.add_argument(TARGET_FLAGS["vpp"], type=int, dest="vpp", default=1, help="model chunks of a pipeline rank")
+    parser.add_argument(TARGET_FLAGS["first"], type=int, dest="first", help="layers of an uneven first stage")
+    parser.add_argument(TARGET_FLAGS["last"], type=int, dest="last", help="layers of an uneven last stage")
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=1,
+                        help="pad the vocabulary with zero rows to a multiple of this x tensor parallel size")
+    parser.add_argument("--params-dtype", choices=["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"],
+                        help="cast; default: keep the source's types")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file")
+    parser.add_argument("--dry-run", action="store_true", help="show what each shard would hold, and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace a --save-dir that is not empty")
+    parser.add_argument("--no-checking", action="store_true",
+                        help="do not compare the copies that several ranks hold of the same weights")
+    parser.add_argument("--max-queue-size", type=int, help="ignored: there is no queue")
+    parser.add_argument("--megatron-path", help="ignored: megatron is not needed to convert")
+    return parser
+
+
+def util(argv: Sequence[str] | None = None) -> str:
+    """Run `tools/checkpoint/util.py`. Raises `MixtralError`."""
+    args = util_parser().parse_args(argv)
+    _need_directory(args.load_dir, "--load-dir")
+    config = _known_config(args)
+    to_megatron = args.save_model_type == "megatron"
+    if to_megatron and config is not None:
+        _layout(args, None).validate(config, TARGET_FLAGS)  # before torch is imported
+    tokenizer = _tokenizer(args.tokenizer_model, config)
+
+    from megatron_mixtral.weights.convert import convert, open_megatron, parse_dtype
+    from megatron_mixtral.weights.hf import HFSource
+
+    source = HFSource(args.load_dir) if args.loader == "mixtral_hf" else open_megatron(
+        args.load_dir, compare_copies=not args.no_checking)
+    dtype = parse_dtype(args.params_dtype)
+    if not to_megatron:
+        target = args.save_dir / EXPORT_FOLDER
+        template = args.save_dir if (args.save_dir / "config.json").exists() else None
+        return _export(source, target, template, args, dtype, tokenizer, replace=True)
+
+    from megatron_mixtral.weights.rank_sink import RankDirSink
+
+    layout = _layout(args, getattr(source, "layout", None)).validate(source.config, TARGET_FLAGS)
+    if args.dry_run:
+        return _describe(source.config, layout, args)
+    sink = RankDirSink(args.save_dir, source.config, layout, vocab_divisible_by=args.make_vocab_size_divisible_by,
+                       replace=args.overwrite)
+    return str(convert(source, sink, dtype=dtype, companions=tokenizer))
+
+
+def megatron_to_hf_parser() -> argparse.ArgumentParser:
+    """The arguments of `tools/checkpoint/convert_megatron_to_hf_mixtral.py`."""
+    parser = argparse.ArgumentParser(description="Convert a Megatron checkpoint of a Mixtral to Hugging Face.")
+    parser.add_argument("--megatron-checkpoint-path", type=Path, required=True)
+    parser.add_argument("--huggingface-config-path", type=Path,
+                        help="folder whose config.json, tokenizer and generation files are taken over")
+    parser.add_argument("--huggingface-checkpoint-path", type=Path, required=True,
+                        help=f"where to write; if it already holds files, the result goes to {EXPORT_FOLDER}/ below it")
+    for axis, flag in (("tp", "--tensor-parallel-size"), ("pp", "--pipeline-parallel-size"),
+                       ("ep", "--expert-parallel-size")):
+        parser.add_argument(flag, type=int, dest=axis, help="compared with the checkpoint, which knows its layout")
+    parser.add_argument("--params-dtype", choices=["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"])
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--dry-run", action="store_true", help="check the checkpoint and write nothing")
+    parser.add_argument("--no-checking", action="store_true",
+                        help="do not compare the copies that several ranks hold of the same weights")
+    return parser
+
+
+def megatron_to_hf(argv: Sequence[str] | None = None) -> str:
+    """Run `tools/checkpoint/convert_megatron_to_hf_mixtral.py`. Raises `MixtralError`."""
+    args = megatron_to_hf_parser().parse_args(argv)
+    _need_directory(args.megatron_checkpoint_path, "--megatron-checkpoint-path")
+    if args.huggingface_config_path is not None:
+        _need_directory(args.huggingface_config_path, "--huggingface-config-path")
+
+    from megatron_mixtral.weights.convert import open_megatron, parse_dtype
+
+    source = open_megatron(args.megatron_checkpoint_path, compare_copies=not args.no_checking)
+    layout = getattr(source, "layout", None)
+    for axis, flag in (("tp", "--tensor-parallel-size"), ("pp", "--pipeline-parallel-size"),
+                       ("ep", "--expert-parallel-size")):
+        asked = getattr(args, axis)
+        if layout is not None and asked not in (None, getattr(layout, axis)):
+            raise CheckpointError(f"{flag} {asked} contradicts the checkpoint {source.where}, which has {axis} "
+                                  f"{getattr(layout, axis)} (layout {layout}); leave the flag out or correct it")
+    target = args.huggingface_checkpoint_path
+    below = not is_empty(target)
+    if below:
+        target = target / EXPORT_FOLDER
+        logger.warning("%s is not empty and is left as it is; writing to %s", target.parent, target)
+    dtype = parse_dtype(args.params_dtype)
+    return _export(source, target, args.huggingface_config_path, args, dtype, [], replace=below)
+
+
+# -- Parts -------------------------------------------------------------------------------------------------
+
+
+def _export(source: "TensorSource", target: Path, template: Path | None, args: argparse.Namespace, dtype: object,
+            tokenizer: list[Path], *, replace: bool) -> str:
+    from megatron_mixtral.weights.convert import convert
+    from megatron_mixtral.weights.hf import companions_of
+    from megatron_mixtral.weights.hf_sink import HFSink
+
+    sink = HFSink(target, source.config, template=template, max_shard_size=args.max_shard_size, replace=replace)
+    if args.dry_run:
+        source.check()
+        return f"{source.where} is whole; {source.config.total_parameters:,} parameters would be written to {target}"
+    companions = tokenizer + ([] if template is None else companions_of(template))
+    return str(convert(source, sink, dtype=dtype, companions=companions))
+
+
+def _known_config(args: argparse.Namespace) -> MixtralConfig | None:
+    """The architecture, where a JSON file says it."""
+    if args.loader == "mixtral_hf":
+        return MixtralConfig.from_hf_dir(args.load_dir)
+    # An iteration's own directory may be given; the configuration is then beside it.
+    directory = args.load_dir if (args.load_dir / TRACKER).exists() else args.load_dir.parent
+    return MixtralConfig.from_checkpoint(directory) if (directory / CONFIG_FILE).exists() else None
+
+
+def _layout(args: argparse.Namespace, source: ParallelLayout | None) -> ParallelLayout:
+    """The target layout; sizes that are not given are the source's, or 1 where there is none (yet)."""
+    sizes = {axis: getattr(args, axis) if getattr(args, axis) is not None else getattr(source, axis, 1)
+             for axis in ("tp", "pp", "ep")}
+    if args.make_vocab_size_divisible_by < 1:
+        raise ConfigError(f"--make-vocab-size-divisible-by must be positive, found {args.make_vocab_size_divisible_by}")
+    if source is None and args.loader == "mixtral_mg":  # not known yet: check only what is given
+        return ParallelLayout(**sizes, etp=args.etp)
+    return ParallelLayout(**sizes, etp=args.etp, vpp=args.vpp, first=args.first, last=args.last)
+
+
+def _describe(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace) -> str:
+    padded = padded_vocabulary(config, layout, args.make_vocab_size_divisible_by)
+    plans = all_plans(config, layout, padded)
+    check_complete(plans, config)
+    return (f"{config.total_parameters:,} parameters, layout {layout}, vocabulary {config.vocab_size} "
+            f"padded to {padded}\n" + describe(plans, BYTES.get(args.params_dtype, 2)))
+
+
+def _need_directory(path: Path, flag: str) -> None:
+    if not path.is_dir():
+        raise CheckpointError(f"{flag} {path} does not exist or is not a directory")
+
+
+def _tokenizer(path: Path | None, config: MixtralConfig | None) -> list[Path]:
+    """The tokenizer file to copy, checked. Raises `ConfigError` for one that is missing or larger than the model."""
+    if path is None:
+        return []
+    if path.is_dir():
+        path = path / "tokenizer.model"
+    if not path.is_file():
+        raise ConfigError(f"--tokenizer-model {path} does not exist")
+    if path.suffix != ".model" or config is None:
+        return [path]
+    try:
+        import sentencepiece
+    except ImportError:
+        logger.warning("sentencepiece is not installed; %s is copied without being checked", path)
+        return [path]
+    try:
+        size = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"--tokenizer-model {path} is not a sentencepiece model: {error}") from None
+    if size > config.vocab_size:
+        raise ConfigError(f"--tokenizer-model {path} has {size} tokens, more than the model's vocab_size "
+                          f"{config.vocab_size}; it is the tokenizer of another model")
+    return [path]

@@ -1,0 +1,161 @@
+"""Reading Hugging Face directories: safetensors files, one or many with an index.
+
+Accepted are the original per-expert names (`block_sparse_moe.experts.N.w1`), which every published Mixtral has on
+disk, and the fused names that transformers 5 uses in memory. Files are memory-mapped, so a tensor costs memory only
+while its bytes are being copied. `hf_sink` writes such directories.
+"""
+
+from pathlib import Path, PurePath
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_mixtral.config import MixtralConfig
+from megatron_mixtral.config.mixtral import read_json
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.fragments import Fragment, tiled
+from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, Shape, hf_tensors
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
+# safetensors' names of the types that weights may have
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+# What belongs to a model beside its weights and its config.json, in the names that are in use.
+COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+              "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt")
+
+
+def companions_of(directory: Path) -> list[Path]:
+    """The tokenizer and generation files of a directory."""
+    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
+
+
+class HFSource:
+    """A Hugging Face Mixtral directory. `config.json` says what must be in it; `check` compares.
+
+    Raises `ConfigError` for a config.json this library cannot compute, `CheckpointError` for unreadable files.
+    """
+
+    def __init__(self, directory: str | Path, config: MixtralConfig | None = None) -> None:
+        self.where = Path(directory)
+        self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
+        self.left_behind: list[str] = []
+        self._handles: dict[str, safe_open] = {}
+        self._files = self._read_names()
+
+    # -- What is there -----------------------------------------------------------------------------------
+
+    def _read_names(self) -> dict[str, str]:
+        """File name of every stored tensor; each file is opened once and compared with the index."""
+        index, single = self.where / INDEX_FILE, self.where / SINGLE_FILE
+        if index.exists() and single.exists():
+            raise CheckpointError(f"{self.where} has both {INDEX_FILE} and {SINGLE_FILE}; remove the one that is stale")
+        if not index.exists():
+            if not single.exists():
+                raise CheckpointError(f"{self.where}: no {SINGLE_FILE} and no {INDEX_FILE}; is it a Hugging Face model "
+                                      "with safetensors weights?")
+            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: expected a weight_map of tensor names to files")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or PurePath(file).name != file or "\\" in file:
+                raise CheckpointError(f"{index}: {name} points to {file!r}, expected a file name in the same folder")
+            if not (self.where / file).is_file():
+                raise CheckpointError(f"{index}: {name} points to {file}, which does not exist in {self.where}")
+        for file in sorted(set(weight_map.values())):
+            stored = set(self._open(file).keys())
+            listed = {name for name, where in weight_map.items() if where == file}
+            for name in sorted(stored ^ listed):
+                lacking = f"{INDEX_FILE} lists it there" if name in listed else f"{INDEX_FILE} does not list it there"
+                present = "has no tensor" if name in listed else "has the tensor"
+                raise CheckpointError(f"{self.where / file} {present} {name}, but {lacking}")
+        return dict(weight_map)
+
+    def _open(self, file: str) -> safe_open:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(self.where / file, framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{self.where / file} is not a whole safetensors file: {error}") from None
+        return self._handles[file]
+
+    def _shape(self, name: str) -> Shape:
+        part = self._open(self._files[name]).get_slice(name)
+        if part.get_dtype() not in FLOATS:
+            raise CheckpointError(f"{self.where / self._files[name]}: {name} has type {part.get_dtype()}, expected one "
+                                  f"of {', '.join(FLOATS)} (quantized weights cannot be converted)")
+        return tuple(part.get_shape())
+
+    def check(self) -> None:
+        """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
+        used: set[str] = set()
+        for tensor in hf_tensors(self.config).values():
+            name, expected = self._locate(tensor)
+            used.add(name)
+            found = self._shape(name)
+            if found != expected:
+                raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found}, expected "
+                                      f"{expected} by config.json")
+        self._check_tied_copy(used)
+        extra = [n for n in self._files if n not in used and not n.endswith(IGNORABLE_HF_SUFFIXES)]
+        if extra:
+            raise CheckpointError(f"{self.where / self._files[extra[0]]}: {len(extra)} tensors that a Mixtral of this "
+                                  f"config.json does not have, first {extra[0]}")
+
+    def _check_tied_copy(self, used: set[str]) -> None:
+        """Some tools store a tied output layer too; it must then be the embedding."""
+        if self.config.tie_word_embeddings and TIED_COPY in self._files and TIED_COPY not in used:
+            if not torch.equal(self._read(TIED_COPY), self._read(TIED_ORIGINAL)):
+                raise CheckpointError(f"{self.where / self._files[TIED_COPY]}: {TIED_COPY} differs from "
+                                      f"{TIED_ORIGINAL}, though config.json says tie_word_embeddings")
+            used.add(TIED_COPY)
+
+    def _locate(self, tensor: HFTensor) -> tuple[str, Shape]:
+        """The stored name that holds a tensor, and the shape that stored tensor must have."""
+        fused = tensor.fused()
+        found = [name for name in tensor.names() if name in self._files]
+        whole = fused.name if fused is not None and fused.name in self._files else None
+        if len(found) + (whole is not None) > 1:
+            raise CheckpointError(f"{self.where}: {tensor.name} is stored twice, as {', '.join([*found, whole or ''])}")
+        if whole is not None:
+            rows, columns = tensor.shape
+            return whole, (self.config.num_local_experts, fused.parts * rows, columns)
+        if not found:
+            files = ", ".join(sorted(set(self._files.values())))
+            raise CheckpointError(f"{self.where}: {tensor.name} is missing from {files}")
+        return found[0], tensor.shape
+
+    # -- Reading -----------------------------------------------------------------------------------------
+
+    def _read(self, name: str) -> torch.Tensor:
+        try:
+            return self._open(self._files[name]).get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.where / self._files[name]}: {name} cannot be read: {error}") from None
+
+    def dtype(self, tensor: HFTensor) -> torch.dtype:
+        """The type a tensor is stored in."""
+        name, _ = self._locate(tensor)
+        return FLOATS[self._open(self._files[name]).get_slice(name).get_dtype()]
+
+    def fragments(self, tensor: HFTensor) -> list[Fragment]:
+        """The whole tensor as one memory-mapped fragment."""
+        name, expected = self._locate(tensor)
+        data = self._read(name)
+        if tuple(data.shape) != expected:
+            raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {tuple(data.shape)}, "
+                                  f"expected {expected}")
+        if name not in tensor.names():
+            fused = tensor.fused()
+            rows = tensor.shape[0]
+            data = data[tensor.expert].narrow(0, fused.part * rows, rows)
+        where = f"{self.where / self._files[name]} ({name})"
+        return tiled(tensor, [Fragment(0, tensor.view[tensor.rule.shard_dim], data.view(tensor.view), where)])
+
+    def companions(self) -> list[Path]:
+        """Tokenizer and generation files of the directory."""
+        return companions_of(self.where)
