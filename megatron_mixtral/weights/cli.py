@@ -37,7 +37,7 @@ def util_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-model-type", choices=["megatron", "huggingface"], default="megatron")
     parser.add_argument("--load-dir", type=Path, required=True)
     parser.add_argument("--save-dir", type=Path, required=True,
-                        help=f"for huggingface: the result goes to SAVE_DIR/{EXPORT_FOLDER}/ (replacing an older one), and "
+                        help=f"for huggingface: the result goes to SAVE_DIR/{EXPORT_FOLDER}/ (replacing it); "
                              "a config.json in SAVE_DIR is the template")
     parser.add_argument("--tokenizer-model", type=Path, help="tokenizer.model to check and to copy beside the weights")
     for axis in ("tp", "pp", "ep"):

@@ -83,7 +83,7 @@ def config_from_args(args: argparse.Namespace, where: str) -> MixtralConfig:
     try:
         return MixtralConfig(
             **values, head_dim=_first(args, "kv_channels"),
-            sliding_window=None if window is None else int(window[0]),
+            sliding_window=None if window is None else int(window[0]) + 1,
             tie_word_embeddings=not getattr(args, "untie_embeddings_and_output_weights", True))
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -110,7 +110,8 @@ def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, 
         moe_router_pre_softmax=False, moe_router_score_function="softmax", moe_router_enable_expert_bias=False,
         moe_grouped_gemm=False, vocab_size=config.vocab_size, padded_vocab_size=padded_vocab,
         make_vocab_size_divisible_by=divisible_by,
-        window_size=None if config.sliding_window is None else (config.sliding_window, 0),
+        # Hugging Face's window counts the query itself, the engine's counts the keys to its left.
+        window_size=None if config.sliding_window is None else (config.sliding_window - 1, 0),
         # Layout
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,

@@ -120,8 +120,8 @@ def assemble(target: TensorSlice, source: TensorSource, dtype: torch.dtype | Non
     kinds = {fragment.data.dtype for _, fragments in parts for fragment in fragments}
     if dtype is None and len(kinds) > 1:
         found = ", ".join(sorted(map(str, kinds)))
-        raise CheckpointError(f"{target.name}: its parts are of different types ({found}); give --params-dtype to store "
-                              "one")
+        raise CheckpointError(f"{target.name}: its parts are of different types ({found}); give --params-dtype to "
+                              "store one")
     dtype = dtype or kinds.pop()
     only = parts[0][1][0]
     if len(parts) == 1 and not target.padding:
