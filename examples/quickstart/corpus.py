@@ -11,9 +11,9 @@ The same Python and the same size give the same files. A second call with the sa
 """
 
 import argparse
+import ast
 import json
 import os
-import pydoc
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,17 +56,19 @@ def read_documents(paths: Iterable[Path]) -> Iterator[str]:
             yield text
 
 
-def help_documents() -> Iterator[str]:
-    """The help pages of the standard modules: documentation that every Python carries along."""
-    for name in sorted(sys.stdlib_module_names):
-        if name.startswith("_") or name in {"antigravity", "this", "idlelib", "turtledemo"}:
-            continue
+def help_documents(paths: Iterable[Path]) -> Iterator[str]:
+    """A page for each module, of its docstrings: documentation that every Python carries along. Nothing is imported."""
+    for path in paths:
         try:
-            page = pydoc.plain(pydoc.render_doc(name))
-        except (ImportError, pydoc.ErrorDuringImport, OSError, AttributeError, ValueError, TypeError):
-            continue  # a module of another system, or one left out of this Python
-        # Addresses of objects differ from run to run.
-        if SMALLEST <= len(page) <= LARGEST and " at 0x" not in page:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError):
+            continue
+        parts = [f"{path.stem}\n{'=' * len(path.stem)}"]
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+                parts.append(text if isinstance(node, ast.Module) else f"{node.name}\n\n{text}")
+        page = "\n\n".join(parts) + "\n"
+        if SMALLEST <= len(page) <= LARGEST:
             yield page
 
 
@@ -118,7 +120,7 @@ def build(output_dir: Path, megabytes: float) -> None:
     library = as_jsonl(read_documents(spread(modules)), half)
     second = as_jsonl(read_documents(spread(others)), half)
     if sum(map(len, second)) < half // 2:  # many distributions leave the tests out
-        second = as_jsonl(chain(read_documents(spread(others)), help_documents()), half)
+        second = as_jsonl(chain(read_documents(spread(others)), help_documents(spread(modules))), half)
     if not library or not second:
         sys.exit(f"error: no Python library sources found in {sysconfig.get_path('stdlib')}")
     for name, files in zip(FOLDERS, (library, second), strict=True):

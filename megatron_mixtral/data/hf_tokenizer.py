@@ -20,10 +20,10 @@ METASPACE = "\u2581"
 
 
 def write_hf_tokenizer(directory: str | Path, model: str | Path | None = None) -> None:
-    """Write `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into `directory`.
+    """Write tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json into `directory`.
 
     `model` is a sentencepiece BPE model with byte pieces and without text normalization, as those of Llama and
-    Mixtral are; None takes the Mixtral tokenizer of the mistral-common package. The directory is made where it is missing.
+    Mixtral are; None takes the Mixtral tokenizer of the mistral-common package. A missing directory is made.
 
     Raises:
         ConfigError: no model was given and mistral-common is not installed.
