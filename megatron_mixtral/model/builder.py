@@ -1,0 +1,149 @@
+"""From a `MixtralConfig` to the engine's `GPTModel`.
+
+`architecture()` is the one table of what Mixtral means to the engine; training's flags are derived from it and checked
+against it, so that no run computes another model than the checkpoint's.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.model.spec import block_spec
+
+
+def architecture(config: MixtralConfig) -> dict[str, Any]:
+    """`TransformerConfig` fields that the architecture fixes."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "moe_ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": config.head_dim,
+        "num_moe_experts": config.num_local_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        # Softmax over the chosen experts only, which is softmax over all, then top-k, then renormalised (as in HF).
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "softmax",
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "rotary_interleaved": False,
+        "layernorm_zero_centered_gamma": False,
+        # HF's window counts the query itself, the engine's counts keys to its left.
+        "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
+    }
+
+
+def transformer_config(config: MixtralConfig, layout: ParallelLayout, dtype: torch.dtype = torch.float32,
+                       transformer_impl: str = "local", **overrides: Any) -> TransformerConfig:
+    """An engine configuration for use without `megatron.training`'s flags (generation, evaluation, tests).
+
+    `overrides` are further `TransformerConfig` fields, e.g. `moe_aux_loss_coeff` (default 0 here).
+    """
+    stages = {"num_layers_in_first_pipeline_stage": layout.first, "num_layers_in_last_pipeline_stage": layout.last}
+    return TransformerConfig(**{
+        **architecture(config),
+        "init_method_std": config.initializer_range,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.tp > 1,
+        **stages,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "transformer_impl": transformer_impl,
+        "moe_grouped_gemm": transformer_impl == "transformer_engine",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        **overrides,
+    })
+
+
+def check_config(config: MixtralConfig, engine: TransformerConfig) -> None:
+    """`ConfigError` where an engine configuration would compute another model than `config`."""
+    for name, expected in architecture(config).items():
+        found = getattr(engine, name)
+        same = tuple(found) == expected if name == "window_size" and found is not None else found == expected
+        if not same:
+            raise ConfigError(f"the engine's {name} is {found!r}, the Mixtral's is {expected!r}: "
+                              f"remove the flag that sets it, or load the checkpoint that has it")
+
+
+class MixtralModel(GPTModel):
+    """The engine's GPTModel, which keeps its `MixtralConfig` and refuses a state dict that does not fit it exactly."""
+
+    mixtral: MixtralConfig
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load; every parameter must be there and nothing may be left over, whatever `strict` says.
+
+        The engine answers a failed strict load with `strict=False` and goes on with a half-loaded model.
+        `_extra_state` entries (transformer-engine's FP8 scales, None elsewhere) may be missing or left over.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in result.missing_keys if "_extra_state" not in key]
+        unexpected = [key for key in result.unexpected_keys if "_extra_state" not in key]
+        if missing or unexpected:
+            raise CheckpointError(
+                f"the checkpoint does not fit this model stage: {len(missing)} tensors missing {missing[:3]}, "
+                f"{len(unexpected)} left over {unexpected[:3]}; was it converted for another layout or another model?")
+        return result
+
+
+def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_length: int, padded_vocab_size: int,
+          pg_collection: ProcessGroupCollection | None = None, pre_process: bool = True, post_process: bool = True,
+          vp_stage: int | None = None, parallel_output: bool = True) -> MixtralModel:
+    """One pipeline stage (model chunk with `vp_stage`) of a Mixtral on this rank; the engine is initialised before.
+
+    `padded_vocab_size` is a multiple of the tensor-parallel size. Raises `ConfigError` where `engine` contradicts
+    `config`.
+    """
+    check_config(config, engine)
+    pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    pp_rank = torch.distributed.get_rank(pg_collection.pp)
+    model = MixtralModel(
+        config=engine,
+        transformer_layer_spec=block_spec(engine, vp_stage, pp_rank),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=max_sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.rope_theta,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+    model.mixtral = config
+    return model
+
+
+def padded_vocab_size(config: MixtralConfig, tensor_parallel_size: int, divisible_by: int = 1) -> int:
+    """Vocabulary rounded up to a multiple of `--make-vocab-size-divisible-by` x TP (the engine's rule)."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-config.vocab_size // multiple) * multiple

@@ -1,0 +1,9 @@
+"""The only room that knows the machine or alters the engine. Nothing happens at import: call `ready()` once.
+
+    backend = runtime.ready()      # detect, apply the repairs, stand in for CUDA where there is none
+"""
+
+from megatron_mixtral.runtime.backend import Backend, detect
+from megatron_mixtral.runtime.environment import ready
+
+__all__ = ["Backend", "detect", "ready"]

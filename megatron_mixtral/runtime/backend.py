@@ -1,0 +1,58 @@
+"""`Backend`: which machine this is, and why we think so."""
+
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mixtral.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The machine as the rest of the library needs to know it."""
+
+    device: str  # "cuda" or "cpu"
+    collectives: str  # "nccl" or "gloo"
+    transformer_engine: bool  # importable and usable here
+    apex: bool
+    reason: str
+
+    @property
+    def transformer_impl(self) -> str:
+        """Value of the engine's --transformer-impl."""
+        return "transformer_engine" if self.transformer_engine else "local"
+
+
+def detect(world_size: int | None = None) -> Backend:
+    """Look at the machine; changes nothing.
+
+    A visible GPU is always used. To run on the CPU of a machine with GPUs, hide them: `CUDA_VISIBLE_DEVICES=`.
+    `world_size`, the number of local processes, is checked against the number of GPUs: `ConfigError`.
+    """
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if world_size is not None and world_size > count:
+            raise ConfigError(f"{world_size} processes on this node but {count} visible GPU(s): start at most {count} "
+                              "(--nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
+        te, apex = _importable("transformer_engine.pytorch"), _importable("apex")
+        name = torch.cuda.get_device_name(0)
+        return Backend("cuda", "nccl", te, apex, f"torch {torch.__version__} sees {count} GPU(s), the first a {name}")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        why = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPUs"
+    elif torch.version.cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA"
+    else:
+        why = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU"
+    return Backend("cpu", "gloo", False, False, why)
+
+
+def _importable(module: str) -> bool:
+    """Whether an optional extension loads; one that is installed but broken counts as absent, as for the engine."""
+    try:
+        importlib.import_module(module)
+    except Exception:  # noqa: BLE001 - shared objects of another torch fail with anything
+        return False
+    return True

@@ -1,0 +1,198 @@
+"""The CPU/gloo machine: stand-ins for what the engine asks of torch.cuda and NCCL where no GPU is visible.
+
+The engine says "cuda" where it means "the device". Here the device is the CPU: streams and events do nothing (work on
+a CPU tensor is done when the call returns), the CUDA generator is the CPU generator, and the few collectives that gloo
+lacks are made of those that it has. Slow paths are of no concern: this machine is for trying and testing.
+
+Enabled by `runtime.ready()` only; refuses to hide a visible GPU. Remove a stand-in when the engine asks the
+accelerator API (torch.accelerator) instead of torch.cuda; `tests/unit/test_runtime.py` lists which are still asked for.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.runtime import gloo
+from megatron_mixtral.runtime.replacements import Replacements
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "randperm", "as_tensor",
+              "empty_like", "zeros_like", "ones_like", "full_like", "empty_strided", "linspace", "eye")
+_METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+
+
+def enable(replacements: Replacements) -> None:
+    """Install the stand-ins. `ConfigError` where a GPU is visible."""
+    if torch.cuda.is_available():
+        raise ConfigError("the CPU stand-in would hide a visible GPU; hide it yourself with CUDA_VISIBLE_DEVICES= "
+                          "(an empty value) if the run is meant for the CPU")
+    # torch.compile would look for a C++ compiler and take minutes to gain nothing on a model this small.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    replacements.set(importlib.import_module("torch._dynamo.config"), "disable", True)
+    for name, value in _cuda_functions().items():
+        replacements.set(torch.cuda, name, value)
+    for owner, names in ((torch, _FACTORIES), (torch.Tensor, _METHODS)):
+        for name in names:
+            replacements.set(owner, name, _on_cpu(getattr(owner, name)))
+    replacements.set(torch.Tensor, "to", _to_on_cpu(torch.Tensor.to))
+    replacements.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    replacements.set(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
+    replacements.set(torch.Tensor, "record_stream", lambda self, stream: None)
+    replacements.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
+    replacements.set(torch.Tensor, "type", _type_as_on_cuda(torch.Tensor.type))
+    gloo.enable(replacements)
+    _enable_engine(replacements)
+
+
+def _enable_engine(replacements: Replacements) -> None:
+    """The engine's own places that go around the public torch.cuda functions."""
+    from megatron.core.tensor_parallel import random
+
+    replacements.set(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    replacements.set(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+
+
+def enable_training(replacements: Replacements) -> None:
+    """What `megatron.training` needs besides; apart, because importing it takes seconds that generation can save."""
+    from megatron.training import initialize, training
+
+    # `allow_no_cuda` exists, but `pretrain` does not pass it on.
+    replacements.set(training, "initialize_megatron",
+                     functools.partial(initialize.initialize_megatron, allow_no_cuda=True))
+    # Warms up torch.compile on CUDA tensors of the model's size; there is nothing to warm up here.
+    replacements.set(training, "set_jit_fusion_options", lambda *args, **kwargs: None)
+
+
+# -- torch.cuda ------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A stream on which everything is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, stream: "Stream") -> None: ...
+    def wait_event(self, event: "Event") -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+
+class Event:
+    """An event that remembers the wall clock, for `elapsed_time`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: Stream | None = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds, as torch.cuda.Event gives."""
+        return (end._seconds - self._seconds) * 1000.0
+
+
+def _cuda_functions() -> dict[str, Any]:
+    stream = Stream()
+    properties = SimpleNamespace(name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(),
+                                 total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    zero = lambda *args, **kwargs: 0  # noqa: E731
+    return {
+        # A device, not an index: it goes into `device=` and `.to()` everywhere.
+        "current_device": lambda: _CPU,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "ipc_collect": nothing,
+        "Stream": Stream,
+        "Event": Event,
+        "stream": lambda _stream: contextlib.nullcontext(),
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "set_stream": nothing,
+        "is_current_stream_capturing": lambda: False,
+        # Not torch.manual_seed: that one seeds every CUDA generator through these very functions.
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": nothing,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (0, 0),
+        "get_device_name": lambda device=None: "cpu",
+        "memory_allocated": zero,
+        "memory_reserved": zero,
+        "max_memory_allocated": zero,
+        "max_memory_reserved": zero,
+        "reset_peak_memory_stats": nothing,
+        "memory_stats": lambda device=None: {},
+        "mem_get_info": lambda device=None: (properties.total_memory, properties.total_memory),
+    }
+
+
+# -- tensors ---------------------------------------------------------------------------------------------
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda")
+
+
+def _on_cpu(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _to_on_cpu(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = _CPU
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _type_as_on_cuda(function: Any) -> Any:
+    """`tensor.type()` as the engine's optimizers compare it: 'torch.cuda.FloatTensor'."""
+    @functools.wraps(function)
+    def wrapper(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return function(self).replace("torch.", "torch.cuda.", 1)
+        return function(self, dtype, *args, **kwargs)
+
+    return wrapper
+
+
+assert dist.is_available(), "this torch is built without torch.distributed"

@@ -1,0 +1,139 @@
+"""Repairs of the pinned engine that every machine needs. Each says what breaks, why, and when it can go.
+
+`needed()` looks at the engine itself, and a test asserts it for every repair: the day the engine is upgraded and no
+longer needs one, that test fails and the repair is deleted.
+"""
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.runtime.replacements import Replacements
+
+
+@dataclass(frozen=True)
+class Fix:
+    """One repair. `versions` are the engine versions on which the defect was seen."""
+
+    name: str
+    symptom: str
+    cause: str
+    versions: str
+    remove_when: str
+    needed: Callable[[], bool]
+    apply: Callable[[Replacements], None]
+
+
+# -- dataset helpers -------------------------------------------------------------------------------------
+
+
+def _wheel_has_helpers_without_makefile() -> bool:
+    from megatron.core.datasets import utils
+
+    return (importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+            and not (Path(utils.__file__).parent / "Makefile").exists())
+
+
+def _skip_compilation(replacements: Replacements) -> None:
+    from megatron.core.datasets import utils
+
+    replacements.set(utils, "compile_helpers", lambda: None)
+
+
+# -- optimizer -------------------------------------------------------------------------------------------
+
+
+def _engine_falls_back_to_torch_adam() -> bool:
+    from megatron.core import optimizer
+
+    return optimizer.USING_PYTORCH_OPTIMIZER
+
+
+def _stand_in_for_fused_adam(replacements: Replacements) -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from megatron_mixtral.runtime.adam import FusedAdam
+
+    replacements.set(optimizer, "Adam", FusedAdam)
+    replacements.set(distrib_optimizer, "Adam", FusedAdam)
+    replacements.set(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    replacements.set(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+
+
+# -- logging ---------------------------------------------------------------------------------------------
+
+
+def _first_log_keeps_its_sums() -> bool:
+    from megatron.training import training
+
+    return "should_reset = not is_first_iteration" in inspect.getsource(training.training_log)
+
+
+def _log_each_step_by_itself(replacements: Replacements) -> None:
+    from megatron.training import training
+    from megatron.training.global_vars import get_args, get_tensorboard_writer
+
+    original = training.training_log
+
+    @functools.wraps(original)
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        if get_args().log_interval == 1:
+            kwargs["is_first_iteration"] = False
+        result = original(*args, **kwargs)
+        # The engine has no place that is called once a step is logged; a writer that wants to know has this method.
+        finish_step = getattr(get_tensorboard_writer(), "finish_step", None)
+        if finish_step is not None:
+            finish_step()
+        return result
+
+    replacements.set(training, "training_log", training_log)
+
+
+FIXES: tuple[Fix, ...] = (
+    Fix(
+        name="dataset-helpers",
+        symptom="training exits at start: 'Failed to compile the C++ dataset helper functions'",
+        cause="megatron.training runs make in megatron/core/datasets; the wheel has the compiled helper and no Makefile",
+        versions="0.19.2",
+        remove_when="compile_helpers returns without make where helpers_cpp can be imported",
+        needed=_wheel_has_helpers_without_makefile,
+        apply=_skip_compilation,
+    ),
+    Fix(
+        name="fused-adam",
+        symptom="a distributed-optimizer checkpoint cannot be loaded before the first step: 'assert len(steps) == 1'",
+        cause="without transformer-engine and apex the engine takes torch.optim.AdamW, which keeps `step` in each "
+              "parameter's state and creates its state at the first step; the checkpoint code expects FusedAdam's form",
+        versions="0.19.2",
+        remove_when="DistributedOptimizer saves and loads torch.optim.AdamW at step 0",
+        needed=_engine_falls_back_to_torch_adam,
+        apply=_stand_in_for_fused_adam,
+    ),
+)
+
+TRAINING_FIXES: tuple[Fix, ...] = (
+    Fix(
+        name="step-figures",
+        symptom="with --log-interval 1 the second printed 'lm loss' is the mean of the first two steps, and so is its time",
+        cause="training_log prints the first iteration of a run without resetting its running sums",
+        versions="0.19.2",
+        remove_when="training_log resets its sums whenever it prints, and calls something when a step is logged",
+        needed=_first_log_keeps_its_sums,
+        apply=_log_each_step_by_itself,
+    ),
+)
+
+
+def apply(replacements: Replacements, fixes: tuple[Fix, ...] = FIXES) -> list[str]:
+    """Apply every repair of `fixes` that this installation needs; returns their names."""
+    applied = []
+    for fix in fixes:
+        if fix.needed():
+            fix.apply(replacements)
+            applied.append(fix.name)
+    return applied

@@ -1,0 +1,56 @@
+"""Start-up: bring machine and engine into the state in which everything above this room can run."""
+
+import logging
+import os
+from typing import Any
+
+from megatron_mixtral.runtime.backend import Backend, detect
+from megatron_mixtral.runtime.replacements import Replacements
+
+logger = logging.getLogger(__name__)
+
+_state: dict[str, Any] = {}
+
+
+def ready(training: bool = False) -> Backend:
+    """Detect the machine, repair the engine, and stand in for CUDA where no GPU is visible. Call before any engine
+    object is made; a second call returns the first one's answer. With `training` also ready `megatron.training`.
+    Returns the `Backend`; `ConfigError` where more local processes than GPUs were started.
+    """
+    if "backend" not in _state:
+        _ready_core()
+    backend = _state["backend"]
+    if training and "training" not in _state:
+        from megatron_mixtral.runtime import cpu, engine_fixes
+
+        if backend.device == "cpu":
+            cpu.enable_training(_state["replacements"])
+        _state["training"] = engine_fixes.apply(_state["replacements"], engine_fixes.TRAINING_FIXES)
+    return backend
+
+
+def _ready_core() -> None:
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    backend = detect(int(local) if local else None)
+    replacements = Replacements()
+    if backend.device == "cpu":
+        from megatron_mixtral.runtime import cpu
+
+        cpu.enable(replacements)
+    # The order of kernels on the device is what makes the engine's overlap of communication correct before Blackwell;
+    # it asserts this variable, also where there is no device.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron_mixtral.runtime import engine_fixes
+
+    applied = engine_fixes.apply(replacements)
+    _state.update(backend=backend, replacements=replacements)
+    logger.info("running on %s (%s), collectives %s, layers %s, engine repairs: %s", backend.device, backend.reason,
+                backend.collectives, backend.transformer_impl, ", ".join(applied) or "none")
+
+
+def undo() -> None:
+    """Put everything back as `ready()` found it (for tests)."""
+    replacements = _state.pop("replacements", None)
+    _state.clear()
+    if isinstance(replacements, Replacements):
+        replacements.undo()

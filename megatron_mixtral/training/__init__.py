@@ -1,0 +1,1 @@
+"""The training program on `megatron.training`: `pretrain.run(argv)`. Importing this package imports no torch."""

@@ -1,0 +1,233 @@
+"""From a command line to a resolved run: which Mixtral, laid out how, with which engine flags.
+
+Two steps. `resolve()` needs the standard library only and refuses what cannot work within a second, before torch is
+imported or a weight is read. `engine_defaults()` then gives the engine's own parser its defaults, so that scripts do
+not repeat the architecture; `check_contradictions()` refuses a flag that says otherwise.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout, preset
+from megatron_mixtral.errors import ConfigError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Our flags beside the engine's: one declaration gives name, default, type and help."""
+
+    model: str | None = field(default=None, metadata={
+        "help": "preset that gives the architecture: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b"})
+    hf_checkpoint: str | None = field(default=None, metadata={
+        "help": "Hugging Face Mixtral directory to start from, where --load holds no checkpoint yet"})
+    metrics_file: str | None = field(default=None, metadata={
+        "help": "where the figures of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={
+        "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `Flags` to a parser (the engine's extra_args_provider)."""
+    group = parser.add_argument_group("megatron_mixtral")
+    for item in dataclasses.fields(Flags):
+        group.add_argument("--" + item.name.replace("_", "-"), type=str, default=item.default, help=item.metadata["help"])
+    return parser
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known before the engine is imported."""
+
+    flags: Flags
+    config: MixtralConfig
+    layout: ParallelLayout
+    start: str  # where the weights come from, as a sentence for the log
+    load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there
+
+
+def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
+    """Resolve model and layout. Raises `ConfigError` for anything that cannot work."""
+    parser = add_flags(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+                 "context_parallel_size"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=1)
+    for name in ("expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank",
+                 "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers",
+                 "decoder_last_pipeline_num_layers", "seq_length", "max_position_embeddings"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
+    for name in ("load", "pretrained_checkpoint"):
+        parser.add_argument("--" + name.replace("_", "-"), type=str, default=None)
+    known, _ = parser.parse_known_args(argv)
+    flags = Flags(**{item.name: getattr(known, item.name) for item in dataclasses.fields(Flags)})
+    config = _one_config(flags, known)
+    layout = _layout(known, config, int(environ.get("WORLD_SIZE", "1"))).validate(config)
+    if layout.ep == 1 and layout.etp != layout.tp:
+        raise ConfigError(f"--expert-tensor-parallel-size {layout.etp} with --tensor-model-parallel-size {layout.tp} "
+                          "needs --expert-model-parallel-size > 1; otherwise leave it out")
+    if known.seq_length is not None and known.seq_length > config.max_position_embeddings:
+        raise ConfigError(f"--seq-length {known.seq_length} is longer than the model's max_position_embeddings "
+                          f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
+    has_checkpoint = known.load is not None and (Path(known.load) / TRACKER).is_file()
+    load_hf = flags.hf_checkpoint is not None and not has_checkpoint
+    if load_hf and known.pretrained_checkpoint:
+        raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")
+    if has_checkpoint:
+        start = f"checkpoint {known.load}"
+    elif load_hf:
+        start = f"Hugging Face weights {flags.hf_checkpoint}"
+    elif known.pretrained_checkpoint:
+        start = f"checkpoint {known.pretrained_checkpoint}"
+    else:
+        start = "random weights"
+    return Run(flags, config, layout, start, load_hf)
+
+
+_NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")
+
+
+def _one_config(flags: Flags, known: argparse.Namespace) -> MixtralConfig:
+    """The architecture from whatever names one; all that do must agree."""
+    found: list[tuple[str, MixtralConfig]] = []
+    for name in ("load", "pretrained_checkpoint"):
+        directory = getattr(known, name)
+        if directory and (Path(directory) / CONFIG_FILE).is_file():
+            found.append((f"--{name.replace('_', '-')} {directory}", MixtralConfig.from_checkpoint(directory)))
+    if flags.hf_checkpoint:
+        found.append((f"--hf-checkpoint {flags.hf_checkpoint}", MixtralConfig.from_hf_dir(flags.hf_checkpoint)))
+    if flags.model:
+        found.append((f"--model {flags.model}", preset(flags.model)))
+    if not found:
+        raise ConfigError(f"no model is given: expected --model PRESET, --hf-checkpoint DIR, or a --load DIR that holds "
+                          f"{CONFIG_FILE}")
+    (first_name, first), *others = found
+    for other_name, other in others:
+        for item in dataclasses.fields(MixtralConfig):
+            ours, theirs = getattr(first, item.name), getattr(other, item.name)
+            if item.name not in _NOT_COMPUTED and ours != theirs:
+                raise ConfigError(f"{first_name} has {item.name} {ours}, {other_name} has {theirs}: "
+                                  "they are different models; drop the flag that names the wrong one")
+    return first
+
+
+def _layout(known: argparse.Namespace, config: MixtralConfig, world: int) -> ParallelLayout:
+    vpp = known.num_virtual_stages_per_pipeline_rank or 1
+    per_chunk = known.num_layers_per_virtual_pipeline_stage
+    pp = known.pipeline_model_parallel_size
+    if per_chunk is not None:
+        per_stage = config.num_hidden_layers // pp
+        if per_chunk < 1 or per_stage % per_chunk:
+            raise ConfigError(f"--num-layers-per-virtual-pipeline-stage {per_chunk} does not divide the {per_stage} "
+                              f"layers of a pipeline stage ({config.num_hidden_layers} layers / pp {pp})")
+        vpp = per_stage // per_chunk
+    return ParallelLayout(
+        tp=known.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=known.expert_model_parallel_size,
+        etp=known.expert_tensor_parallel_size, cp=known.context_parallel_size, world=world,
+        first=known.decoder_first_pipeline_num_layers, last=known.decoder_last_pipeline_num_layers)
+
+
+# -- the engine's flags ----------------------------------------------------------------------------------
+
+
+def architecture_args(config: MixtralConfig) -> dict[str, Any]:
+    """The engine's argument names (argparse dest) that the architecture fixes; a run may not say otherwise."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "moe_ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": config.head_dim,
+        "num_experts": config.num_local_experts,
+        "moe_layer_freq": 1,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "softmax",
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.rms_norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": config.rope_theta,
+        "rotary_percent": 1.0,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[str, Any]:
+    """Defaults for the engine's parser: the architecture, and choices a user may override by the engine's flags."""
+    config, has_te = run.config, transformer_impl == "transformer_engine"
+    defaults = {
+        **architecture_args(config),
+        "init_method_std": config.initializer_range,
+        "make_vocab_size_divisible_by": 1,
+        # HF pools its balancing loss over all layers and counts each of the top-k choices; the engine adds one loss a
+        # layer, normalised by top-k. Near balance, HF's coefficient c is this per layer (docs/training.md).
+        "moe_aux_loss_coeff": config.router_aux_loss_coef * config.num_experts_per_tok / config.num_hidden_layers,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": has_te,
+        "transformer_impl": transformer_impl,
+        "distributed_backend": collectives,
+        # The engine's MoE layer refuses tensor parallelism without sequence parallelism.
+        "sequence_parallel": run.layout.tp > 1,
+        # Checkpoints that continue on any layout; rank directories are recognised when loading.
+        "ckpt_format": "torch_dist",
+        "auto_detect_ckpt_format": True,
+        "dist_ckpt_optim_fully_reshardable": True,
+        # Every key must match: the engine's own default lets a checkpoint lack or have tensors more.
+        "dist_ckpt_strictness": "raise_all",
+        "create_attention_mask_in_dataloader": False,
+        "eval_interval": 1000,  # the engine divides by it and has no default
+        # Data sets hold tokens; only the vocabulary's size and the end-of-document token matter here.
+        "tokenizer_type": "NullTokenizer",
+        "null_tokenizer_eod_id": config.eos_token_id,
+    }
+    if not has_te:
+        defaults.update(masked_softmax_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False,
+                        no_persist_layer_norm=True)
+    if collectives == "gloo":
+        # Worker processes of the loader would be forked copies of each rank; a laptop has better uses for the memory.
+        defaults.update(num_workers=0)
+    return defaults
+
+
+_FLAG_OF = {"layernorm_epsilon": "--norm-epsilon", "add_bias_linear": "--disable-bias-linear"}
+
+
+def check_contradictions(args: argparse.Namespace, config: MixtralConfig) -> None:
+    """`ConfigError` where a flag was given that makes another model than the run's."""
+    for name, expected in architecture_args(config).items():
+        found = getattr(args, name)
+        same = tuple(found) == expected if name == "window_size" and found is not None else found == expected
+        if not same:
+            flag = _FLAG_OF.get(name, "--" + name.replace("_", "-"))
+            raise ConfigError(f"{flag} {found} contradicts the model's {name} {expected}: drop the flag; the "
+                              "architecture comes from the checkpoint or from --model")
+
+
+def strip_tokenizer(argv: list[str]) -> list[str]:
+    """Drop `--tokenizer-type X`: training loads no tokenizer, and the engine does not know the names of our tools."""
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == "--tokenizer-type":
+            skip = True
+        elif not word.startswith("--tokenizer-type="):
+            kept.append(word)
+    return kept

@@ -1,0 +1,168 @@
+"""The pretraining program: providers, forward step, one call of the engine. `tools/pretrain_mixtral.py` runs it."""
+
+import logging
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.training import arguments
+from megatron_mixtral.training.arguments import Run
+
+logger = logging.getLogger(__name__)
+
+
+def run(argv: list[str]) -> None:
+    """Train as the command line says. `MixtralError` before the first step for whatever can be known before it."""
+    resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
+    from megatron_mixtral import runtime
+
+    backend = runtime.ready(training=True)
+    args = _engine_args(resolved, argv, backend)
+    if args.rank == 0:
+        logger.info("%s on %s: %.1f M parameters, %.1f M active; start: %s; %s, %s collectives (%s)",
+                    "Mixtral", resolved.layout, resolved.config.total_parameters / 1e6,
+                    resolved.config.active_parameters / 1e6, resolved.start, backend.device, backend.collectives,
+                    backend.reason)
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_mixtral.training import checkpoint
+
+    if args.save and args.rank == 0:
+        checkpoint.write_identity(Path(args.save), resolved.config)
+    _install_writer(resolved, args)
+    datasets = partial(_datasets, resolved, args)
+    datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
+        container = pretrain_cfg_container_from_args(args)
+    pretrain(container, datasets, ModelType.encoder_or_decoder, _forward_step,
+             model_provider=partial(_model, resolved, args))
+
+
+def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
+    """The engine's arguments, parsed, validated and made the engine's global ones."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    defaults = arguments.engine_defaults(resolved, backend.transformer_impl, backend.collectives)
+
+    def extra(parser: Any) -> Any:
+        arguments.add_flags(parser)
+        parser.set_defaults(**defaults)
+        return parser
+
+    saved, sys.argv = sys.argv, [sys.argv[0], *arguments.strip_tokenizer(argv)]
+    try:
+        args = parse_and_validate_args(extra)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"megatron-core refuses these flags: {error or 'see the traceback with --help'}") from error
+    finally:
+        sys.argv = saved
+    arguments.check_contradictions(args, resolved.config)
+    return args
+
+
+def _install_writer(resolved: Run, args: Namespace) -> None:
+    """Stand our writer in the engine's place for TensorBoard's, on the rank that logs."""
+    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+    from megatron.training import get_tensorboard_writer, get_timers, global_vars
+
+    from megatron_mixtral.training.metrics import StepClock, StepWriter
+
+    if args.rank != args.world_size - 1:
+        return
+    path = args.metrics_file or (args.save and str(Path(args.save) / "metrics.jsonl"))
+    clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)
+    global_vars._GLOBAL_TENSORBOARD_WRITER = StepWriter(
+        resolved.config, seq_length=args.seq_length, global_batch_size=get_current_running_global_batch_size,
+        devices=args.world_size, train_iters=args.train_iters, lap=clock.lap,
+        consumed_samples=lambda: args.consumed_train_samples, path=Path(path) if path else None,
+        inner=get_tensorboard_writer())
+
+
+# -- providers -------------------------------------------------------------------------------------------
+
+
+def _model(resolved: Run, args: Namespace, pre_process: bool = True, post_process: bool = True,
+           vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
+    """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from megatron_mixtral.model import build
+    from megatron_mixtral.training import checkpoint
+
+    model = build(resolved.config, config or core_transformer_config_from_args(args),
+                  max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
+                  pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+    if resolved.load_hf:
+        checkpoint.load_hf(model, resolved.flags.hf_checkpoint, resolved.layout.coord_of(args.rank), resolved.layout,
+                           chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+    return model
+
+
+def _datasets(resolved: Run, args: Namespace, samples: Any, vp_stage: int | None = None) -> Any:
+    """The engine's datasets provider. First and last pipeline stage read, each tensor-parallel rank for itself: the
+    files are memory-mapped, so this costs less than a broadcast of every batch.
+    """
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    from megatron_mixtral.data import pretrain as data
+
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    blend = data.blend_of(args.data_path)
+    blends = [data.blend_of(words) for words in per_split] if any(per_split) else None
+    prefixes = [prefix for one in (blends or [blend]) if one is not None for prefix in one[0]]
+    data.check_vocabulary(prefixes, resolved.config.vocab_size)
+    return data.build(
+        samples, tokenizer=get_tokenizer(), seq_length=args.seq_length, seed=args.seed, blend=blend,
+        blend_per_split=blends, split=args.split if blends is None else None, cache=args.data_cache_path,
+        is_built_on_rank=lambda: is_first_or_last_pipeline_stage(vp_stage),
+        reset_position_ids=args.reset_position_ids, reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss, mmap_bin_files=args.mmap_bin_files,
+        num_dataset_builder_threads=args.num_dataset_builder_threads)
+
+
+# -- one micro-batch -------------------------------------------------------------------------------------
+
+_BATCH = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def _batch(data_iterator: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, Any]:
+    """The next micro-batch on this rank's device: each [micro_batch, sequence], or None in the middle stages."""
+    import torch
+    from megatron.core import mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    if data_iterator is None or not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(_BATCH)
+    sample = next(data_iterator)
+    batch = {name: sample[name].to(torch.cuda.current_device(), non_blocking=True) for name in _BATCH}
+    if mpu.get_context_parallel_world_size() > 1:
+        batch = get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, is_hybrid_cp=False,
+                                          cp_group=mpu.get_context_parallel_group())
+    return batch
+
+
+def _forward_step(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> tuple[Any, Any]:
+    """The engine's forward step: (token losses or hidden states, the function that makes the loss of them)."""
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    from megatron_mixtral.training.loss import masked_sum
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(masked_sum, loss_mask_bs=batch["loss_mask"])
