@@ -92,22 +92,29 @@ env_find_uv() {
     fi
 }
 
-# What the installation depends on. The root is in it because an environment holds absolute paths.
+# What the installation depends on: the place, because an environment holds absolute paths, then the files; of
+# pyproject.toml only what comes before the settings of the tools.
 env_fingerprint() {
     cd "$MIXTRAL_ROOT" || return 1
     printf '%s\n' "$MIXTRAL_ROOT"
-    cksum setup.py pyproject.toml constraints.txt
+    sed '/^\[tool/,$d' pyproject.toml | cat - setup.py constraints.txt | cksum
 }
 
-# Whether the environment $1 is complete, starts, fits the tree, and is built on PYTHON where that is given.
-env_is_ready() {
+# Whether the environment $1 was completed for this tree, starts, and is built on PYTHON where that is given.
+env_is_complete() {
     local prefix='import sys; print(sys.base_prefix)' built_on
-    [[ -f "$1/megatron_mixtral.stamp" ]] && built_on="$("$1/bin/python" -c "$prefix" 2>/dev/null)" &&
-        [[ "$(cat "$1/megatron_mixtral.stamp")" == "$(env_fingerprint)" ]] &&
+    [[ -f "$1/megatron_mixtral.stamp" && "$(head -n 1 "$1/megatron_mixtral.stamp")" == "$MIXTRAL_ROOT" ]] &&
+        built_on="$("$1/bin/python" -c "$prefix" 2>/dev/null)" &&
         [[ -z "${PYTHON:-}" || "$built_on" == "$("$PYTHON" -c "$prefix" 2>/dev/null)" ]]
 }
 
-# Makes the environment $1 from nothing. The stamp comes last, so that an interrupted installation is started again.
+# Whether it is, besides, up to date.
+env_is_ready() {
+    env_is_complete "$1" && [[ "$(cat "$1/megatron_mixtral.stamp")" == "$(env_fingerprint)" ]]
+}
+
+# Makes the environment $1, from nothing unless a complete one only needs other packages.
+# The stamp comes last, so that an interrupted installation is started again.
 env_build() {
     local venv="$1" python uv began=$SECONDS
     if [[ -e "$venv" && ! -e "$venv/megatron_mixtral.owner" ]]; then
@@ -116,26 +123,43 @@ env_build() {
     fi
     python="$(env_find_python)" || return 1
     uv="$(env_find_uv "$python" "$venv")"
-    env_say "making $venv with $("$python" --version) ($python) and ${uv:-venv + pip}; this happens once"
-    rm -rf "$venv"
-    mkdir -p "$venv"
-    touch "$venv/megatron_mixtral.owner"
-    if [[ -n "$uv" ]]; then
-        "$uv" venv --quiet --allow-existing --python "$python" "$venv" || return 1
-        "$uv" pip install --python "$venv/bin/python" -c "$MIXTRAL_ROOT/constraints.txt" \
-            -e "${MIXTRAL_ROOT}[dev]" || return 1
+    if env_is_complete "$venv"; then
+        env_say "bringing $venv up to date"
+        rm "$venv/megatron_mixtral.stamp"
     else
-        "$python" -m venv "$venv" ||
-            env_fail "$python cannot make environments: install its venv module (python3.12-venv) or uv." || return 1
-        "$venv/bin/python" -m pip install --disable-pip-version-check -c "$MIXTRAL_ROOT/constraints.txt" \
-            -e "${MIXTRAL_ROOT}[dev]" || return 1
+        env_say "making $venv with $("$python" --version) ($python) and ${uv:-venv + pip}; this happens once"
+        rm -rf "$venv"
+        mkdir -p "$venv"
+        touch "$venv/megatron_mixtral.owner"
+        env_make_venv "$venv" "$python" "$uv" || return 1
     fi
+    env_install "$venv" "$uv" || return 1
     # Four ranks that start at once would each compile the same files otherwise.
     env_say "compiling bytecode"
     "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages/{torch,transformers,megatron} \
         >/dev/null 2>&1 || true
     env_fingerprint >"$venv/megatron_mixtral.stamp"
     env_say "ready after $((SECONDS - began)) s"
+}
+
+env_make_venv() {
+    local venv="$1" python="$2" uv="$3"
+    if [[ -n "$uv" ]]; then
+        "$uv" venv --quiet --allow-existing --python "$python" "$venv"
+    else
+        "$python" -m venv "$venv" ||
+            env_fail "$python cannot make environments: install its venv module (python3.12-venv) or uv."
+    fi
+}
+
+env_install() {
+    local venv="$1" uv="$2" pip
+    if [[ -n "$uv" ]]; then
+        pip=("$uv" pip install --python "$venv/bin/python")
+    else
+        pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
+    fi
+    "${pip[@]}" -c "$MIXTRAL_ROOT/constraints.txt" -e "${MIXTRAL_ROOT}[dev]"
 }
 
 # Builds under a lock: of two starts at the same moment, the second waits and then finds the stamp.
