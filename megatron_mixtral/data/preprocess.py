@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,7 +68,9 @@ def preprocess(options: Options) -> dict[str, Any]:
         for writer in writers.values():
             stack.callback(writer.close)
         progress = Progress(total, options.log_interval)
-        account = collect(chunks, run_chunks(chunks, job, options.workers), job, writers, progress)
+        # Closed at once on any error: the workers must be gone before the scratch directory goes.
+        with closing(run_chunks(chunks, job, options.workers)) as results:
+            account = collect(chunks, results, job, writers, progress)
         account.check(inputs, {key: (writer.documents, writer.tokens) for key, writer in writers.items()})
         for writer in writers.values():
             writer.finish()
@@ -190,16 +192,19 @@ def _log_left_out(account: Account, report_path: Path) -> None:
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """`tools/preprocess_data.py`: 0 when all is written and accounted for, 1 for an error, 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
         preprocess(parse_flags(argv, environ or {}))
     except (MixtralError, OSError) as error:
         logger.error("error: %s", error)
         return 1
     except KeyboardInterrupt:
-        logger.error("interrupted: nothing is left under the output's name")
+        logger.error("interrupted: this run leaves nothing under the output's name")
         return 130
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
     return 0
 
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -146,7 +146,7 @@ class _PartWriter:
         self._lengths.close()
 
 
-def run_chunks(chunks: Sequence[Chunk], job: Job, workers: int) -> Iterator[ChunkResult]:
+def run_chunks(chunks: Sequence[Chunk], job: Job, workers: int) -> Generator[ChunkResult, None, None]:
     """The result of every chunk, in the order in which they end; in this process when `workers` is 1.
 
     Raises:
