@@ -62,6 +62,10 @@ def transformer_config(config: MixtralConfig, layout: ParallelLayout, dtype: tor
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "context_parallel_size": layout.cp,
+        # Interleaved stages: with pp 2 both neighbours are one rank, and batched sends would be paired with the wrong
+        # receives (megatron.training asserts this; here nothing else would).
+        "overlap_p2p_comm": layout.vpp > 1,
+        "batch_p2p_comm": layout.vpp == 1,
         "sequence_parallel": layout.tp > 1,
         **stages,
         "params_dtype": dtype,

@@ -11,6 +11,7 @@ accelerator API (torch.accelerator) instead of torch.cuda; `tests/unit/test_runt
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import time
 from types import SimpleNamespace
@@ -58,6 +59,8 @@ def _enable_engine(replacements: Replacements) -> None:
 
     replacements.set(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     replacements.set(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    # It warns at every initialised weight that the CPU generator moved under the CUDA one; here they are one.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def enable_training(replacements: Replacements) -> None:

@@ -18,7 +18,7 @@ class TensorSlice:
     """One tensor to be stored: `pieces` joined, and of the result units [start, start + length) of the shard dim.
 
     `view` is the local view, of which `shape` is the stored form. Of `length`, the last `padding` units lie beyond
-    the Hugging Face tensor (padded vocabulary) and are zero.
+    the Hugging Face tensor (padded vocabulary) and are zero. `aliases` are its names in the transformer-engine specs.
     """
 
     name: str

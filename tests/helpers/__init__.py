@@ -1,0 +1,1 @@
+"""What several tests share: ranks on this machine, small models, real text."""
