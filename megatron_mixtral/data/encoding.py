@@ -34,7 +34,7 @@ def special_tokens(tokenizer: Tokenizer, prepend_bod: bool, append_eod: bool) ->
     ):
         if wanted and token_id is None:
             raise ConfigError(
-                f"{flag} needs a {key}, and {tokenizer.path} has none. Declare {key} in tokenizer_config.json beside "
+                f"{flag} needs the {key}, and {tokenizer.path} has none. Declare {key} in tokenizer_config.json beside "
                 f"it, or leave the flag out."
             )
     return SpecialTokens(tokenizer.bos_id if prepend_bod else None, tokenizer.eos_id if append_eod else None)

@@ -1,0 +1,215 @@
+"""`tools/preprocess_data.py` as users type it: from a clone, without installation, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from helpers.corpus import python_sources, write_jsonl
+
+from megatron_mixtral.data.hf_tokenizer import write_hf_tokenizer
+from megatron_mixtral.data.tokenizer import mixtral_tokenizer_path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIME_LIMIT = 120  # generous: a hang is what it is for
+
+
+def environment(**variables):
+    """Without PYTHONPATH, so that the tool has to find the library itself."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MIXTRAL_HUGGINGFACE_PATH")}
+    return {**kept, **{key: str(value) for key, value in variables.items()}}
+
+
+def bash(command, **variables):
+    """Runs a command of the documentation as it is written, from the root of the clone."""
+    python = str(Path(sys.executable).parent)
+    variables = environment(**variables)
+    variables["PATH"] = f"{python}:{variables['PATH']}"
+    return subprocess.run(
+        ["bash", "-euc", command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIME_LIMIT
+    )
+
+
+def tool(*flags, **variables):
+    command = [sys.executable, "tools/preprocess_data.py", *map(str, flags)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=TIME_LIMIT
+    )
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".idx")}
+
+
+def flat_ids(base):
+    index = base.with_name(base.name + ".idx").read_bytes()
+    lengths = np.frombuffer(index, dtype="<i4", count=int.from_bytes(index[18:26], "little"), offset=34)
+    return np.fromfile(f"{base}.bin", dtype="<u2"), lengths
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """1,000 real documents in a folder of three files, and their ids by sentencepiece, each with EOS."""
+    texts = python_sources(1000)
+    root = tmp_path_factory.mktemp("data")
+    for number, (start, end) in enumerate([(0, 400), (400, 800), (800, 1000)]):
+        write_jsonl(root / "common_crawl" / f"{(0, 2, 10)[number]}.jsonl", texts[start:end])
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(mixtral_tokenizer_path()))
+    return root, [[*reference.encode(text), 2] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "Mixtral-8x7B"
+    write_hf_tokenizer(path)
+    return path
+
+
+FOLDER_COMMAND = r"""
+python tools/preprocess_data.py \
+       --input $DATA_ROOT_DIR/common_crawl \
+       --output-prefix $ENCODED_DATA_ROOT_DIR/common_crawl \
+       --json_keys text \
+       --dataset-impl mmap \
+       --tokenizer-type PretrainedTokenizerFromHF \
+       --tokenizer-model  \
+       --append-eod \
+       --workers 8
+"""
+
+FILE_COMMAND = r"""
+python ./tools/preprocess_data.py \
+    --input $DATASET/2.jsonl \
+    --output-prefix $OUT/alpaca \
+    --tokenizer-type PretrainedFromHF \
+    --tokenizer-name-or-path $MODEL/ \
+    --append-eod \
+    --tokenizer-not-use-fast \
+    --workers 4
+"""
+
+
+def test_folder_command_and_any_number_of_workers(corpus, tmp_path):
+    root, expected = corpus
+    done = bash(FOLDER_COMMAND, DATA_ROOT_DIR=root, ENCODED_DATA_ROOT_DIR=tmp_path / "encoded")
+    assert done.returncode == 0, done.stderr
+    assert "using the Mixtral-8x7B-v0.1 tokenizer of mistral-common" in done.stderr
+    ids, lengths = flat_ids(tmp_path / "encoded" / "common_crawl_text_document")
+    assert lengths.tolist() == [len(document) for document in expected]
+    assert np.array_equal(ids, np.concatenate(expected))
+    for workers in (1, 2, 3):
+        flags = ["--input", root / "common_crawl", "--output-prefix", tmp_path / str(workers) / "common_crawl"]
+        model = ["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", mixtral_tokenizer_path()]
+        assert tool(*flags, *model, "--append-eod", "--workers", workers).returncode == 0
+        assert files(tmp_path / str(workers)) == files(tmp_path / "encoded")
+
+
+def test_file_command_with_a_hf_folder(corpus, hf_folder, tmp_path):
+    root, expected = corpus
+    done = bash(FILE_COMMAND, DATASET=root / "common_crawl", MODEL=hf_folder, OUT=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ids, lengths = flat_ids(tmp_path / "alpaca_text_document")
+    assert np.array_equal(ids, np.concatenate(expected[400:800])) and len(lengths) == 400
+    report = json.loads((tmp_path / "alpaca.report.json").read_text())
+    assert report["tokenizer"]["name"] == "tokenizers:tokenizer.json"
+
+
+def test_the_engine_reads_the_result(corpus, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    root, expected = corpus
+    flags = ["--input", root / "common_crawl" / "10.jsonl", "--output-prefix", tmp_path / "set", "--workers", 2]
+    assert tool(*flags, "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod").returncode == 0
+    dataset = IndexedDataset(str(tmp_path / "set_text_document"))
+    assert len(dataset) == 200
+    for index in (0, 57, 199):
+        assert dataset[index].tolist() == expected[800 + index]
+
+
+def test_the_folder_of_the_environment(corpus, hf_folder, tmp_path):
+    root, _ = corpus
+    flags = ["--input", root / "common_crawl" / "10.jsonl", "--output-prefix", tmp_path / "set", "--workers", 1]
+    done = tool(*flags, "--tokenizer-type", "PretrainedFromHF", MIXTRAL_HUGGINGFACE_PATH=hf_folder)
+    assert done.returncode == 0 and f"using MIXTRAL_HUGGINGFACE_PATH, {hf_folder}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("workers", "line"),
+    [(2, b'{"text": "cut'), (3, b'{"text": "\xff"}'), (1, b'{"content": "x"}'), (2, b"\xef\xbb\xbf{}")],
+    ids=["bad_json", "bad_utf8", "missing_key", "bom"],
+)
+def test_a_bad_line_ends_the_run_with_its_place(tmp_path, workers, line):
+    good = [b'{"text": "%s"}\n' % (b"word " * 400) for _ in range(300)]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"".join([*good[:211], line + b"\n", *good[211:]]))
+    flags = ["--input", path, "--output-prefix", tmp_path / "out" / "set", "--workers", workers]
+    done = tool(*flags, "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod")
+    assert done.returncode == 1 and f"error: {path}:212: " in done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def start(tmp_path, workers=2):
+    """A run that takes a while, and its process after the workers have begun to write."""
+    path = write_jsonl(tmp_path / "x.jsonl", python_sources(1000))
+    command = [sys.executable, "tools/preprocess_data.py", "--input", path, "--output-prefix", tmp_path / "out" / "set",
+               "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod", "--workers", str(workers)]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + TIME_LIMIT
+    while not list((tmp_path / "out").glob(".set.preprocess/part-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    return process
+
+
+def children(pid):
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        # multiprocessing's resource tracker is a child too; workers are the ones that run our code.
+        if int(fields[1]) == pid and b"spawn_main" in (entry.parent / "cmdline").read_bytes():
+            found.append(int(entry.parent.name))
+    return found
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes by /proc")
+
+
+@needs_proc
+def test_a_worker_that_dies_is_an_error_at_once(tmp_path):
+    process = start(tmp_path)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=TIME_LIMIT)
+    assert process.returncode == 1 and "A worker process died (signal 9 (SIGKILL))" in errors
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@needs_proc
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_nothing_under_the_final_name(tmp_path, how):
+    process = start(tmp_path)
+    helpers = children(process.pid)
+    process.send_signal(how)
+    process.communicate(timeout=TIME_LIMIT)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    visible = [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
+    assert visible == []
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{helper}").exists() for helper in helpers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [helper for helper in helpers if Path(f"/proc/{helper}").exists()], "workers outlive the run"
+
+
+def test_help_starts_quickly_and_refusals_have_no_traceback(tmp_path):
+    assert "--tokenizer-type" in tool("--help").stdout
+    done = tool("--input", tmp_path / "none", "--output-prefix", tmp_path / "x", "--tokenizer-type", "PretrainedFromHF")
+    assert done.returncode == 1 and "does not exist" in done.stderr and "Traceback" not in done.stderr
+    assert tool("--input", "x").returncode == 2
