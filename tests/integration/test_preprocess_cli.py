@@ -56,7 +56,7 @@ def flat_ids(base):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """1,000 real documents in a folder of three files, and their ids by sentencepiece, each with EOS."""
-    texts = python_sources(1000)
+    texts = python_sources(1000, largest=12_000)
     root = tmp_path_factory.mktemp("data")
     for number, (start, end) in enumerate([(0, 400), (400, 800), (800, 1000)]):
         write_jsonl(root / "common_crawl" / f"{(0, 2, 10)[number]}.jsonl", texts[start:end])
@@ -95,7 +95,7 @@ python ./tools/preprocess_data.py \
 """
 
 
-def test_folder_command_and_any_number_of_workers(corpus, tmp_path):
+def test_folder_command(corpus, tmp_path):
     root, expected = corpus
     done = bash(FOLDER_COMMAND, DATA_ROOT_DIR=root, ENCODED_DATA_ROOT_DIR=tmp_path / "encoded")
     assert done.returncode == 0, done.stderr
@@ -103,11 +103,20 @@ def test_folder_command_and_any_number_of_workers(corpus, tmp_path):
     ids, lengths = flat_ids(tmp_path / "encoded" / "common_crawl_text_document")
     assert lengths.tolist() == [len(document) for document in expected]
     assert np.array_equal(ids, np.concatenate(expected))
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
+    texts = python_sources(160, largest=12_000)
+    for number in range(4):
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", texts[40 * number : 40 * number + 40])
+    model = ["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", mixtral_tokenizer_path()]
+    found = {}
     for workers in (1, 2, 3):
-        flags = ["--input", root / "common_crawl", "--output-prefix", tmp_path / str(workers) / "common_crawl"]
-        model = ["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", mixtral_tokenizer_path()]
-        assert tool(*flags, *model, "--append-eod", "--workers", workers).returncode == 0
-        assert files(tmp_path / str(workers)) == files(tmp_path / "encoded")
+        output = tmp_path / str(workers)
+        flags = ["--input", tmp_path / "in", "--output-prefix", output / "set", "--workers", workers]
+        assert tool(*flags, *model, "--append-eod").returncode == 0
+        found[workers] = files(output)
+    assert len(found[1]) == 2 and found[1] == found[2] == found[3]
 
 
 def test_file_command_with_a_hf_folder(corpus, hf_folder, tmp_path):
@@ -156,7 +165,7 @@ def test_a_bad_line_ends_the_run_with_its_place(tmp_path, workers, line):
 
 def start(tmp_path, workers=2):
     """A run that takes a while, and its process after the workers have begun to write."""
-    path = write_jsonl(tmp_path / "x.jsonl", python_sources(1000))
+    path = write_jsonl(tmp_path / "x.jsonl", python_sources(600))
     command = [sys.executable, "tools/preprocess_data.py", "--input", path, "--output-prefix", tmp_path / "out" / "set",
                "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod", "--workers", str(workers)]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
