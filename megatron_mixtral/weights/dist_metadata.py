@@ -1,0 +1,156 @@
+"""The `.metadata` of a distributed checkpoint, read without torch.distributed and without running what is in it.
+
+The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. A restricted unpickler maps the classes that
+belong there to inert records and refuses every other global by name.
+"""
+
+import collections
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.rules import Shape
+
+METADATA_FILE = ".metadata"
+
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    "torch.distributed._shard.sharded_tensor.metadata": ("TensorProperties", "MEM_FORMAT_ENCODING"),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}
+
+
+class Record:
+    """An object of the pickle: its attributes, or its arguments, and nothing else."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(data))
+        self.where = where
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _RECORDS.get(module, ()):
+            return Record
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, torch.dtype) or found is torch.Size:
+            return found
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise CheckpointError(f"{self.where} wants the global {module}.{name}, which a checkpoint's metadata has no "
+                              "use for; it was not loaded and nothing in it was run")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise CheckpointError(f"{self.where} refers to an object outside of itself")
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where an entry lies: bytes [offset, offset + length) of a file."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """One stored box of a tensor: its place in the whole, its shape, and where its bytes are."""
+
+    offsets: Shape
+    sizes: Shape
+    region: Region
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint, of global shape `size`, in chunks."""
+
+    size: Shape
+    dtype: torch.dtype
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a distributed checkpoint holds: tensors and pickled objects, by key."""
+
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, Region]
+
+
+def read_contents(directory: Path) -> Contents:
+    """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""
+    path = directory / METADATA_FILE
+    try:
+        metadata = _Unpickler(path.read_bytes(), str(path)).load()
+        regions = {(index.fqn, _offset(index)): info for index, info in metadata.storage_data.items()}
+        entries = dict(metadata.state_dict_metadata)
+        tensors, objects = {}, {}
+        for key, entry in entries.items():
+            if hasattr(entry, "chunks"):
+                tensors[key] = _tensor(key, entry, regions, directory)
+            else:
+                objects[key] = _region(key, regions[key, None], directory)
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError, IndexError, OSError,
+            MemoryError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as the metadata of a distributed checkpoint: "
+                              f"{type(error).__name__} {error}") from None
+    return Contents(tensors, objects)
+
+
+def _offset(index: Any) -> Shape | None:
+    offset = getattr(index, "offset", None)
+    return None if offset is None else tuple(offset)
+
+
+def _tensor(key: str, entry: Any, regions: dict[tuple[str, Shape | None], Any], directory: Path) -> StoredTensor:
+    chunks = []
+    for chunk in entry.chunks:
+        offsets = tuple(chunk.offsets)
+        if (key, offsets) not in regions:
+            raise CheckpointError(f"{directory / METADATA_FILE}: the chunk of {key} at {offsets} is stored nowhere")
+        chunks.append(StoredChunk(offsets, tuple(chunk.sizes), _region(key, regions[key, offsets], directory)))
+    properties = entry.properties
+    dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{directory / METADATA_FILE}: {key} has no type")
+    return StoredTensor(tuple(entry.size), dtype, tuple(chunks))
+
+
+def _region(key: str, info: Any, directory: Path) -> Region:
+    name = info.relative_path
+    if not isinstance(name, str) or PurePath(name).name != name:
+        raise CheckpointError(f"{directory / METADATA_FILE}: {key} points to {name!r}, expected a file name in the "
+                              "same folder")
+    path = directory / name
+    if not path.is_file():
+        raise CheckpointError(f"{directory / METADATA_FILE}: {key} is in {name}, which does not exist")
+    if getattr(info, "transform_descriptors", None):
+        raise CheckpointError(f"{path}: {key} is stored with transforms {info.transform_descriptors}, which are not "
+                              "supported")
+    if info.offset < 0 or info.length <= 0 or info.offset + info.length > path.stat().st_size:
+        raise CheckpointError(f"{path}: {key} should lie at bytes {info.offset} to {info.offset + info.length}, but "
+                              f"the file has {path.stat().st_size}; it is truncated or of another checkpoint")
+    return Region(path, info.offset, info.length)
