@@ -74,8 +74,6 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: torch.dtype | None
             report.files.append(file.path)
         sink.finish(root, _unique([*companions, *source.companions()]))
     report.seconds = time.monotonic() - started
-    if report.left_behind:
-        logger.warning("left behind (only weights are converted): %s", ", ".join(report.left_behind))
     return report
 
 

@@ -1,5 +1,6 @@
 """Small Hugging Face Mixtrals with every parameter random, norms included, so that a forgotten tensor shows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,38 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             value = 1 + 0.3 * noise if parameter.dim() == 1 else 0.1 * noise
             parameter.copy_(value)
+
+
+def random_hf_directory(directory: Path, config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A Hugging Face directory of a `MixtralConfig` with random tensors, made without `transformers` (milliseconds)."""
+    from safetensors.torch import save_file
+
+    from megatron_mixtral.weights.rules import hf_tensors
+
+    generator = torch.Generator().manual_seed(seed)
+    directory.mkdir(parents=True)
+    save_file({name: torch.randn(tensor.shape, generator=generator).to(dtype)
+               for name, tensor in hf_tensors(config).items()}, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config.to_hf_dict(str(dtype).removeprefix("torch."))))
+    return directory
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory's safetensors files."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            assert name not in found, f"{name} is in two files"
+            found[name] = tensor
+    return found
+
+
+def assert_same_weights(directory: Path, other: Path) -> None:
+    """Same names, types and bits in two Hugging Face directories."""
+    ours, theirs = tensors_of(directory), tensors_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
