@@ -206,7 +206,7 @@ class RankDirSource:
             data, where = copies[0]
             if self.compare_copies and tensor.name not in self._compared:
                 for other, elsewhere in copies[1:]:
-                    if not torch.equal(data, other):
+                    if not _same_bits(data, other):
                         raise CheckpointError(f"{tensor.name}: {where} and {elsewhere} hold different values of the "
                                               "same weights")
             found.append(Fragment(start, length, data, where))
@@ -216,3 +216,9 @@ class RankDirSource:
     def companions(self) -> list[Path]:
         """Tokenizer and generation files that a conversion put beside the weights."""
         return companions_of(self.root)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit: a NaN equals itself, and a wider type is another tensor."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))

@@ -34,6 +34,7 @@ _ENGINE_CLASSES = (
     "megatron.core.transformer.enums.CudaGraphScope",
     "megatron.core.transformer.enums.InferenceCudaGraphScope",
 )
+_ZIP = b"PK\x03\x04"
 
 
 class EngineValue:
@@ -75,14 +76,23 @@ def named_errors(where: str) -> Iterator[None]:
         if wanted:
             raise CheckpointError(f"{where} wants the global {wanted[1]}, which weights have no use for; it was not "
                                   "loaded and nothing in it was run") from None
-        raise CheckpointError(f"{where} cannot be unpickled: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{where} is not a whole torch file: its pickle is damaged") from None
     except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{where} is not a whole torch file: {text}") from None
 
 
+def _need_archive(stream: BinaryIO, where: str) -> None:
+    """Refuse what is no zip archive: torch would try it as a bare pickle, which nothing has been saved as for years."""
+    if stream.read(len(_ZIP)) != _ZIP:
+        raise CheckpointError(f"{where} is not a whole torch file: it does not begin as an archive")
+    stream.seek(0)
+
+
 def load(path: Path) -> Any:
     """The contents of a `torch.save` file, tensors memory-mapped. Raises `CheckpointError` naming the file."""
+    with named_errors(str(path)), open(path, "rb") as stream:
+        _need_archive(stream, str(path))
     with named_errors(str(path)), torch.serialization.safe_globals(allowed_globals()):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
@@ -90,4 +100,5 @@ def load(path: Path) -> Any:
 def load_shape(stream: BinaryIO, where: str) -> Any:
     """The contents of a `torch.save` stream with tensors of the meta device: no tensor data is read."""
     with named_errors(where), torch.serialization.safe_globals(allowed_globals()):
+        _need_archive(stream, where)
         return torch.load(stream, map_location="meta", weights_only=True)
