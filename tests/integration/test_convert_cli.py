@@ -1,0 +1,218 @@
+"""The conversion commands as users type them, and what they say when something is wrong."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import assert_same_weights, random_hf_directory, tiny_hf_mixtral
+
+from megatron_mixtral.config import MixtralConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = MixtralConfig(vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=8,
+                      num_attention_heads=8, num_key_value_heads=8, head_dim=2, num_local_experts=8)
+
+
+def program(name: str):
+    """The `main` of a program in tools/checkpoint."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "checkpoint" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+util, to_hf = program("util"), program("convert_megatron_to_hf_mixtral")
+
+
+def type_in(folder: Path, command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command in a folder that has the clone's `tools`, as a shell would."""
+    if not (folder / "tools").exists():
+        (folder / "tools").symlink_to(ROOT / "tools")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, check=False)
+
+
+def succeed(folder: Path, command: str, **variables: str) -> str:
+    done = type_in(folder, command, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny Mixtral with 8 layers, 8 experts, 8 query groups and the real tokenizer."""
+    hf = random_hf_directory(tmp_path_factory.mktemp("model") / "Mixtral-8x7B", MODEL, torch.bfloat16)
+    shutil.copyfile(str(files("mistral_common") / "data" / "tokenizer.model.v1"), hf / "tokenizer.model")
+    (hf / "generation_config.json").write_text('{"eos_token_id": 2}')
+    return hf
+
+
+def test_import_reshard_and_export_as_documented_for_tp1_pp8_ep2(model, tmp_path):
+    hf = Path(shutil.copytree(model, tmp_path / "model_from_hf" / "Mixtral-8x7B"))
+    succeed(tmp_path, """python tools/checkpoint/util.py \\
+        --model-type GPT \\
+        --loader mixtral_hf \\
+        --saver mixtral \\
+        --load-dir ./model_from_hf/Mixtral-8x7B/ \\
+        --save-dir ./model_weights/Mixtral-8x7B-v0.1-tp1-pp8-ep2/ \\
+        --tokenizer-model ./model_from_hf/Mixtral-8x7B/tokenizer.model \\
+        --target-tensor-parallel-size 1 \\
+        --target-pipeline-parallel-size 8 \\
+        --target-expert-parallel-size 2 """)
+    weights = tmp_path / "model_weights" / "Mixtral-8x7B-v0.1-tp1-pp8-ep2"
+    assert len(list(weights.glob("release/mp_rank_00_00?_00?/model_optim_rng.pt"))) == 16
+    assert (weights / "tokenizer.model").read_bytes() == (hf / "tokenizer.model").read_bytes()
+    succeed(tmp_path, """python tools/checkpoint/util.py \\
+        --model-type GPT \\
+        --loader mixtral_mg \\
+        --saver mixtral \\
+        --load-dir ./model_weights/Mixtral-8x7B-v0.1-tp1-pp8-ep2/ \\
+        --save-dir ./model_weights/Mixtral-8x7B-v0.1-tp1-pp8-ep1/ \\
+        --target-tensor-parallel-size 1 \\
+        --target-pipeline-parallel-size 8 \\
+        --target-expert-parallel-size 1 """)
+    export = """python tools/checkpoint/util.py \\
+        --model-type GPT \\
+        --loader mixtral_mg \\
+        --saver mixtral \\
+        --save-model-type huggingface \\
+        --load-dir ./model_weights/Mixtral-8x7B-v0.1-tp1-pp8-ep1/ \\
+        --save-dir ./model_from_hf/Mixtral-8x7B/ """
+    assert "mg2hg" in succeed(tmp_path, export)
+    arguments = export.replace("\\\n", " ").split()[2:]
+    absolute = [str(tmp_path / part) if part.startswith("./") else part for part in arguments]
+    assert util(absolute) == 0  # a second export replaces the first
+    assert_same_weights(hf, hf / "mg2hg")
+    for name in ("tokenizer.model", "generation_config.json"):
+        assert (hf / "mg2hg" / name).read_bytes() == (hf / name).read_bytes()
+    assert json.loads((hf / "mg2hg" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+
+
+def test_import_and_export_as_documented_for_tp4_pp2(model, tmp_path):
+    hf = Path(shutil.copytree(model, tmp_path / "hf"))
+    before = {path.name: path.read_bytes() for path in hf.iterdir()}
+    variables = {"MIXTRAL_HUGGINGFACE_PATH": str(hf), "MIXTRAL_MEGATRON_PATH": str(tmp_path / "mg"),
+                 "TP": "4", "PP": "2"}
+    succeed(tmp_path, """PYTHONPATH=$(pwd) python tools/checkpoint/util.py --model-type GPT \\
+--loader mixtral_hf \\
+--saver mixtral \\
+--load-dir $MIXTRAL_HUGGINGFACE_PATH \\
+--save-dir $MIXTRAL_MEGATRON_PATH \\
+--tokenizer-model $MIXTRAL_HUGGINGFACE_PATH/tokenizer.model \\
+--target-tensor-parallel-size $TP \\
+--target-pipeline-parallel-size $PP""", **variables)
+    said = succeed(tmp_path, """PYTHONPATH=. python tools/checkpoint/convert_megatron_to_hf_mixtral.py \\
+	--megatron-checkpoint-path $MIXTRAL_MEGATRON_PATH \\
+	--huggingface-config-path $MIXTRAL_HUGGINGFACE_PATH \\
+	--huggingface-checkpoint-path $MIXTRAL_HUGGINGFACE_PATH \\
+	--tensor-parallel-size $TP --pipeline-parallel-size $PP""", **variables)
+    assert "is not empty and is left as it is" in said
+    assert_same_weights(hf, hf / "mg2hg")
+    assert {path.name: path.read_bytes() for path in hf.iterdir() if path.is_file()} == before
+
+
+def test_a_wrong_layout_is_refused_quickly_and_before_weights_are_read(model, tmp_path):
+    (tmp_path / "hf").mkdir()
+    shutil.copyfile(model / "config.json", tmp_path / "hf" / "config.json")  # no weights at all
+    for flag, size, arithmetic in (("tensor", 3, "8 = 2 x 3 + 2"), ("expert", 3, "8 = 2 x 3 + 2"),
+                                   ("pipeline", 5, "8 = 1 x 5 + 3")):
+        started = time.monotonic()
+        done = type_in(tmp_path, "python tools/checkpoint/util.py --model-type GPT --loader mixtral_hf "
+                                 f"--saver mixtral --load-dir hf --save-dir mg --target-{flag}-parallel-size {size}")
+        assert time.monotonic() - started < 5
+        assert done.returncode == 1
+        assert arithmetic in done.stderr and f"--target-{flag}-parallel-size" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "mg").exists()
+
+
+# -- In this process: fast -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hf(tmp_path) -> Path:
+    return tiny_hf_mixtral(tmp_path / "hf", torch.bfloat16)
+
+
+def convert(hf: Path, target: Path, *more: str) -> int:
+    return util(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(target), *more])
+
+
+def test_dry_run_writes_nothing(hf, tmp_path, capsys):
+    assert convert(hf, tmp_path / "mg", "--target-tensor-parallel-size", "2", "--target-expert-parallel-size", "4",
+                   "--target-expert-tensor-parallel-size", "1", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "tp 1 ep 3 etp 0: layers 0-3, experts 3-3 + embedding + output_layer" in said
+    assert not (tmp_path / "mg").exists()
+
+
+def test_exotic_layouts_old_flags_and_defaults(hf, tmp_path):
+    assert convert(hf, tmp_path / "mg", "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2",
+                   "--target-virtual-pipeline-parallel-size", "2", "--max-queue-size", "50", "--no-checking",
+                   "--megatron-path", "/nowhere", "--make-vocab-size-divisible-by", "128") == 0
+    # Without sizes the source's are kept.
+    assert util(["--loader", "mixtral_mg", "--saver", "mixtral", "--load-dir", str(tmp_path / "mg"), "--save-dir",
+                 str(tmp_path / "mg2"), "--target-pipeline-parallel-size", "2", "--target-first-pipeline-num-layers",
+                 "1"]) == 0
+    assert sorted(p.name for p in (tmp_path / "mg2/release").iterdir()) == [
+        "mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
+    assert to_hf(["--megatron-checkpoint-path", str(tmp_path / "mg2"), "--huggingface-checkpoint-path",
+                  str(tmp_path / "back"), "--params-dtype", "bf16"]) == 0
+    assert_same_weights(hf, tmp_path / "back")
+
+
+def test_refusals_say_what_to_do(hf, tmp_path, capsys):
+    assert convert(hf, tmp_path / "mg", "--target-tensor-parallel-size", "2") == 0
+    mg = ["--megatron-checkpoint-path", str(tmp_path / "mg"), "--huggingface-checkpoint-path", str(tmp_path / "out")]
+    large = tmp_path / "tokenizer.model"
+    shutil.copyfile(str(files("mistral_common") / "data" / "tokenizer.model.v1"), large)
+    (tmp_path / "junk.model").write_text("junk")
+    (tmp_path / "other").mkdir()
+    other = json.loads((hf / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+    capsys.readouterr()
+    for call, sentence in (
+        (lambda: to_hf([*mg, "--tensor-parallel-size", "4"]), "--tensor-parallel-size 4 contradicts the checkpoint"),
+        (lambda: to_hf([*mg, "--pipeline-parallel-size", "2"]), "--pipeline-parallel-size 2 contradicts"),
+        (lambda: to_hf([*mg, "--huggingface-config-path", str(tmp_path / "other")]), "rms_norm_eps is 0.5"),
+        (lambda: convert(hf, tmp_path / "mg"), "is not empty"),
+        (lambda: convert(tmp_path / "absent", tmp_path / "x"), "--load-dir"),
+        (lambda: convert(tmp_path / "mg", tmp_path / "x"), "config.json does not exist"),
+        (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(tmp_path / "no.model")), "does not exist"),
+        (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(tmp_path / "junk.model")), "sentencepiece model"),
+        (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(large)), "has 32000 tokens, more than"),
+        (lambda: convert(hf, tmp_path / "x", "--make-vocab-size-divisible-by", "0"), "must be positive"),
+        (lambda: convert(hf, tmp_path / "x", "--target-pipeline-parallel-size", "0"), "positive integer"),
+        (lambda: util(["--loader", "mixtral_mg", "--load-dir", str(hf), "--save-dir", str(tmp_path / "x")]),
+         "not a Megatron checkpoint"),
+    ):
+        assert call() == 1
+        said = capsys.readouterr().err
+        assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not (tmp_path / "x").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(hf, tmp_path):
+    code = ("import os, sys; from megatron_mixtral.weights import cli, rank_sink; write = rank_sink.RankDirSink.write\n"
+            "def die(self, root, file, *rest):\n"
+            "    if file.coord.pp == 1: os.kill(os.getpid(), 9)\n"
+            "    return write(self, root, file, *rest)\n"
+            "rank_sink.RankDirSink.write = die; cli.util(sys.argv[1:])")
+    arguments = ["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
+                 "--target-pipeline-parallel-size", "2"]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                            capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mg.partial", "hf"]
+    assert util(arguments) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "mg"]
