@@ -73,31 +73,42 @@ def build(
     A sample is a dict of `tokens`, `labels`, `loss_mask`, `position_ids`, each [seq_length]. `options` are further
     `GPTDatasetConfig` fields.
     """
+    if blend_per_split is not None:
+        # A split of which no sample is wanted is not built: the engine would look for one in it for ever.
+        blend_per_split = [one if size != 0 else None for one, size in zip(blend_per_split, samples, strict=True)]
     given = blend_per_split if blend_per_split is not None else [blend]
     kind = GPTDataset if any(given) else MockGPTDataset
     config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=split,
-        path_to_cache=cache,
-        tokenizer=tokenizer,
-        create_attention_mask=False,
-        **options,
-    )
-    if kind is GPTDataset:
-        for one in given:
-            if one is not None:
-                _check_length(one[0], seq_length)
+        random_seed=seed, sequence_length=seq_length, blend=blend,
+        blend_per_split=blend_per_split, split=split, path_to_cache=cache, tokenizer=tokenizer,
+        create_attention_mask=False, **options)
+    if config.split_matrix is not None:
+        config.split_matrix = [part if size != 0 else None
+                               for part, size in zip(config.split_matrix, samples, strict=True)]
+    if blend is not None:
+        for prefix in blend[0]:
+            _check_splits(prefix, config.split_matrix, split, seq_length)
+    for one in blend_per_split or []:
+        for prefix in one[0] if one is not None else []:
+            _check_splits(prefix, [(0.0, 1.0)], None, seq_length)
     return BlendedMegatronDatasetBuilder(kind, list(samples), is_built_on_rank, config).build()
 
 
-def _check_length(prefixes: list[str], seq_length: int) -> None:
-    for prefix in prefixes:
-        tokens = int(IndexedDataset(prefix).sequence_lengths.sum())
+def _check_splits(prefix: str, matrix: list[tuple[float, float] | None], split: str | None, seq_length: int) -> None:
+    """`DataError` for a split too short for one sample; the engine would loop for ever on an empty one.
+
+    `matrix` holds the ends of each split as shares of the documents, None where nothing is wanted of it.
+    """
+    dataset = IndexedDataset(prefix)  # a name: its arrays are views of a map that ends with it
+    lengths = dataset.sequence_lengths
+    for name, part in zip(("training", "validation", "test"), matrix, strict=False):
+        if part is None:
+            continue
+        first, last = (int(round(end * len(lengths))) for end in part)  # as the engine's builder rounds
+        tokens = int(lengths[first:last].sum())
         if tokens < seq_length + 1:
+            share = f" split of --split {split}" if split else " data"
+            hint = "" if name == "training" else ", or want none with --eval-iters 0"
             raise DataError(
-                f"{prefix} holds {tokens} tokens, one sample needs {seq_length + 1} (--seq-length + 1): "
-                "give more text, or a shorter --seq-length"
-            )
+                f"{prefix}: its {name}{share} holds {last - first} of {len(lengths)} documents, {tokens} tokens; one "
+                f"sample needs {seq_length + 1} (--seq-length + 1): give more text, or another --split{hint}")

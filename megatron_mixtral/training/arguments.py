@@ -189,8 +189,9 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         "ckpt_format": "torch_dist",
         "auto_detect_ckpt_format": True,
         "dist_ckpt_optim_fully_reshardable": True,
-        # Every key must match: the engine's own default lets a checkpoint lack or have tensors more.
-        "dist_ckpt_strictness": "raise_all",
+        # A tensor that the run needs and the checkpoint lacks is an error (the engine's default only assumes there is
+        # none). "raise_all" would also refuse the engine's own bookkeeping of another layout.
+        "dist_ckpt_strictness": "raise_unexpected",
         "create_attention_mask_in_dataloader": False,
         "eval_interval": 1000,  # the engine divides by it and has no default
         # Data sets hold tokens; only the vocabulary's size and the end-of-document token matter here.

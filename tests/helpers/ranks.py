@@ -42,12 +42,20 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         raise
 
 
+def prepare_fork_server() -> Any:
+    """The multiprocessing context whose server has torch and the engine imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for folder in (str(ROOT), str(ROOT / "tests")):
+        if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.preload"])
+    return context
+
+
 class _Pool:
     def __init__(self, world: int) -> None:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["helpers.preload"])
+        context = prepare_fork_server()
         self._store = tempfile.mkdtemp(prefix="ranks-")
         self._ranks, self._connections = [], []
         for rank in range(world):

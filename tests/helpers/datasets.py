@@ -1,0 +1,40 @@
+"""Small indexed datasets, and the samples that a training run reads from them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_mixtral.data.indexed import IndexedWriter
+
+
+def write_dataset(prefix: Path, *, vocab_size: int, documents: int = 200, seed: int = 0) -> str:
+    """Random documents of 20 to 120 tokens with some structure to learn: each token depends on the one before."""
+    rng = np.random.default_rng(seed)
+    scratch = prefix.with_name(prefix.name + ".scratch")
+    scratch.mkdir(parents=True)
+    writer = IndexedWriter(prefix, np.dtype(np.uint16), scratch)
+    for length in rng.integers(20, 120, documents):
+        ids = (3 + (7 * np.arange(length) + rng.integers(0, 5, length) + rng.integers(vocab_size)) % (vocab_size - 3))
+        writer.add(ids.astype(np.uint16), np.array([length], dtype=np.int32))
+    writer.finish()
+    writer.publish()
+    writer.close()
+    return str(prefix)
+
+
+def samples(rank: int, prefix: str, cache: str, seq_length: int, wanted: tuple[int, int, int], count: int,
+            seed: int = 1234) -> torch.Tensor:
+    """The first `count` training samples [count, seq_length + 1] in the order in which a run reads them."""
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    from megatron_mixtral.data import pretrain
+
+    tokenizer: Any = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=96)
+    train, _, _ = pretrain.build(
+        wanted, tokenizer=tokenizer, seq_length=seq_length, seed=seed, blend=([prefix], None), blend_per_split=None,
+        split="969, 30, 1", cache=cache, is_built_on_rank=lambda: True, reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False)
+    rows = [train[index] for index in range(count)]
+    return torch.stack([torch.cat((row["tokens"], row["labels"][-1:])) for row in rows])

@@ -1,0 +1,88 @@
+"""Run the training program on several ranks as a user's torchrun would, without paying its imports each time.
+
+Every run is a set of fresh processes, forked from the server of `ranks.py` that has torch and the engine imported, so
+the engine's global state is that of a new program.
+"""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.ranks import prepare_fork_server
+
+
+@dataclass
+class Outcome:
+    """How a run ended: each rank's exit code and output, and the figures of its steps by iteration."""
+
+    codes: list[int]
+    logs: list[str]
+    steps: dict[int, dict[str, Any]]
+
+    def losses(self, *iterations: int) -> list[float]:
+        return [self.steps[iteration]["lm_loss"] for iteration in iterations]
+
+    def norms(self, *iterations: int) -> list[float]:
+        return [self.steps[iteration]["grad_norm"] for iteration in iterations]
+
+
+def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0) -> Outcome:
+    """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks; logs and metrics go below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context = prepare_fork_server()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    metrics = folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    argv = [*argv, "--metrics-file", str(metrics)]
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    ranks = [context.Process(target=_rank, args=(rank, world, port, argv, str(logs[rank])), daemon=False)
+             for rank in range(world)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in ranks):
+        # As torchrun does: one rank that fails ends the others, which may wait for it for ever.
+        failed = any(process.exitcode not in (None, 0) for process in ranks)
+        if failed or time.monotonic() > deadline:
+            time.sleep(1.0 if failed else 0.0)
+            for process in ranks:
+                process.kill()
+        time.sleep(0.05)
+    for process in ranks:
+        process.join()
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    steps = {figures["iteration"]: figures for figures in map(json.loads, lines)}
+    return Outcome([process.exitcode for process in ranks], [log.read_text() for log in logs], steps)
+
+
+def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    faulthandler.enable()
+    from tools import pretrain_mixtral
+
+    try:
+        code = pretrain_mixtral.main(argv)
+    except SystemExit as end:  # the engine's way out at --exit-interval
+        code = int(end.code or 0)
+    except BaseException:  # noqa: BLE001 - as the interpreter would: print it, end with 1
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The interpreter's own end would wait for the engine's helper processes and close gloo's threads one by one.
+    multiprocessing.util._exit_function()
+    os._exit(code)

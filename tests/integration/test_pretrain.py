@@ -1,0 +1,139 @@
+"""The training program as a whole: starts, continues, learns what plain torch learns, refuses what cannot be right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import datasets
+from helpers.models import tiny_hf_mixtral
+from helpers.program import Outcome, pretrain
+from helpers.ranks import run_ranks
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.weights.convert import convert
+from megatron_mixtral.weights.hf import HFSource
+from megatron_mixtral.weights.rank_sink import RankDirSink
+
+SEQUENCE, BATCH, STEPS = 32, 4, 10
+LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
+          "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
+RECIPE = ["--seq-length", str(SEQUENCE), "--micro-batch-size", "1", "--global-batch-size", str(BATCH),
+          "--lr", "1e-3", "--lr-decay-style", "constant", "--weight-decay", "0.01", "--adam-beta2", "0.95",
+          "--clip-grad", "1.0", "--moe-aux-loss-coeff", "0", "--eval-iters", "0", "--use-distributed-optimizer"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pretrain")
+
+
+@pytest.fixture(scope="module")
+def hf(folder: Path) -> Path:
+    return tiny_hf_mixtral(folder / "hf")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> list[str]:
+    prefix = datasets.write_dataset(folder / "corpus_text_document", vocab_size=96)
+    return ["--data-path", prefix, "--split", "969, 30, 1", "--data-cache-path", str(folder / "cache")]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, hf: Path, data: list[str]) -> Outcome:
+    """Ten steps from Hugging Face weights, uninterrupted, on 4 ranks."""
+    return pretrain(4, [*LAYOUT, *RECIPE, *data, "--train-iters", str(STEPS), "--hf-checkpoint", str(hf)],
+                    folder / "whole")
+
+
+def ended_well(outcome: Outcome) -> bool:
+    return all(code == 0 for code in outcome.codes)
+
+
+def test_ten_steps_of_the_program_equal_plain_torch(whole: Outcome, folder: Path, hf: Path, data: list[str]) -> None:
+    from transformers import MixtralForCausalLM
+
+    assert ended_well(whole), whole.logs[-1][-3000:]
+    wanted = (STEPS * BATCH, 0, 0)
+    [rows] = run_ranks(1, datasets.samples, data[1], str(folder / "cache2"), SEQUENCE, wanted, STEPS * BATCH)
+    model = MixtralForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.01},
+              {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms = [], []
+    for batch in rows.split(BATCH):
+        optimizer.zero_grad()
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    assert losses[0] - losses[-1] > 0.1, "the reference must learn something"
+    assert whole.losses(*range(1, STEPS + 1)) == pytest.approx(losses, abs=1e-4)
+    assert whole.norms(1) == pytest.approx(norms[:1], abs=1e-4)
+
+
+def test_resumed_run_equals_uninterrupted(whole: Outcome, folder: Path, hf: Path, data: list[str]) -> None:
+    save = ["--save", str(folder / "run"), "--load", str(folder / "run"), "--save-interval", "5",
+            "--hf-checkpoint", str(hf)]
+    save += ["--train-iters", str(STEPS)]
+    first = pretrain(4, [*LAYOUT, *RECIPE, *data, *save, "--exit-interval", "5"], folder / "first")
+    assert ended_well(first), first.logs[-1][-3000:]
+    second = pretrain(4, [*LAYOUT, *RECIPE, *data, *save], folder / "second")
+    assert ended_well(second), second.logs[-1][-3000:]
+    assert sorted(second.steps) == [6, 7, 8, 9, 10], "it goes on where the checkpoint is, not from --hf-checkpoint"
+    assert first.losses(*range(1, 6)) == whole.losses(*range(1, 6))
+    assert second.losses(*range(6, 11)) == whole.losses(*range(6, 11))
+    assert second.norms(6) == whole.norms(6)
+
+
+def test_start_from_rank_directories_equals_start_from_hf(whole: Outcome, folder: Path, hf: Path,
+                                                          data: list[str]) -> None:
+    source = HFSource(hf)
+    convert(source, RankDirSink(folder / "ranks", source.config, ParallelLayout(tp=2, pp=2, ep=2, etp=1)))
+    found = pretrain(4, [*LAYOUT, *RECIPE, *data, "--train-iters", "1", "--load", str(folder / "ranks")],
+                     folder / "from_ranks")
+    assert ended_well(found), found.logs[-1][-3000:]
+    assert found.losses(1) == whole.losses(1)
+
+
+def test_figures_of_a_step(whole: Outcome, hf: Path) -> None:
+    for figures in whole.steps.values():
+        tokens = BATCH * SEQUENCE
+        rate = tokens / figures["step_seconds"] / 4
+        assert figures["tokens_per_second_per_device"] == pytest.approx(rate)
+        assert figures["aux_loss"] == 0.0, "the engine does not compute a loss whose coefficient is 0"
+    config = MixtralConfig.from_hf_dir(hf)
+    one = whole.steps[1]
+    expected = one["tokens_per_second_per_device"] * config.training_flops_per_token(SEQUENCE) / 1e12
+    assert one["model_tflops_per_device"] == pytest.approx(expected)
+    assert [whole.steps[i]["consumed_samples"] for i in (1, 2, 10)] == [4, 8, 40]
+
+
+def test_half_a_model_is_refused(folder: Path, hf: Path, data: list[str]) -> None:
+    """The engine answers a failed strict load with a lenient one; ours must not."""
+    source = HFSource(hf)
+    convert(source, RankDirSink(folder / "half", source.config, ParallelLayout()))
+    file = next((folder / "half").rglob("model_optim_rng.pt"))
+    state = torch.load(file, weights_only=False)
+    del state["model"]["decoder.final_layernorm.weight"]
+    torch.save(state, file)
+    found = pretrain(1, [*RECIPE, *data, "--train-iters", "1", "--load", str(folder / "half")], folder / "half_log")
+    assert found.codes != [0] and not found.steps
+    assert "decoder.final_layernorm.weight" in found.logs[0] and "does not fit this model stage" in found.logs[0]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--num-layers", "5"], "--num-layers 5 contradicts the model's num_layers 4"),
+    (["--disable-bias-linear", "--rotary-base", "10000"], "--rotary-base 10000 contradicts the model's rotary_base"),
+    (["--seq-length", "65"], "--seq-length 65 is longer than the model's max_position_embeddings 64"),
+    (["--model", "tiny"], "they are different models"),
+    (["--data-path", "nowhere_text_document"], "nowhere_text_document.bin does not exist"),
+])
+def test_what_cannot_be_right_is_refused(flags: list[str], sentence: str, folder: Path, hf: Path,
+                                         data: list[str]) -> None:
+    argv = [*RECIPE, *data, "--train-iters", "1", "--hf-checkpoint", str(hf), *flags]
+    found = pretrain(1, argv, folder / "refused")
+    assert found.codes == [1] and not found.steps
+    assert sentence in found.logs[0]
+    assert "Traceback" not in found.logs[0]
