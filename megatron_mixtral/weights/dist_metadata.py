@@ -15,6 +15,7 @@ import torch
 
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.rules import Shape
+from megatron_mixtral.weights.safe_load import UNPICKLING_ERRORS
 
 METADATA_FILE = ".metadata"
 
@@ -113,8 +114,7 @@ def read_contents(directory: Path) -> Contents:
                 tensors[key] = _tensor(key, entry, regions, directory)
             else:
                 objects[key] = _region(key, regions[key, None], directory)
-    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError, IndexError, OSError,
-            MemoryError, UnicodeDecodeError) as error:
+    except UNPICKLING_ERRORS as error:
         raise CheckpointError(f"{path} cannot be read as the metadata of a distributed checkpoint: "
                               f"{type(error).__name__} {error}") from None
     return Contents(tensors, objects)

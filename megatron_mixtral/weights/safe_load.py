@@ -34,6 +34,9 @@ _ENGINE_CLASSES = (
     "megatron.core.transformer.enums.CudaGraphScope",
     "megatron.core.transformer.enums.InferenceCudaGraphScope",
 )
+# What unpickling raises for damaged bytes, which can come out as any instruction of the pickle machine.
+UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError,
+                     AttributeError, ArithmeticError, MemoryError, ImportError)
 _ZIP = b"PK\x03\x04"
 
 
@@ -77,7 +80,7 @@ def named_errors(where: str) -> Iterator[None]:
             raise CheckpointError(f"{where} wants the global {wanted[1]}, which weights have no use for; it was not "
                                   "loaded and nothing in it was run") from None
         raise CheckpointError(f"{where} is not a whole torch file: its pickle is damaged") from None
-    except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except UNPICKLING_ERRORS as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{where} is not a whole torch file: {text}") from None
 
