@@ -55,10 +55,15 @@ def enable(replacements: Replacements) -> None:
 
 def _enable_engine(replacements: Replacements) -> None:
     """The engine's own places that go around the public torch.cuda functions."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
 
     replacements.set(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     replacements.set(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    # The process that hands a save's results over is spawned, because CUDA does not survive a fork, and then imports
+    # torch: seconds a rank, before the first save. Here it can be forked.
+    queue = filesystem_async.get_write_results_queue
+    replacements.set(filesystem_async, "get_write_results_queue", lambda mp_mode="fork": queue("fork"))
     # It warns at every initialised weight that the CPU generator moved under the CUDA one; here they are one.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
