@@ -17,6 +17,7 @@ REQUIRES = [
     "safetensors>=0.5,<1",
     "sentencepiece>=0.2,<0.3",
     "numpy>=2.0,<3",
+    "psutil>=5.9",  # the engine cannot save a distributed checkpoint without it
     "tensorboard>=2.16,<3",  # the engine's --tensorboard-dir
 ]
 
