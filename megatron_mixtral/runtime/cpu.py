@@ -5,7 +5,8 @@ a CPU tensor is done when the call returns), the CUDA generator is the CPU gener
 lacks are made of those that it has. Slow paths are of no concern: this machine is for trying and testing.
 
 Enabled by `runtime.ready()` only; refuses to hide a visible GPU. Remove a stand-in when the engine asks the
-accelerator API (torch.accelerator) instead of torch.cuda; `tests/unit/test_runtime.py` lists which are still asked for.
+accelerator API (torch.accelerator) instead of torch.cuda: `tests/unit/test_runtime.py` fails for one that nothing in
+the engine asks for any more.
 """
 
 import contextlib
@@ -18,16 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.runtime import gloo
 from megatron_mixtral.runtime.replacements import Replacements
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "randperm", "as_tensor",
-              "empty_like", "zeros_like", "ones_like", "full_like", "empty_strided", "linspace", "eye")
-_METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "rand", "randn", "empty_like")
 
 
 def enable(replacements: Replacements) -> None:
@@ -38,11 +36,10 @@ def enable(replacements: Replacements) -> None:
     # torch.compile would look for a C++ compiler and take minutes to gain nothing on a model this small.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     replacements.set(importlib.import_module("torch._dynamo.config"), "disable", True)
-    for name, value in _cuda_functions().items():
+    for name, value in cuda_functions().items():
         replacements.set(torch.cuda, name, value)
-    for owner, names in ((torch, _FACTORIES), (torch.Tensor, _METHODS)):
-        for name in names:
-            replacements.set(owner, name, _on_cpu(getattr(owner, name)))
+    for name in FACTORIES:
+        replacements.set(torch, name, _on_cpu(getattr(torch, name)))
     replacements.set(torch.Tensor, "to", _to_on_cpu(torch.Tensor.to))
     replacements.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     replacements.set(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
@@ -121,7 +118,8 @@ class Event:
         return (end._seconds - self._seconds) * 1000.0
 
 
-def _cuda_functions() -> dict[str, Any]:
+def cuda_functions() -> dict[str, Any]:
+    """Stand-ins by name in torch.cuda."""
     stream = Stream()
     properties = SimpleNamespace(name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(),
                                  total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -134,7 +132,6 @@ def _cuda_functions() -> dict[str, Any]:
         "set_device": nothing,
         "synchronize": nothing,
         "empty_cache": nothing,
-        "ipc_collect": nothing,
         "Stream": Stream,
         "Event": Event,
         "stream": lambda _stream: contextlib.nullcontext(),
@@ -144,7 +141,6 @@ def _cuda_functions() -> dict[str, Any]:
         "is_current_stream_capturing": lambda: False,
         # Not torch.manual_seed: that one seeds every CUDA generator through these very functions.
         "manual_seed": torch.default_generator.manual_seed,
-        "manual_seed_all": nothing,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "get_device_properties": lambda device=None: properties,
@@ -154,9 +150,7 @@ def _cuda_functions() -> dict[str, Any]:
         "memory_reserved": zero,
         "max_memory_allocated": zero,
         "max_memory_reserved": zero,
-        "reset_peak_memory_stats": nothing,
         "memory_stats": lambda device=None: {},
-        "mem_get_info": lambda device=None: (properties.total_memory, properties.total_memory),
     }
 
 
@@ -201,6 +195,3 @@ def _type_as_on_cuda(function: Any) -> Any:
         return function(self, dtype, *args, **kwargs)
 
     return wrapper
-
-
-assert dist.is_available(), "this torch is built without torch.distributed"

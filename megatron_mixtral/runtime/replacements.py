@@ -14,8 +14,9 @@ class Replacements:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` and remember what was there; the attribute must exist, so that a renamed seam is noticed."""
         assert hasattr(owner, name), f"{owner!r} has no attribute {name!r}: the engine or torch has changed"
-        # vars(): an inherited attribute must be deleted again on undo, not copied down.
-        self._saved.append((owner, name, vars(owner).get(name, _ABSENT)))
+        # What a class inherits must be deleted again on undo, not copied down.
+        inherited = isinstance(owner, type) and name not in vars(owner)
+        self._saved.append((owner, name, _ABSENT if inherited else getattr(owner, name)))
         setattr(owner, name, value)
 
     def undo(self) -> None:
