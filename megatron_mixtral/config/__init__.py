@@ -3,4 +3,5 @@
 from megatron_mixtral.config.layout import TARGET_FLAGS, TRAINING_FLAGS, Coord, ParallelLayout
 from megatron_mixtral.config.mixtral import CONFIG_FILE, PRESETS, MixtralConfig, preset
 
-__all__ = ["CONFIG_FILE", "PRESETS", "TARGET_FLAGS", "TRAINING_FLAGS", "Coord", "MixtralConfig", "ParallelLayout", "preset"]
+__all__ = ["CONFIG_FILE", "PRESETS", "TARGET_FLAGS", "TRAINING_FLAGS", "Coord", "MixtralConfig", "ParallelLayout",
+           "preset"]

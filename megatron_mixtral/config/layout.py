@@ -89,8 +89,9 @@ class ParallelLayout:
         def divides(axis: str, size: int, what: str, count: int) -> None:
             if count % size:
                 fits = [n for n in range(1, count + 1) if count % n == 0 and n <= 4 * size]
-                raise ConfigError(f"{what} {count} is not divisible by {axis} {size}: {count} = {count // size} x {size} "
-                                  f"+ {count % size}; set {flags[axis]} to one of {', '.join(map(str, fits))}")
+                raise ConfigError(f"{what} {count} is not divisible by {axis} {size}: "
+                                  f"{count} = {count // size} x {size} + {count % size}; "
+                                  f"set {flags[axis]} to one of {', '.join(map(str, fits))}")
 
         divides("tp", self.tp, "num_key_value_heads (query groups)", config.num_key_value_heads)
         divides("etp", self.etp, "intermediate_size", config.intermediate_size)
@@ -117,7 +118,8 @@ class ParallelLayout:
             raise ConfigError(f"first {self.first} and last {self.last} stage do not add up to {layers} layers over "
                               f"pp {self.pp} stages; change {flags['first']} / {flags['last']}")
         if stages and (middle % stages or middle == 0):
-            what = "num_hidden_layers" if not ends else f"num_hidden_layers less the uneven stages ({layers} - {sum(ends)})"
+            uneven = f" less the uneven stages ({layers} - {sum(ends)})" if ends else ""
+            what = "num_hidden_layers" + uneven
             raise ConfigError(
                 f"{what} {middle} is not divisible by pp {stages}{' (even stages)' if ends else ''}: "
                 f"{middle} = {middle // stages} x {stages} + {middle % stages}; change {flags['pp']}"
@@ -125,8 +127,9 @@ class ParallelLayout:
                 f", or give uneven stages with {flags['first']} / {flags['last']}")
         for pp, count in enumerate(self._stage_sizes(layers)):
             if count % self.vpp:
-                raise ConfigError(f"{count} layers of pipeline stage {pp} are not divisible by vpp {self.vpp}: "
-                                  f"{count} = {count // self.vpp} x {self.vpp} + {count % self.vpp}; change {flags['vpp']}")
+                raise ConfigError(
+                    f"{count} layers of pipeline stage {pp} are not divisible by vpp {self.vpp}: {count} = "
+                    f"{count // self.vpp} x {self.vpp} + {count % self.vpp}; change {flags['vpp']}")
 
     # -- Where things are --------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class CausalAttention(torch.nn.Module):
                 attention_mask: torch.Tensor | None = None, attn_mask_type: AttnMaskType | None = None,
                 attention_bias: torch.Tensor | None = None, packed_seq_params: PackedSeqParams | None = None,
                 **kwargs: Any) -> torch.Tensor:
-        """-> [s, b, n * d]. The mask is the causal one, aligned to the last key; a given `attention_mask` is not read."""
+        """-> [s, b, n * d]. The mask is causal, aligned to the last key; a given `attention_mask` is not read."""
         if packed_seq_params is not None:
             raise ConfigError("packed sequences need transformer-engine's attention; install the extra [te]")
         s, b = query_sbnd.shape[:2]

@@ -98,7 +98,7 @@ FIXES: tuple[Fix, ...] = (
     Fix(
         name="dataset-helpers",
         symptom="training exits at start: 'Failed to compile the C++ dataset helper functions'",
-        cause="megatron.training runs make in megatron/core/datasets; the wheel has the compiled helper and no Makefile",
+        cause="megatron.training runs make in megatron/core/datasets; the wheel has the compiled helper, no Makefile",
         versions="0.19.2",
         remove_when="compile_helpers returns without make where helpers_cpp can be imported",
         needed=_wheel_has_helpers_without_makefile,
@@ -119,7 +119,7 @@ FIXES: tuple[Fix, ...] = (
 TRAINING_FIXES: tuple[Fix, ...] = (
     Fix(
         name="step-figures",
-        symptom="with --log-interval 1 the second printed 'lm loss' is the mean of the first two steps, and so is its time",
+        symptom="with --log-interval 1 the second printed 'lm loss' is the mean of the first two steps",
         cause="training_log prints the first iteration of a run without resetting its running sums",
         versions="0.19.2",
         remove_when="training_log resets its sums whenever it prints, and calls something when a step is logged",

@@ -36,7 +36,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `Flags` to a parser (the engine's extra_args_provider)."""
     group = parser.add_argument_group("megatron_mixtral")
     for item in dataclasses.fields(Flags):
-        group.add_argument("--" + item.name.replace("_", "-"), type=str, default=item.default, help=item.metadata["help"])
+        flag = "--" + item.name.replace("_", "-")
+        group.add_argument(flag, type=str, default=item.default, help=item.metadata["help"])
     return parser
 
 
@@ -103,8 +104,8 @@ def _one_config(flags: Flags, known: argparse.Namespace) -> MixtralConfig:
     if flags.model:
         found.append((f"--model {flags.model}", preset(flags.model)))
     if not found:
-        raise ConfigError(f"no model is given: expected --model PRESET, --hf-checkpoint DIR, or a --load DIR that holds "
-                          f"{CONFIG_FILE}")
+        raise ConfigError("no model is given: expected --model PRESET, --hf-checkpoint DIR, or a --load DIR that "
+                          f"holds {CONFIG_FILE}")
     (first_name, first), *others = found
     for other_name, other in others:
         for item in dataclasses.fields(MixtralConfig):

@@ -1,8 +1,8 @@
 """The figures of each optimizer step: one line in the log, one JSON object in `metrics.jsonl`.
 
 The engine hands each step's own values to its TensorBoard writer; `StepWriter` stands in that place on the last rank
-(and passes everything on to a real TensorBoard writer, if one was asked for). Throughput counts all tokens of the global batch
-over the whole step: every micro-batch, the optimizer and the communication, but not saving and evaluation.
+(and passes everything on to a real TensorBoard writer, if one was asked for). Throughput counts all tokens of the
+global batch over the whole step: every micro-batch, the optimizer and the communication, but not saving and evaluation.
 """
 
 import json

@@ -64,8 +64,8 @@ def reference(hf: Path, batches: torch.Tensor) -> dict[str, object]:
     # The engine decays matrices only.
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
     losses, norms = [], []
     for batch in batches:
         optimizer.zero_grad()
