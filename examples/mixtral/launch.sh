@@ -114,21 +114,33 @@ launch_check_inputs() {
         launch_fail "no working torchrun on PATH; run 'source examples/environment.sh' first"
 }
 
-# Prints the words as one shell command that can be pasted, a flag with its values on a line.
+# Prints the words as one shell command that can be pasted, an assignment or a flag with its values on a line.
 launch_print() {
-    local word line="$1"
-    shift
+    local word line="" previous=""
     for word in "$@"; do
-        if [[ "$word" == --* || "$word" == *.py ]]; then
+        if [[ -n "$previous" && ("$word" == --* || "$previous" =~ ^[A-Z_0-9]+= ||
+            ("$word" == *.py && "$previous" != python)) ]]; then
             printf '%s \\\n' "$line"
             line="    "
-        else
-            line+=" "
         fi
-        if [[ ! "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf -v word '%q' "$word"; fi
+        previous="$word"
+        if [[ "$word" =~ ^[A-Z_0-9]+= ]]; then
+            printf -v word '%s=%s' "${word%%=*}" "$(launch_quote "${word#*=}")"
+        else
+            word="$(launch_quote "$word")"
+        fi
+        if [[ "$line" =~ [^[:space:]] ]]; then line+=" "; fi
         line+="$word"
     done
     printf '%s\n' "$line"
+}
+
+launch_quote() {
+    if [[ "$1" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+        printf '%s' "$1"
+    else
+        printf "'%s'" "${1//\'/\'\\\'\'}"
+    fi
 }
 
 launch() {
@@ -151,8 +163,8 @@ launch() {
     # torchrun would set the first itself, with a warning; the second orders communication before computation on GPUs.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
-        printf 'OMP_NUM_THREADS=%q CUDA_DEVICE_MAX_CONNECTIONS=%q ' "$OMP_NUM_THREADS" "$CUDA_DEVICE_MAX_CONNECTIONS"
-        launch_print "${command[@]}"
+        launch_print OMP_NUM_THREADS="$OMP_NUM_THREADS" CUDA_DEVICE_MAX_CONNECTIONS="$CUDA_DEVICE_MAX_CONNECTIONS" \
+            "${command[@]}"
         return
     fi
     launch_check_inputs
