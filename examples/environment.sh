@@ -190,8 +190,9 @@ def found(name):
     except ModuleNotFoundError:
         return False
 missing = [name for name in needed if not found(name)]
-sys.exit(missing and "[environment] MIXTRAL_VENV=active, but " + sys.executable + " lacks " + ", ".join(missing)
-         + ": pip install -c constraints.txt -e .[dev]")')
+if missing:
+    sys.exit("[environment] MIXTRAL_VENV=active, but " + sys.executable + " lacks " + ", ".join(missing)
+             + ": pip install -c constraints.txt -e .[dev]")')
 }
 
 env_use() {

@@ -142,7 +142,7 @@ train() {
     typed env MODEL=tiny GPUS_PER_NODE="$RANKS" TP="$TP" PP="$PP" EP="$EP" CHECKPOINT_PATH="$work/megatron" \
         BLENDED_DATA="${blend[*]}" TOKENIZER_MODEL="$work/hf" SAVE_DIR="$work/run" SPLIT="$split" \
         SEQ_LENGTH="$SEQ_LENGTH" GLOBAL_BATCH_SIZE="$GLOBAL_BATCH_SIZE" MICRO_BATCH_SIZE="$MICRO_BATCH_SIZE" \
-        TRAIN_ITERS="$STEPS" LR="$LR" MIN_LR=3e-4 LR_WARMUP_ITERS=5 EVAL_ITERS=1 EVAL_INTERVAL=100000 \
+        TRAIN_ITERS="$STEPS" LR="$LR" MIN_LR=3e-4 LR_WARMUP_ITERS=$((STEPS > 10 ? 5 : 1)) EVAL_ITERS=1 EVAL_INTERVAL=100000 \
         SAVE_INTERVAL=1000 bash examples/mixtral_4x7b_example.sh "$@"
     local status=$?
     show=.

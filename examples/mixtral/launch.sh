@@ -30,7 +30,6 @@ launch_defaults() {
     setting NODE_RANK               0
     setting VPP                     1
     setting EP                      1
-    setting ETP                     ''          1
     setting CP                      1
     setting MICRO_BATCH_SIZE        1
     setting SEQ_LENGTH              4096        256
@@ -47,6 +46,8 @@ launch_defaults() {
     setting TOKENIZER_TYPE          HuggingFaceTokenizer
     setting DATA_CACHE_PATH         "$SAVE_DIR/data_cache"
     setting TENSORBOARD_DIR         "$SAVE_DIR/tensorboard"
+    # Experts of a tiny model are not worth cutting; without expert parallelism the engine wants ETP = TP (empty).
+    if ((EP > 1)); then setting ETP '' 1; else setting ETP ''; fi
     if nvidia-smi -L >/dev/null 2>&1; then setting PRECISION bf16; else setting PRECISION fp32; fi
 }
 
@@ -61,6 +62,9 @@ launch_layout() {
     layout+=(--use-distributed-optimizer)
     # There is nothing to hide behind in a tiny model or on a CPU.
     if [[ "$MODEL" != tiny ]]; then layout+=(--overlap-grad-reduce); fi
+    if ((LR_WARMUP_ITERS >= TRAIN_ITERS)); then
+        launch_fail "LR_WARMUP_ITERS=$LR_WARMUP_ITERS must be less than TRAIN_ITERS=$TRAIN_ITERS; set both"
+    fi
     case "$PRECISION" in
         bf16) layout+=(--bf16) ;;
         fp32) ;;

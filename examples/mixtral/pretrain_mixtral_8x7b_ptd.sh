@@ -27,7 +27,7 @@ setting GLOBAL_BATCH_SIZE   128                                             8
 setting TRAIN_ITERS         1000                                            20
 setting LR                  1.25e-6                                         1e-3
 setting MIN_LR              1.25e-7                                         1e-4
-setting LR_WARMUP_ITERS     10                                              2
+setting LR_WARMUP_ITERS     10                                              0
 setting WEIGHT_DECAY        0.1
 setting AUX_LOSS_COEFF      1e-2
 

@@ -26,7 +26,7 @@ setting GLOBAL_BATCH_SIZE   512                             8
 setting TRAIN_ITERS         10000                           20
 setting LR                  1e-5                            1e-3
 setting MIN_LR              1e-6                            1e-4
-setting LR_WARMUP_ITERS     512                             2
+setting LR_WARMUP_ITERS     512                             0
 setting WEIGHT_DECAY        0.01
 setting AUX_LOSS_COEFF      1e-3
 

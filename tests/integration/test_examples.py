@@ -1,0 +1,160 @@
+"""The shell scripts: they parse, shellcheck has nothing to say, a dry run prints what matters, and the tiny forms run."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOUR = "examples/mixtral_4x7b_example.sh"
+PTD = "examples/mixtral/pretrain_mixtral_8x7b_ptd.sh"
+TP_PP = "examples/mixtral/pretrain_mixtral_8x7b_tp4_pp4.sh"
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("examples", "tests")
+                 for path in (ROOT / folder).rglob("*.sh")) + [".ci/run"]  # fmt: skip
+
+
+def run(script: str, *arguments: str, cwd: Path = ROOT, timeout: int = 300,
+        **environment: str) -> subprocess.CompletedProcess:
+    """Start a script with only these variables besides what a shell has; none of another run may leak in."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "VIRTUAL_ENV", "TMPDIR") if name in os.environ}
+    return subprocess.run(["bash", str(ROOT / script), *arguments], cwd=cwd, env=kept | environment, text=True,
+                          capture_output=True, timeout=timeout)
+
+
+def dry_run(script: str, *arguments: str, **environment: str) -> tuple[list[str], dict[str, list[str]]]:
+    """(the words before the program, the program's flags with their values)."""
+    done = run(script, *arguments, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.replace("\\\n", " "))  # as a shell would read it when pasted
+    place = next(index for index, word in enumerate(words) if word.endswith("tools/pretrain_mixtral.py"))
+    flags: dict[str, list[str]] = {}
+    for word in words[place + 1:]:
+        if word.startswith("--"):
+            assert word not in flags, f"{word} is given twice"
+            flags[word] = values = []
+        else:
+            values.append(word)
+    return words[:place], flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_parse(script):
+    done = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "set -euo pipefail" in (ROOT / script).read_text() or script.endswith(("environment.sh", "launch.sh"))
+
+
+def test_shellcheck():
+    assert shutil.which("shellcheck"), "shellcheck is part of the [dev] extra"
+    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+RECIPES = [
+    (FOUR, {"BLENDED_DATA": "0.6 a_text_document 0.4 b_text_document", "CHECKPOINT_PATH": "start"}, {
+        "--nproc-per-node": "8", "--tensor-model-parallel-size": "4", "--pipeline-model-parallel-size": "2",
+        "--expert-model-parallel-size": "1", "--seq-length": "4096", "--micro-batch-size": "1",
+        "--global-batch-size": "512", "--lr": "1e-5", "--min-lr": "1e-6", "--lr-decay-style": "cosine",
+        "--lr-warmup-iters": "512", "--weight-decay": "0.01", "--adam-beta1": "0.9", "--adam-beta2": "0.95",
+        "--clip-grad": "1.0", "--moe-aux-loss-coeff": "1e-3", "--bf16": "", "--sequence-parallel": "",
+        "--use-distributed-optimizer": "", "--overlap-grad-reduce": "", "--pretrained-checkpoint": "start",
+        "--data-path": "0.6 a_text_document 0.4 b_text_document"}),
+    (PTD, {"DATA_PATH": "d", "CKPT_SAVE_DIR": "saved/", "MASTER_ADDR": "node0", "NODE_RANK": "1"}, {
+        "--nproc-per-node": "8", "--nnodes": "2", "--node-rank": "1", "--master-addr": "node0", "--master-port": "6000",
+        "--tensor-model-parallel-size": "1", "--pipeline-model-parallel-size": "8", "--expert-model-parallel-size": "2",
+        "--global-batch-size": "128", "--lr": "1.25e-6", "--min-lr": "1.25e-7", "--weight-decay": "0.1",
+        "--moe-aux-loss-coeff": "1e-2", "--model": "mixtral-8x7b", "--save": "saved", "--load": "saved",
+        "--sequence-parallel": None, "--data-path": "d"}),
+    (TP_PP, {"CHECKPOINT_PATH": "", "MASTER_ADDR": "n", "MASTER_PORT": "7000", "GPUS_PER_NODE": "4", "NNODES": "4"}, {
+        "--nproc-per-node": "4", "--nnodes": "4", "--master-port": "7000", "--tensor-model-parallel-size": "4",
+        "--pipeline-model-parallel-size": "4", "--expert-model-parallel-size": "1", "--sequence-parallel": "",
+        "--model": "mixtral-8x7b", "--pretrained-checkpoint": None, "--seq-length": "4096"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "environment", "expected"), RECIPES, ids=["4x7b", "ptd", "tp4_pp4"])
+def test_dry_run_prints_the_recipe(script, environment, expected):
+    launcher, flags = dry_run(script, "--seed", "5 6", PRECISION="bf16", **environment)
+    given = {word: [value] for word, value in zip(launcher, launcher[1:], strict=False) if word.startswith("--")}
+    words = given | flags
+    found = {name: " ".join(words[name]) if name in words else None for name in expected}
+    if "--standalone" not in launcher:
+        assert "--master-addr" in launcher
+    assert found == expected
+    assert flags["--seed"] == ["5 6"]  # passed through, as one word
+    # The architecture comes from the checkpoint or from --model.
+    assert not {"--num-layers", "--hidden-size", "--num-experts", "--rotary-base"} & set(flags)
+
+
+def test_flags_of_a_dry_run_are_accepted_for_a_world_that_fits():
+    """The training program resolves every recipe: model, layout and world size fit each other."""
+    from megatron_mixtral.training import arguments
+
+    for script, world in ((FOUR, 8), (PTD, 16), (TP_PP, 16)):
+        for model in ("", "tiny"):
+            name = "CKPT_LOAD_DIR" if script == PTD else "CHECKPOINT_PATH"
+            given = {name: "", "MASTER_ADDR": "n"} | ({"MODEL": model} if model else {})
+            _, flags = dry_run(script, **given)
+            argv = [word for flag, values in flags.items() for word in (flag, *values)]
+            resolved = arguments.resolve(argv, {"WORLD_SIZE": "4" if model else str(world)})
+            assert resolved.layout.min_world == (4 if model else world)
+
+
+def test_the_cpu_form_is_small_and_fp32():
+    for script in (FOUR, PTD, TP_PP):
+        launcher, flags = dry_run(script, MODEL="tiny", PRECISION="fp32")
+        assert launcher[launcher.index("--nproc-per-node") + 1] == "4"
+        assert "--bf16" not in flags and "--overlap-grad-reduce" not in flags
+        assert flags["--seq-length"] == ["256"]
+        assert flags.get("--expert-tensor-parallel-size") == (["1"] if script == PTD else None)  # the one with EP > 1
+
+
+def test_missing_inputs_are_refused_before_anything_starts(tmp_path):
+    done = run(FOUR, BLENDED_DATA="0.5 nowhere 0.5 x", CHECKPOINT_PATH="", cwd=tmp_path)
+    assert done.returncode == 1 and "nowhere.idx does not exist" in done.stderr
+    (tmp_path / "d.idx").touch()
+    done = run(FOUR, BLENDED_DATA="d", CHECKPOINT_PATH="absent", cwd=tmp_path)
+    assert done.returncode == 1 and "absent does not exist" in done.stderr
+    done = run(PTD, DATA_PATH="d", cwd=tmp_path)
+    assert done.returncode == 1 and "needs MASTER_ADDR" in done.stderr
+    done = run(FOUR, BLENDED_DATA="d", PRECISION="fp8", cwd=tmp_path)
+    assert done.returncode == 1 and "expected bf16 or fp32" in done.stderr
+    done = run(FOUR, BLENDED_DATA="d", TRAIN_ITERS="100", cwd=tmp_path)
+    assert done.returncode == 1 and "LR_WARMUP_ITERS=512 must be less than TRAIN_ITERS=100" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.idx"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    """A prefix with a few thousand random tokens in documents, written by the engine's own builder."""
+    import numpy
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("data") / "random_text_document"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        ids = torch.randint(3, 32000, (300,), generator=generator)
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.mark.parametrize(("script", "data", "save"), [
+    (PTD, "DATA_PATH", "CKPT_SAVE_DIR"),
+    (TP_PP, "BLENDED_DATA", "SAVE_DIR"),
+], ids=["ptd", "tp4_pp4"])  # fmt: skip
+def test_tiny_form_trains(script, data, save, dataset, tmp_path):
+    """From random weights; the 4x7b script's form is run by the quickstart and by the README's test."""
+    done = run(script, MODEL="tiny", TRAIN_ITERS="2", GLOBAL_BATCH_SIZE="2", SEQ_LENGTH="64", cwd=tmp_path,
+               **{data: f"0.7 {dataset} 0.3 {dataset}", save: str(tmp_path / "run")})
+    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
+    figures = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["iteration"] for step in figures] == [1, 2]
+    assert all(10 < step["lm_loss"] < 11 and step["grad_norm"] > 0 for step in figures)
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "2"

@@ -1,0 +1,88 @@
+"""examples/quickstart.sh at a small size: stopped in the middle as by Ctrl-C, started again, and refused when it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"STEPS": "4", "STOP_AT": "2", "MEGABYTES": "1", "SEQ_LENGTH": "64", "GLOBAL_BATCH_SIZE": "4",
+         "MICRO_BATCH_SIZE": "1", "WORKERS": "1", "BELOW": "10.6", "MIXTRAL_VENV": "active"}  # fmt: skip
+
+
+def start(work: Path, **more: str) -> subprocess.Popen:
+    """The command, in a process group of its own, so that a signal reaches what Ctrl-C would reach."""
+    environment = {**os.environ, **SMALL, "QUICKSTART_DIR": str(work), **more}
+    return subprocess.Popen(["bash", "examples/quickstart.sh"], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("quickstart") / "work"
+
+
+def test_stopped_and_started_again(work):
+    first = start(work)
+    log = work / "logs" / "train.log"
+    deadline = time.monotonic() + 240
+    while not (log.is_file() and "setting number of microbatches" in log.read_text()):
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate(timeout=60)[0]
+        time.sleep(0.5)
+    os.killpg(first.pid, signal.SIGINT)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, output
+    assert "Start it again to go on" in output
+    for _ in range(100):
+        if not alive(first.pid):
+            break
+        time.sleep(0.2)
+    assert not alive(first.pid), "processes are left behind"
+    assert (work / "stamps" / "convert").is_file() and not (work / "stamps" / "train").exists()
+
+    second = start(work)
+    output, _ = second.communicate(timeout=400)
+    assert second.returncode == 0, output
+    assert output.count("done before") == 4, output
+    steps = [json.loads(line)["iteration"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    for row in ("train", "resume", "check", "nothing missing, nothing unexpected", "All checks passed"):
+        assert row in output
+    assert (work / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (work / "exported" / "mg2hg" / "model.safetensors").is_file()
+
+
+def test_third_start_has_nothing_to_do_and_a_failed_check_fails(work):
+    began = time.monotonic()
+    third = start(work)
+    output, _ = third.communicate(timeout=60)
+    assert third.returncode == 0 and output.count("done before") == 9, output
+    assert time.monotonic() - began < 10
+    # A loss that the training program never logged: the comparison must notice.
+    log = work / "logs" / "resume.log"
+    log.write_text(log.read_text().replace("lm loss value: ", "lm loss value: 9"))
+    (work / "stamps" / "check").unlink()
+    fourth = start(work)
+    output, _ = fourth.communicate(timeout=120)
+    assert fourth.returncode == 1, output
+    assert "DIFFERENT" in output and "FAILED" in output and "All checks passed" not in output
+
+
+def test_a_folder_that_is_not_its_own_is_not_removed(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    refused = start(tmp_path, CLEAN="1")
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 1 and "not made by the quickstart" in output
+    assert (tmp_path / "precious").is_file()
