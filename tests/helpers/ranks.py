@@ -1,11 +1,13 @@
 """Distributed tests as ordinary functions: `run_ranks(world, function, *args)` runs it on every rank.
 
 A fork server imports torch and the engine once. Pools of ranks, one per world size, are forked from it on demand and
-kept: process groups are made once, only the engine's parallel state changes from test to test. After an error the pool
-is killed, since the other ranks may wait in a collective for ever, and the next call forks a new one.
+kept. Process groups live for one call: gloo's threads of groups that are merely forgotten spin on closed sockets and
+starve everything else. After an error the pool is killed, since the other ranks may wait in a collective for ever, and
+the next call forks a new one.
 """
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -106,18 +108,29 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     if backend.device == "cuda":
         torch.cuda.set_device(rank)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(backend.collectives, init_method=f"file://{store}/store", rank=rank,
-                                         world_size=world, timeout=timedelta(seconds=120))
-    while True:
+    for call in itertools.count():
         try:
             function, args = connection.recv()
         except EOFError:
             return
         try:
+            torch.distributed.init_process_group(backend.collectives, init_method=f"file://{store}/{call}", rank=rank,
+                                                 world_size=world, timeout=timedelta(seconds=120))
             answer = (True, function(rank, *args))
+            _end_groups()
         except BaseException:  # noqa: BLE001 - whatever a test's body raises belongs to the test
             answer = (False, traceback.format_exc())
         connection.send(answer)
+
+
+def _end_groups() -> None:
+    """Close every process group, with all ranks still there."""
+    import torch
+    from megatron.core import parallel_state
+
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 @atexit.register
