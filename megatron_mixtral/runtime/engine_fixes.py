@@ -94,6 +94,49 @@ def _log_each_step_by_itself(replacements: Replacements) -> None:
     replacements.set(training, "training_log", training_log)
 
 
+# -- optimizer state across expert-parallel sizes ----------------------------------------------------------
+
+
+def _chained_optimizers_must_be_as_many() -> bool:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    return "but got {len(state_dict)}" in inspect.getsource(ChainedOptimizer.load_state_dict)
+
+
+def regroup(saved: dict[Any, Any], wanted: int) -> dict[Any, Any]:
+    """A chained optimizer's loaded state for `wanted` optimizers, whatever number it was saved by.
+
+    With experts spread over ranks the engine keeps a dense and an expert optimizer, else one for both. Tensors have
+    layout-free keys; what differs is where the rest lies (`optimizer.param_groups`, `param_state_sharding_type`): under
+    0 and 1, or at the top. Numbered entries of a load hold the tensors of the optimizers that ask for them.
+    """
+    parts = {key: value for key, value in saved.items() if isinstance(key, int)}
+    common = {key: value for key, value in saved.items() if not isinstance(key, int)}
+    if wanted == 1 and parts and "optimizer" not in common:  # saved by several, wanted by one
+        groups = [group for part in parts.values() for group in part["optimizer"]["param_groups"]]
+        return {**parts[0], **common, "optimizer": {**parts[0]["optimizer"], "param_groups": groups}}
+    if wanted > 1 and "optimizer" in common:  # saved by one, wanted by several
+        groups = common["optimizer"]["param_groups"]
+        groups = [{**group, "is_expert_parallel": expert} for expert in (False, True) for group in groups]
+        common["optimizer"] = {**common["optimizer"], "param_groups": groups}
+        return {index: {**common, **parts.get(index, {})} for index in range(wanted)}
+    return saved
+
+
+def _load_from_any_number_of_optimizers(replacements: Replacements) -> None:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    original = ChainedOptimizer.load_state_dict
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Any) -> Any:
+        if isinstance(state_dict, dict):
+            state_dict = regroup(state_dict, len(self.chained_optimizers))
+        return original(self, state_dict)
+
+    replacements.set(ChainedOptimizer, "load_state_dict", load_state_dict)
+
+
 FIXES: tuple[Fix, ...] = (
     Fix(
         name="dataset-helpers",
@@ -113,6 +156,16 @@ FIXES: tuple[Fix, ...] = (
         remove_when="DistributedOptimizer saves and loads torch.optim.AdamW at step 0",
         needed=_engine_falls_back_to_torch_adam,
         apply=_stand_in_for_fused_adam,
+    ),
+    Fix(
+        name="expert-optimizers",
+        symptom="resuming with EP 1 what was saved with EP 2 fails: KeyError 'optimizer'; the other way round too",
+        cause="with EP > 1 two distributed optimizers are chained, with EP 1 there is one, and the parts of their state "
+              "that are no tensors are stored in that structure",
+        versions="0.19.2",
+        remove_when="ChainedOptimizer.load_state_dict accepts the state of another number of optimizers",
+        needed=_chained_optimizers_must_be_as_many,
+        apply=_load_from_any_number_of_optimizers,
     ),
 )
 

@@ -73,18 +73,40 @@ def test_ten_steps_of_the_program_equal_plain_torch(whole: Outcome, folder: Path
     assert whole.norms(1) == pytest.approx(norms[:1], abs=1e-4)
 
 
-def test_resumed_run_equals_uninterrupted(whole: Outcome, folder: Path, hf: Path, data: list[str]) -> None:
-    save = ["--save", str(folder / "run"), "--load", str(folder / "run"), "--save-interval", "5",
-            "--hf-checkpoint", str(hf)]
-    save += ["--train-iters", str(STEPS)]
-    first = pretrain(4, [*LAYOUT, *RECIPE, *data, *save, "--exit-interval", "5"], folder / "first")
-    assert ended_well(first), first.logs[-1][-3000:]
-    second = pretrain(4, [*LAYOUT, *RECIPE, *data, *save], folder / "second")
+@pytest.fixture(scope="module")
+def stopped(folder: Path, hf: Path, data: list[str]) -> Outcome:
+    """The same run, saved and stopped after five steps; its checkpoint is in `folder / "run"`."""
+    save = ["--save", str(folder / "run"), "--load", str(folder / "run"), "--save-interval", "5"]
+    argv = [*LAYOUT, *RECIPE, *data, *save, "--train-iters", str(STEPS), "--hf-checkpoint", str(hf)]
+    return pretrain(4, [*argv, "--exit-interval", "5"], folder / "first")
+
+
+def test_resumed_run_equals_uninterrupted(whole: Outcome, stopped: Outcome, folder: Path, hf: Path,
+                                          data: list[str]) -> None:
+    assert ended_well(stopped), stopped.logs[-1][-3000:]
+    argv = [*LAYOUT, *RECIPE, *data, "--load", str(folder / "run"), "--train-iters", str(STEPS)]
+    second = pretrain(4, [*argv, "--hf-checkpoint", str(hf)], folder / "second")
     assert ended_well(second), second.logs[-1][-3000:]
     assert sorted(second.steps) == [6, 7, 8, 9, 10], "it goes on where the checkpoint is, not from --hf-checkpoint"
-    assert first.losses(*range(1, 6)) == whole.losses(*range(1, 6))
+    assert stopped.losses(*range(1, 6)) == whole.losses(*range(1, 6))
     assert second.losses(*range(6, 11)) == whole.losses(*range(6, 11))
     assert second.norms(6) == whole.norms(6)
+
+
+@pytest.mark.parametrize(("world", "layout"), [
+    (1, []),  # EP 2 -> 1: one optimizer where the checkpoint has two
+    (2, ["--expert-model-parallel-size", "2"]),
+    (2, ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]),
+])
+def test_resumes_on_another_layout(world: int, layout: list[str], whole: Outcome, stopped: Outcome, folder: Path,
+                                   data: list[str]) -> None:
+    assert ended_well(stopped), stopped.logs[-1][-3000:]
+    argv = [*layout, *RECIPE, *data, "--load", str(folder / "run"), "--train-iters", str(STEPS)]
+    found = pretrain(world, argv, folder / "other")
+    assert ended_well(found), found.logs[-1][-3000:]
+    steps = range(6, 11)
+    assert found.losses(*steps) == pytest.approx(whole.losses(*steps), rel=1e-5)
+    assert found.norms(*steps) == pytest.approx(whole.norms(*steps), rel=1e-4)
 
 
 def test_start_from_rank_directories_equals_start_from_hf(whole: Outcome, folder: Path, hf: Path,
