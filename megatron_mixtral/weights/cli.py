@@ -1,18 +1,19 @@
 """The conversion command lines: `tools/checkpoint/util.py` and `tools/checkpoint/convert_megatron_to_hf_mixtral.py`.
 
 Each function takes the arguments and returns the text to show; errors are `MixtralError`s. What can be refused from
-the arguments and a config.json alone is refused before torch is imported, so a wrong layout costs no waiting.
+the arguments and a config.json alone is refused before anything is opened. torch is not imported, except to cast.
 """
 
 import argparse
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.plan import all_plans, check_complete, describe, padded_vocabulary
+from megatron_mixtral.weights.plan import all_plans, check_complete, describe, human_size, padded_vocabulary
 from megatron_mixtral.weights.staging import is_empty
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"
 EXPORT_FOLDER = "mg2hg"
 BYTES = {"fp32": 4, "float32": 4}  # of an element, by --params-dtype; 2 for the rest
+STEP = 2.0  # seconds between two lines of progress
 
 
 def util_parser() -> argparse.ArgumentParser:
@@ -47,15 +49,12 @@ def util_parser() -> argparse.ArgumentParser:
     parser.add_argument(TARGET_FLAGS["vpp"], type=int, dest="vpp", default=1, help="model chunks of a pipeline rank")
     parser.add_argument(TARGET_FLAGS["first"], type=int, dest="first", help="layers of an uneven first stage")
     parser.add_argument(TARGET_FLAGS["last"], type=int, dest="last", help="layers of an uneven last stage")
-    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=1,
+    parser.add_argument("--make-vocab-size-divisible-by", "--target-vocab-padding", type=int, default=1,
                         help="pad the vocabulary with zero rows to a multiple of this x tensor parallel size")
-    parser.add_argument("--params-dtype", choices=["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"],
-                        help="cast; default: keep the source's types")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file")
-    parser.add_argument("--dry-run", action="store_true", help="show what each shard would hold, and write nothing")
+    _add_common(parser)
+    parser.add_argument("--target-ckpt-format", choices=["torch", "torch_dist"], default="torch",
+                        help="rank directories, for the layout given; or a distributed checkpoint, for any layout")
     parser.add_argument("--overwrite", action="store_true", help="replace a --save-dir that is not empty")
-    parser.add_argument("--no-checking", action="store_true",
-                        help="do not compare the copies that several ranks hold of the same weights")
     parser.add_argument("--max-queue-size", type=int, help="ignored: there is no queue")
     parser.add_argument("--megatron-path", help="ignored: megatron is not needed to convert")
     return parser
@@ -68,28 +67,29 @@ def util(argv: Sequence[str] | None = None) -> str:
     config = _known_config(args)
     to_megatron = args.save_model_type == "megatron"
     if to_megatron and config is not None:
-        _layout(args, None).validate(config, TARGET_FLAGS)  # before torch is imported
+        _layout(args, None).validate(config, TARGET_FLAGS)
     tokenizer = _tokenizer(args.tokenizer_model, config)
 
-    from megatron_mixtral.weights.convert import convert, open_megatron, parse_dtype
+    from megatron_mixtral.weights.convert import convert, open_megatron
     from megatron_mixtral.weights.hf import HFSource
 
     source = HFSource(args.load_dir) if args.loader == "mixtral_hf" else open_megatron(
         args.load_dir, compare_copies=not args.no_checking)
-    dtype = parse_dtype(args.params_dtype)
     if not to_megatron:
         target = args.save_dir / EXPORT_FOLDER
         template = args.save_dir if (args.save_dir / "config.json").exists() else None
-        return _export(source, target, template, args, dtype, tokenizer, replace=True)
+        return _export(source, target, template, args, tokenizer, replace=True)
 
+    from megatron_mixtral.weights.dist_sink import DistSink
     from megatron_mixtral.weights.rank_sink import RankDirSink
 
     layout = _layout(args, getattr(source, "layout", None)).validate(source.config, TARGET_FLAGS)
     if args.dry_run:
         return _describe(source.config, layout, args)
-    sink = RankDirSink(args.save_dir, source.config, layout, vocab_divisible_by=args.make_vocab_size_divisible_by,
-                       replace=args.overwrite)
-    return str(convert(source, sink, dtype=dtype, companions=tokenizer))
+    kind = DistSink if args.target_ckpt_format == "torch_dist" else RankDirSink
+    sink = kind(args.save_dir, source.config, layout, vocab_divisible_by=args.make_vocab_size_divisible_by,
+                replace=args.overwrite)
+    return str(convert(source, sink, companions=tokenizer, **_options(args)))
 
 
 def megatron_to_hf_parser() -> argparse.ArgumentParser:
@@ -103,11 +103,7 @@ def megatron_to_hf_parser() -> argparse.ArgumentParser:
     for axis, flag in (("tp", "--tensor-parallel-size"), ("pp", "--pipeline-parallel-size"),
                        ("ep", "--expert-parallel-size")):
         parser.add_argument(flag, type=int, dest=axis, help="compared with the checkpoint, which knows its layout")
-    parser.add_argument("--params-dtype", choices=["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"])
-    parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--dry-run", action="store_true", help="check the checkpoint and write nothing")
-    parser.add_argument("--no-checking", action="store_true",
-                        help="do not compare the copies that several ranks hold of the same weights")
+    _add_common(parser)
     return parser
 
 
@@ -118,7 +114,7 @@ def megatron_to_hf(argv: Sequence[str] | None = None) -> str:
     if args.huggingface_config_path is not None:
         _need_directory(args.huggingface_config_path, "--huggingface-config-path")
 
-    from megatron_mixtral.weights.convert import open_megatron, parse_dtype
+    from megatron_mixtral.weights.convert import open_megatron
 
     source = open_megatron(args.megatron_checkpoint_path, compare_copies=not args.no_checking)
     layout = getattr(source, "layout", None)
@@ -133,14 +129,46 @@ def megatron_to_hf(argv: Sequence[str] | None = None) -> str:
     if below:
         target = target / EXPORT_FOLDER
         logger.warning("%s is not empty and is left as it is; writing to %s", target.parent, target)
-    dtype = parse_dtype(args.params_dtype)
-    return _export(source, target, args.huggingface_config_path, args, dtype, [], replace=below)
+    return _export(source, target, args.huggingface_config_path, args, [], replace=below)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--params-dtype", choices=["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"],
+                        help="cast; default: keep the source's types")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file")
+    parser.add_argument("--jobs", type=int, help="files written at a time; default: one for each core")
+    parser.add_argument("--resume", action="store_true",
+                        help="keep the finished files of a killed conversion of the same source to the same target")
+    parser.add_argument("--verify", action="store_true",
+                        help="read the result back and compare checksums with the source's, before it gets its name")
+    parser.add_argument("--check-finite", action="store_true", help="name the tensors that hold NaN or Inf")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be written, and write nothing")
+    parser.add_argument("--no-checking", action="store_true",
+                        help="do not compare the copies that several ranks hold of the same weights")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `convert` that both programs have."""
+    if args.jobs is not None and args.jobs < 1:
+        raise ConfigError(f"--jobs must be positive, found {args.jobs}")
+    started, last = time.monotonic(), time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= STEP:
+            last, rate = now, done / (now - started)
+            logger.info("%d%%: %s of %s, %s/s, %.0f s left", 100 * done // total, human_size(done), human_size(total),
+                        human_size(int(rate)), (total - done) / rate)
+
+    return {"dtype": args.params_dtype, "jobs": args.jobs, "resume": args.resume, "verify": args.verify,
+            "check_finite": args.check_finite, "progress": progress}
 
 
 # -- Parts -------------------------------------------------------------------------------------------------
 
 
-def _export(source: "TensorSource", target: Path, template: Path | None, args: argparse.Namespace, dtype: object,
+def _export(source: "TensorSource", target: Path, template: Path | None, args: argparse.Namespace,
             tokenizer: list[Path], *, replace: bool) -> str:
     from megatron_mixtral.weights.convert import convert
     from megatron_mixtral.weights.hf import companions_of
@@ -151,7 +179,7 @@ def _export(source: "TensorSource", target: Path, template: Path | None, args: a
         source.check()
         return f"{source.where} is whole; {source.config.total_parameters:,} parameters would be written to {target}"
     companions = tokenizer + ([] if template is None else companions_of(template))
-    return str(convert(source, sink, dtype=dtype, companions=companions))
+    return str(convert(source, sink, companions=companions, **_options(args)))
 
 
 def _known_config(args: argparse.Namespace) -> MixtralConfig | None:

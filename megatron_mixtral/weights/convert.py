@@ -1,35 +1,44 @@
 """`convert(source, sink)`: import, export and resharding are this one function.
 
-The source is checked whole before anything is written, every target element is filled exactly once (`assemble`), and
-the target gets its name only when it is complete and on the disk (`staged`).
+The source is checked whole and every output file is planned to the byte before anything is written; the target gets
+its name only when it is complete and on the disk (`staged`).
 """
 
+import hashlib
+import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.container import Container
 from megatron_mixtral.weights.dist_ckpt import METADATA_FILE, DistSource
-from megatron_mixtral.weights.fragments import OutputFile, TensorSink, TensorSource, assemble
-from megatron_mixtral.weights.hf import INDEX_FILE, SINGLE_FILE, HFSource
-from megatron_mixtral.weights.plan import human_size
+from megatron_mixtral.weights.dtypes import type_name
+from megatron_mixtral.weights.fragments import OutputFile, TensorSink, TensorSource
+from megatron_mixtral.weights.hf import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, HFSource
+from megatron_mixtral.weights.plan import human_size, whole
 from megatron_mixtral.weights.rank_dirs import TRACKER, RankDirSource, iteration_directory
 from megatron_mixtral.weights.rules import hf_tensors
-from megatron_mixtral.weights.staging import refuse_existing, staged
+from megatron_mixtral.weights.staging import Stage, need_space, refuse_existing, staged
+from megatron_mixtral.weights.streaming import Meter, checksum, total_bytes, write_file
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32,
-          "float16": torch.float16, "bfloat16": torch.bfloat16}
+REPORT_FILE = "conversion.json"
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass
 class Report:
-    """What a conversion did. `tensors` counts stored tensors, copies on several ranks included."""
+    """What a conversion did. `tensors` counts stored tensors, copies on several ranks included.
+
+    `checksums` are CRC-32s of the Hugging Face tensors, as read back from the output; only when it was verified.
+    """
 
     source: Path
     target: Path
@@ -37,48 +46,147 @@ class Report:
     bytes: int = 0
     seconds: float = 0.0
     files: list[str] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
+    not_finite: list[str] | None = None
+    checksums: dict[str, int] | None = None
 
     def __str__(self) -> str:
         text = (f"{self.source} -> {self.target}: {self.tensors} tensors, {human_size(self.bytes)} in "
                 f"{len(self.files)} files, {self.seconds:.1f} s")
+        if self.resumed:
+            text += f"; {len(self.resumed)} files were there already"
+        if self.checksums is not None:
+            text += f"; verified, {len(self.checksums)} checksums equal the source's"
+        if self.not_finite:
+            text += f"; NaN or Inf in {', '.join(self.not_finite)}"
         return text + (f"; left behind: {', '.join(self.left_behind)}" if self.left_behind else "")
 
+    def to_json(self) -> str:
+        """Contents of `conversion.json`."""
+        values = asdict(self) | {"source": str(self.source), "target": str(self.target)}
+        return json.dumps(values, indent=2) + "\n"
 
-def convert(source: TensorSource, sink: TensorSink, *, dtype: torch.dtype | None = None,
-            companions: Iterable[Path] = (), progress: Callable[[OutputFile, int, int], None] | None = None) -> Report:
-    """Write all of `source` through `sink`, cast to `dtype` where one is given; returns the report.
 
-    `companions` are files to copy beside the weights, before those that the source itself has. `progress` is called
-    with (file, number, of how many) before each file. Raises `CheckpointError`; then nothing is at the target that
-    was not there before.
+def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, companions: Iterable[Path] = (),
+            jobs: int | None = None, resume: bool = False, verify: bool = False, check_finite: bool = False,
+            progress: Progress | None = None) -> Report:
+    """Write all of `source` through `sink`, cast to `dtype` (torch's, or its name) where given; returns the report.
+
+    `companions` are files to copy beside the weights, before those that the source itself has. `jobs` files are
+    written at a time (default: one for each core). `resume` keeps finished files of a killed conversion of the same
+    source to the same target. `verify` reads the result back and compares checksums with the source's.
+    Raises `CheckpointError`; then nothing is at the target that was not there before.
     """
     started = time.monotonic()
-    if source.config != sink.config:
-        raise CheckpointError(f"{source.where} and {sink.target}: source and target describe different models")
-    refuse_existing(sink.target, sink.replace)
-    if _inside(source.where, sink.target) and sink.replace:
-        raise CheckpointError(f"{sink.target} holds the source {source.where}; choose another target")
+    _refuse(source, sink)
     source.check()
-    dtypes = {name: dtype or source.dtype(tensor) for name, tensor in hf_tensors(source.config).items()}
-    files = sink.plan(dtypes)
-    report = Report(source.where, sink.target, left_behind=list(source.left_behind))
-    with staged(sink.target, sink.replace) as root:
-        for number, file in enumerate(files, start=1):
-            logger.info("writing %s (%d of %d)", file.path, number, len(files))
-            if progress is not None:
-                progress(file, number, len(files))
-            planned = list(file.tensors())
-            report.bytes += sink.write(root, file, dtypes, ((t, assemble(t, source, dtype)) for t in planned))
-            report.tensors += len(planned)
-            report.files.append(file.path)
-        sink.finish(root, _unique([*companions, *source.companions()]))
-    report.seconds = time.monotonic() - started
+    name = type_name(dtype)
+    dtypes = {key: name or source.dtype(tensor) for key, tensor in hf_tensors(source.config).items()}
+    planned = [(file, sink.container(file, dtypes)) for file in sink.plan(dtypes)]
+    companions = _unique([*companions, *source.companions()])
+    report = Report(source.where, sink.target, left_behind=list(source.left_behind),
+                    not_finite=[] if check_finite else None)
+    for file, container in planned:
+        report.files.append(file.path)
+        report.tensors += len(container.placed)
+        report.bytes += sum(placed.size for placed in container.placed)
+    need_space(sink.target, total_bytes(container for _, container in planned)
+               + sum(path.stat().st_size for path in companions))
+    with staged(sink.target, sink.replace, resume=resume) as stage:
+        stage.begin(_fingerprint(source, planned))
+        _write_all(stage, planned, source, report, jobs, check_finite, progress)
+        sink.finish(stage.root, companions)
+        if verify:
+            report.checksums = compare(source, open_source(stage.root), name, jobs)
+        report.seconds = time.monotonic() - started
+        (stage.root / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
 
 
-def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _refuse(source: TensorSource, sink: TensorSink) -> None:
+    if source.config != sink.config:
+        raise CheckpointError(f"{source.where} and {sink.target}: source and target describe different models")
+    refuse_existing(sink.target, sink.replace)
+    if sink.replace and source.where.resolve().is_relative_to(sink.target.resolve()):
+        raise CheckpointError(f"{sink.target} holds the source {source.where}; choose another target")
+
+
+def _write_all(stage: Stage, planned: Sequence[tuple[OutputFile, Container]], source: TensorSource, report: Report,
+               jobs: int | None, check_finite: bool, progress: Progress | None) -> None:
+    """Write what is not there yet, several files at a time; the first failure stops all."""
+    due = []
+    for file, container in planned:
+        notes = stage.finished(file.path, container.size)
+        if notes is None:
+            due.append((file, container))
+        else:
+            report.resumed.append(file.path)
+            (report.not_finite if report.not_finite is not None else []).extend(notes)
+    total = sum(placed.size for _, container in due for placed in container.placed)
+    meter = Meter(source.release, None if progress is None else lambda done: progress(done, total))
+
+    def write(job: tuple[OutputFile, Container]) -> list[str]:
+        file, container = job
+        try:
+            meter.add(0)
+            bad = write_file(stage.root / file.path, container, source, meter, check_finite=check_finite)
+            stage.note(file.path, bad)
+            return [f"{file.path}: {name}" for name in bad]
+        except BaseException:
+            meter.stopped = True
+            raise
+
+    with ThreadPoolExecutor(workers(jobs, len(due))) as pool:
+        futures = [pool.submit(write, job) for job in due]
+        try:
+            failures = [error for error in (future.exception() for future in futures) if error is not None]
+        except BaseException:  # an interrupt reaches this thread only
+            meter.stopped = True
+            raise
+    if failures:
+        raise next((error for error in failures if not str(error).startswith("stopped,")), failures[0])
+    for future in futures:
+        (report.not_finite if report.not_finite is not None else []).extend(future.result())
+
+
+def workers(jobs: int | None, files: int) -> int:
+    """How many files to write at a time: as asked, else the cores this process may use; at most one for each file."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(jobs or cores, files))
+
+
+def compare(source: TensorSource, written: TensorSource, dtype: str | None = None,
+            jobs: int | None = None) -> dict[str, int]:
+    """Checksums of every Hugging Face tensor, which must be the same in both. Raises `CheckpointError` naming one."""
+    written.check()
+    meter = Meter(lambda: (source.release(), written.release()) and None)
+
+    def one(name: str) -> tuple[str, int]:
+        target = whole(hf_tensors(source.config)[name])
+        ours, theirs = checksum(target, source, dtype), checksum(target, written)
+        meter.add(target.elements)
+        if ours != theirs:
+            raise CheckpointError(f"{written.where}: {name} has checksum {theirs:08x} when read back, the source's is "
+                                  f"{ours:08x}; the disk or the memory of this machine is at fault")
+        return name, ours
+
+    names = list(hf_tensors(source.config))
+    with ThreadPoolExecutor(workers(jobs, len(names))) as pool:
+        return dict(pool.map(one, names))
+
+
+def _fingerprint(source: TensorSource, planned: Sequence[tuple[OutputFile, Container]]) -> str:
+    """Says whether a started conversion is this one: the source's files as they are now, and the plan to the byte."""
+    digest = hashlib.sha256(str(source.where.resolve()).encode())
+    for path in sorted(path for path in source.where.rglob("*") if path.is_file()):
+        state = path.stat()
+        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+    for file, container in planned:
+        digest.update(f"{file.path} {container.size}\n".encode())
+        for _, data in container.fixed([0] * len(container.placed)):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _unique(paths: Iterable[Path]) -> list[Path]:
@@ -108,15 +216,6 @@ def open_source(directory: str | Path, *, compare_copies: bool = True) -> Tensor
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist or is not a directory")
-    if (directory / INDEX_FILE).exists() or (directory / SINGLE_FILE).exists():
+    if any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE)):
         return HFSource(directory)
     return open_megatron(directory, compare_copies=compare_copies)
-
-
-def parse_dtype(text: str | None) -> torch.dtype | None:
-    """The torch dtype of a `--params-dtype` value. Raises `ConfigError`."""
-    if text is None:
-        return None
-    if text not in DTYPES:
-        raise ConfigError(f"--params-dtype {text}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[text]

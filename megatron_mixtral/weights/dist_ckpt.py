@@ -10,25 +10,22 @@ Optimizer state is not carried by a conversion; `left_behind` names it. Format: 
 `megatron.core.dist_checkpointing` of the pinned versions.
 """
 
-import io
-import mmap
-import zipfile
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import torch
+import numpy
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.archive import Window, data_offset
-from megatron_mixtral.weights.dist_metadata import METADATA_FILE, Region, StoredTensor, read_contents
+from megatron_mixtral.weights.archive import Stored, load
+from megatron_mixtral.weights.dist_metadata import METADATA_FILE, StoredTensor, read_contents
+from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.engine_args import config_from_args
 from megatron_mixtral.weights.fragments import Fragment, tiled
 from megatron_mixtral.weights.hf import companions_of
-from megatron_mixtral.weights.rank_dirs import FLOATS, iteration_directory
+from megatron_mixtral.weights.mapped import MappedFile
+from megatron_mixtral.weights.rank_dirs import iteration_directory, narrow
 from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
-from megatron_mixtral.weights.safe_load import load_shape
 
 __all__ = ["METADATA_FILE", "DistSource", "Span", "spans"]
 
@@ -104,7 +101,8 @@ class DistSource:
     def __init__(self, directory: str | Path) -> None:
         self.root, self.where = iteration_directory(Path(directory))
         self._contents = read_contents(self.where)
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps: dict[Path, MappedFile] = {}
+        self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         self.config = self._find_config()
         self._places: dict[str, list[_Place]] = {}
         self.left_behind = sorted({self._state_name(key) for key in (*self._contents.tensors, *self._contents.objects)
@@ -124,11 +122,11 @@ class DistSource:
         path = self.where / COMMON_FILE
         if region is not None:
             where = f"{region.file} ({COMMON})"
-            common = load_shape(self._window(region), where)
+            common = load(self._map(region.file), where, region.offset, region.length)
             common = common[0] if isinstance(common, list) and common else common
         elif path.is_file():
             where = str(path)
-            common = load_shape(io.BytesIO(path.read_bytes()), where)
+            common = load(self._map(path), where)
         else:
             where, common = str(self.where), None
         if not isinstance(common, dict) or common.get("args") is None:
@@ -222,8 +220,8 @@ class DistSource:
 
     # -- Reading -----------------------------------------------------------------------------------------
 
-    def dtype(self, tensor: HFTensor) -> torch.dtype:
-        """The type a tensor is stored in."""
+    def dtype(self, tensor: HFTensor) -> str:
+        """The name of the type a tensor is stored in."""
         self.check()
         return self._contents.tensors[self._places[tensor.name][0].key].dtype
 
@@ -235,39 +233,40 @@ class DistSource:
             span, rule = place.span, tensor.rule
             data = self._read(place.key, place.chunk)[place.lead].reshape(span.view)
             if len(rule.pieces) > 1:
-                data = data.narrow(rule.join_dim, span.at, span.size)
-            data = data.narrow(rule.shard_dim, span.skip, span.length)
-            where = self._contents.tensors[place.key].chunks[place.chunk].region.file
-            found.append(Fragment(span.start, span.length, data, f"{where} ({place.key})"))
+                data = narrow(data, rule.join_dim, span.at, span.size)
+            data = narrow(data, rule.shard_dim, span.skip, span.length)
+            stored = self._contents.tensors[place.key]
+            where = stored.chunks[place.chunk].region.file
+            found.append(Fragment(span.start, span.length, data, stored.dtype, f"{where} ({place.key})"))
         return tiled(tensor, found)
 
-    def _window(self, region: Region) -> Window:
-        if region.file not in self._maps:
-            with open(region.file, "rb") as file:
-                # Copy-on-write: torch wants buffers it could write to, and nothing is ever written.
-                self._maps[region.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return Window(self._maps[region.file], region.offset, region.length)
+    def _map(self, path: Path) -> MappedFile:
+        if path not in self._maps:
+            self._maps[path] = MappedFile(path)
+        return self._maps[path]
 
-    def _read(self, key: str, number: int) -> torch.Tensor:
-        """One chunk as a tensor over the mapped file. Its archive is checked against the metadata."""
-        stored = self._contents.tensors[key]
-        chunk = stored.chunks[number]
-        where = f"{chunk.region.file} ({key} at {chunk.offsets})"
-        window = self._window(chunk.region)
-        shape = load_shape(window, where)
-        if not isinstance(shape, torch.Tensor) or tuple(shape.shape) != chunk.sizes or shape.dtype != stored.dtype \
-                or not shape.is_contiguous() or shape.storage_offset():
-            raise CheckpointError(f"{where}: is not the {stored.dtype} tensor of {chunk.sizes} that the metadata says")
-        try:
-            offset = data_offset(window, prod(chunk.sizes) * stored.dtype.itemsize)
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
-            raise CheckpointError(f"{where}: {error}") from None
-        return torch.frombuffer(window.data, dtype=stored.dtype, count=prod(chunk.sizes),
-                                offset=chunk.region.offset + offset).view(chunk.sizes)
+    def _read(self, key: str, number: int) -> numpy.ndarray:
+        """One chunk over the mapped file. Its archive is checked against the metadata."""
+        if (key, number) not in self._chunks:
+            stored = self._contents.tensors[key]
+            chunk = stored.chunks[number]
+            where = f"{chunk.region.file} ({key} at {chunk.offsets})"
+            found = load(self._map(chunk.region.file), where, chunk.region.offset, chunk.region.length)
+            if not isinstance(found, Stored) or found.data is None or found.shape != chunk.sizes \
+                    or found.dtype != stored.dtype or not found.data.flags.c_contiguous:
+                raise CheckpointError(f"{where}: is not the {stored.dtype} tensor of {chunk.sizes} that the metadata "
+                                      "says")
+            self._chunks[key, number] = found.data
+        return self._chunks[key, number]
 
     def companions(self) -> list[Path]:
         """Tokenizer and generation files beside the weights."""
         return companions_of(self.root)
+
+    def release(self) -> None:
+        """Give mapped pages back to the system."""
+        for file in self._maps.values():
+            file.release()
 
 
 def _indices(sizes: Shape) -> list[tuple[int, ...]]:

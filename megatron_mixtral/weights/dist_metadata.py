@@ -4,18 +4,13 @@ The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. A rest
 belong there to inert records and refuses every other global by name.
 """
 
-import collections
-import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
-
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.rules import Shape
-from megatron_mixtral.weights.safe_load import UNPICKLING_ERRORS
+from megatron_mixtral.weights.unpickling import UNPICKLING_ERRORS, TypeRecord, unpickle
 
 METADATA_FILE = ".metadata"
 
@@ -31,39 +26,6 @@ _RECORDS = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-
-
-class Record:
-    """An object of the pickle: its attributes, or its arguments, and nothing else."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, where: str) -> None:
-        super().__init__(io.BytesIO(data))
-        self.where = where
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _RECORDS.get(module, ()):
-            return Record
-        found = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(found, torch.dtype) or found is torch.Size:
-            return found
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        raise CheckpointError(f"{self.where} wants the global {module}.{name}, which a checkpoint's metadata has no "
-                              "use for; it was not loaded and nothing in it was run")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise CheckpointError(f"{self.where} refers to an object outside of itself")
 
 
 @dataclass(frozen=True)
@@ -89,7 +51,7 @@ class StoredTensor:
     """A tensor of the checkpoint, of global shape `size`, in chunks."""
 
     size: Shape
-    dtype: torch.dtype
+    dtype: str
     chunks: tuple[StoredChunk, ...]
 
 
@@ -105,7 +67,7 @@ def read_contents(directory: Path) -> Contents:
     """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""
     path = directory / METADATA_FILE
     try:
-        metadata = _Unpickler(path.read_bytes(), str(path)).load()
+        metadata = unpickle(path.read_bytes(), str(path), "a checkpoint's metadata has", _RECORDS)
         regions = {(index.fqn, _offset(index)): info for index, info in metadata.storage_data.items()}
         entries = dict(metadata.state_dict_metadata)
         tensors, objects = {}, {}
@@ -134,9 +96,9 @@ def _tensor(key: str, entry: Any, regions: dict[tuple[str, Shape | None], Any], 
         chunks.append(StoredChunk(offsets, tuple(chunk.sizes), _region(key, regions[key, offsets], directory)))
     properties = entry.properties
     dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, TypeRecord):
         raise CheckpointError(f"{directory / METADATA_FILE}: {key} has no type")
-    return StoredTensor(tuple(entry.size), dtype, tuple(chunks))
+    return StoredTensor(tuple(entry.size), str(dtype), tuple(chunks))
 
 
 def _region(key: str, info: Any, directory: Path) -> Region:

@@ -8,10 +8,9 @@ architecture from it (`--use-checkpoint-args`); see `check_checkpoint_args` and 
 import argparse
 from typing import Any
 
-import torch
-
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.weights.pickling import Global
 
 # Ways of laying out stages that this library does not model, with their harmless values.
 _UNSUPPORTED = {
@@ -90,8 +89,8 @@ def config_from_args(args: argparse.Namespace, where: str) -> MixtralConfig:
 
 
 def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, divisible_by: int,
-              dtype: torch.dtype) -> argparse.Namespace:
-    """The namespace for a converted checkpoint: architecture and layout, under the engine's names."""
+              dtype: str, ckpt_format: str = "torch") -> argparse.Namespace:
+    """The namespace for a converted checkpoint: architecture and layout, under the engine's names, to be pickled."""
     base = config.rope_theta
     return argparse.Namespace(
         # Architecture
@@ -118,5 +117,6 @@ def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, 
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp,
         decoder_first_pipeline_num_layers=layout.first, decoder_last_pipeline_num_layers=layout.last,
         # Bookkeeping
-        ckpt_format="torch", params_dtype=dtype, bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16,
+        ckpt_format=ckpt_format, params_dtype=Global("torch", dtype), bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
         iteration=0, consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)

@@ -1,4 +1,4 @@
-"""Reading Hugging Face directories: safetensors files, one or many with an index.
+"""Reading Hugging Face directories: safetensors or .bin files, one or many with an index.
 
 Accepted are the original per-expert names (`block_sparse_moe.experts.N.w1`), which every published Mixtral has on
 disk, and the fused names that transformers 5 uses in memory. Files are memory-mapped, so a tensor costs memory only
@@ -7,20 +7,19 @@ while its bytes are being copied. `hf_sink` writes such directories.
 
 from pathlib import Path, PurePath
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.config.mixtral import read_json
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.fragments import Fragment, tiled
+from megatron_mixtral.weights.hf_files import TensorFile, TorchFile
 from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, Shape, hf_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"  # what came before safetensors
 TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
-# safetensors' names of the types that weights may have
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 # What belongs to a model beside its weights and its config.json, in the names that are in use.
 COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -43,21 +42,23 @@ class HFSource:
         self.where = Path(directory)
         self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
         self.left_behind: list[str] = []
-        self._handles: dict[str, safe_open] = {}
+        self._handles: dict[str, TensorFile | TorchFile] = {}
         self._files = self._read_names()
 
     # -- What is there -----------------------------------------------------------------------------------
 
     def _read_names(self) -> dict[str, str]:
         """File name of every stored tensor; each file is opened once and compared with the index."""
-        index, single = self.where / INDEX_FILE, self.where / SINGLE_FILE
-        if index.exists() and single.exists():
-            raise CheckpointError(f"{self.where} has both {INDEX_FILE} and {SINGLE_FILE}; remove the one that is stale")
-        if not index.exists():
-            if not single.exists():
-                raise CheckpointError(f"{self.where}: no {SINGLE_FILE} and no {INDEX_FILE}; is it a Hugging Face model "
-                                      "with safetensors weights?")
-            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        present = [name for name in (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE) if (self.where / name).exists()]
+        present = [name for name in present if "bin" not in name] or present  # both kinds: the safe one
+        if len(present) > 1:
+            raise CheckpointError(f"{self.where} has both {present[0]} and {present[1]}; remove the one that is stale")
+        if not present:
+            raise CheckpointError(f"{self.where}: no {SINGLE_FILE} and no {INDEX_FILE} (nor {BIN_FILE} or its index); "
+                                  "is it a Hugging Face model with weights?")
+        if present[0] in (SINGLE_FILE, BIN_FILE):
+            return dict.fromkeys(self._open(present[0]).names(), present[0])
+        index = self.where / present[0]
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: expected a weight_map of tensor names to files")
@@ -67,28 +68,18 @@ class HFSource:
             if not (self.where / file).is_file():
                 raise CheckpointError(f"{index}: {name} points to {file}, which does not exist in {self.where}")
         for file in sorted(set(weight_map.values())):
-            stored = set(self._open(file).keys())
+            stored = set(self._open(file).names())
             listed = {name for name, where in weight_map.items() if where == file}
             for name in sorted(stored ^ listed):
-                lacking = f"{INDEX_FILE} lists it there" if name in listed else f"{INDEX_FILE} does not list it there"
+                lacking = f"{index.name} lists it there" if name in listed else f"{index.name} does not list it there"
                 present = "has no tensor" if name in listed else "has the tensor"
                 raise CheckpointError(f"{self.where / file} {present} {name}, but {lacking}")
         return dict(weight_map)
 
-    def _open(self, file: str) -> safe_open:
+    def _open(self, file: str) -> TensorFile | TorchFile:
         if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(self.where / file, framework="pt")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{self.where / file} is not a whole safetensors file: {error}") from None
+            self._handles[file] = (TorchFile if file.endswith(".bin") else TensorFile)(self.where / file)
         return self._handles[file]
-
-    def _shape(self, name: str) -> Shape:
-        part = self._open(self._files[name]).get_slice(name)
-        if part.get_dtype() not in FLOATS:
-            raise CheckpointError(f"{self.where / self._files[name]}: {name} has type {part.get_dtype()}, expected one "
-                                  f"of {', '.join(FLOATS)} (quantized weights cannot be converted)")
-        return tuple(part.get_shape())
 
     def check(self) -> None:
         """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
@@ -96,7 +87,7 @@ class HFSource:
         for tensor in hf_tensors(self.config).values():
             name, expected = self._locate(tensor)
             used.add(name)
-            found = self._shape(name)
+            found = self._open(self._files[name]).shape(name)
             if found != expected:
                 raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found}, expected "
                                       f"{expected} by config.json")
@@ -109,7 +100,7 @@ class HFSource:
     def _check_tied_copy(self, used: set[str]) -> None:
         """Some tools store a tied output layer too; it must then be the embedding."""
         if self.config.tie_word_embeddings and TIED_COPY in self._files and TIED_COPY not in used:
-            if not torch.equal(self._read(TIED_COPY), self._read(TIED_ORIGINAL)):
+            if not numpy.array_equal(self._read(TIED_COPY), self._read(TIED_ORIGINAL)):
                 raise CheckpointError(f"{self.where / self._files[TIED_COPY]}: {TIED_COPY} differs from "
                                       f"{TIED_ORIGINAL}, though config.json says tie_word_embeddings")
             used.add(TIED_COPY)
@@ -131,31 +122,33 @@ class HFSource:
 
     # -- Reading -----------------------------------------------------------------------------------------
 
-    def _read(self, name: str) -> torch.Tensor:
-        try:
-            return self._open(self._files[name]).get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.where / self._files[name]}: {name} cannot be read: {error}") from None
+    def _read(self, name: str) -> numpy.ndarray:
+        return self._open(self._files[name]).array(name)
 
-    def dtype(self, tensor: HFTensor) -> torch.dtype:
-        """The type a tensor is stored in."""
+    def dtype(self, tensor: HFTensor) -> str:
+        """The name of the type a tensor is stored in."""
         name, _ = self._locate(tensor)
-        return FLOATS[self._open(self._files[name]).get_slice(name).get_dtype()]
+        return self._open(self._files[name]).dtype(name)
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """The whole tensor as one memory-mapped fragment."""
         name, expected = self._locate(tensor)
-        data = self._read(name)
-        if tuple(data.shape) != expected:
-            raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {tuple(data.shape)}, "
-                                  f"expected {expected}")
+        file = self._open(self._files[name])
+        if file.shape(name) != expected:
+            raise CheckpointError(f"{file.path}: {name} has shape {file.shape(name)}, expected {expected}")
+        data = file.array(name)
         if name not in tensor.names():
             fused = tensor.fused()
             rows = tensor.shape[0]
-            data = data[tensor.expert].narrow(0, fused.part * rows, rows)
-        where = f"{self.where / self._files[name]} ({name})"
-        return tiled(tensor, [Fragment(0, tensor.view[tensor.rule.shard_dim], data.view(tensor.view), where)])
+            data = data[tensor.expert, fused.part * rows:(fused.part + 1) * rows]
+        length, where = tensor.view[tensor.rule.shard_dim], f"{file.path} ({name})"
+        return tiled(tensor, [Fragment(0, length, data.reshape(tensor.view), file.dtype(name), where)])
 
     def companions(self) -> list[Path]:
         """Tokenizer and generation files of the directory."""
         return companions_of(self.where)
+
+    def release(self) -> None:
+        """Give mapped pages back to the system."""
+        for file in self._handles.values():
+            file.map.release()

@@ -1,6 +1,6 @@
 """Writing Hugging Face directories: safetensors shards under the original names, their index and a config.json.
 
-A shard's header is made from the plan; the tensors then follow one at a time, so memory is about one tensor.
+A shard's header is made from the plan, and the tensors' bytes are then streamed behind it.
 Format: the safetensors specification (8 bytes little-endian header length, JSON header, data).
 """
 
@@ -11,17 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.config.mixtral import read_json
-from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.weights.container import Container, Placed
+from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.fragments import OutputFile
-from megatron_mixtral.weights.hf import FLOATS, INDEX_FILE, SINGLE_FILE
+from megatron_mixtral.weights.hf import INDEX_FILE, SINGLE_FILE
 from megatron_mixtral.weights.plan import TensorSlice, whole
 from megatron_mixtral.weights.rules import hf_tensors
 
-TYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
 # Fields of config.json that say how to compute; the template's must equal the checkpoint's.
@@ -54,7 +53,7 @@ class HFSink:
         self.template = None if template is None else self._check_template(Path(template) / "config.json")
         self._weight_map: dict[str, str] = {}
         self._total = 0
-        self._types: set[torch.dtype] = set()
+        self._types: set[str] = set()
 
     def _check_template(self, path: Path) -> dict[str, Any]:
         """The template's contents; raises `ConfigError` when it describes another network than the weights."""
@@ -67,12 +66,12 @@ class HFSink:
                                   "another model")
         return contents
 
-    def plan(self, dtypes: dict[str, torch.dtype]) -> list[OutputFile]:
+    def plan(self, dtypes: dict[str, str]) -> list[OutputFile]:
         """The files to write; `dtypes` are the types the tensors will have, by name."""
         shards: list[list[TensorSlice]] = [[]]
         size = 0
         for tensor in map(whole, hf_tensors(self.config).values()):
-            weight = tensor.elements * dtypes[tensor.name].itemsize
+            weight = tensor.elements * FLOATS[dtypes[tensor.name]].itemsize
             if shards[-1] and size + weight > self.limit:
                 shards.append([])
                 size = 0
@@ -82,31 +81,24 @@ class HFSink:
             f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         return [OutputFile(name, {"": shard}) for name, shard in zip(names, shards, strict=True)]
 
-    def write(self, root: Path, file: OutputFile, dtypes: dict[str, torch.dtype],
-              tensors: Iterable[tuple[TensorSlice, torch.Tensor]]) -> int:
-        """Write one shard below `root`, tensor by tensor; the bytes of data written."""
+    def container(self, file: OutputFile, dtypes: dict[str, str]) -> Container:
+        """One shard laid out: the header first, then each tensor behind the other."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
+        at, places = 0, []
         for planned in file.tensors():
-            kind = dtypes[planned.name]
+            kind = FLOATS[dtypes[planned.name]]
             end = at + planned.elements * kind.itemsize
-            header[planned.name] = {"dtype": TYPE_NAMES[kind], "shape": list(planned.shape), "data_offsets": [at, end]}
-            at = end
+            header[planned.name] = {"dtype": kind.safetensors, "shape": list(planned.shape), "data_offsets": [at, end]}
+            places.append((planned, kind.name, at))
             self._weight_map[planned.name] = file.path
-            self._types.add(kind)
+            at = end
+            self._types.add(kind.name)
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the data must start at a multiple of 8
-        written = 0
-        with open(root / file.path, "wb") as out:
-            out.write(struct.pack("<Q", len(encoded)) + encoded)
-            for planned, data in tensors:
-                assert list(data.shape) == header[planned.name]["shape"], f"{planned.name}: {tuple(data.shape)}"
-                assert data.dtype == dtypes[planned.name], f"{planned.name}: {data.dtype}"
-                written += out.write(data.contiguous().reshape(-1).view(torch.uint8).numpy())
-        if written != at:
-            raise CheckpointError(f"{file.path}: {written} bytes written, {at} planned")
-        self._total += written
-        return written
+        head = struct.pack("<Q", len(encoded)) + encoded
+        self._total += at
+        placed = tuple(Placed(planned, kind, len(head) + start) for planned, kind, start in places)
+        return Container(len(head) + at, placed, lambda crcs: [(0, head)])
 
     def finish(self, root: Path, companions: Iterable[Path]) -> None:
         """Write the index, config.json, and the companion files."""
@@ -120,8 +112,7 @@ class HFSink:
                 shutil.copyfile(path, root / path.name)
 
     def _config_json(self) -> dict[str, Any]:
-        kind = max(self._types, key=lambda dtype: dtype.itemsize)
-        name = str(kind).removeprefix("torch.")
+        name = max(sorted(self._types), key=lambda kind: FLOATS[kind].itemsize)
         if self.template is None:
             return self.config.to_hf_dict(dtype=name)
         keys = [key for key in ("dtype", "torch_dtype") if key in self.template] or ["torch_dtype"]

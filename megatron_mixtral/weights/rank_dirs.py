@@ -11,18 +11,19 @@ Names as in `megatron.training.checkpointing.get_checkpoint_name`. `rank_sink` w
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import numpy
 
 from megatron_mixtral.config import CONFIG_FILE, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.weights.archive import Stored, load
 from megatron_mixtral.weights.engine_args import config_from_args, layout_from_args
 from megatron_mixtral.weights.fragments import Fragment, tiled
 from megatron_mixtral.weights.hf import companions_of
+from megatron_mixtral.weights.mapped import MappedFile
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete
 from megatron_mixtral.weights.rules import HFTensor
-from megatron_mixtral.weights.safe_load import load
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE_NAME = "model_optim_rng.pt"
@@ -30,7 +31,15 @@ OPTIMIZER_FILE = "distrib_optim.pt"
 LABEL = "megatron_mixtral"  # our own entry in a rank file: the coordinate it belongs to
 IGNORABLE_SUFFIXES = ("_extra_state", "rotary_pos_emb.inv_freq")
 LEFT_BEHIND = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+COMPARED = 1 << 22  # elements of two copies compared at a time
+
+
+class _Copy(NamedTuple):
+    """One rank's values of a part of a tensor."""
+
+    data: numpy.ndarray
+    dtype: str
+    where: str
 
 
 def rank_name(coord: Coord, pipeline: bool, expert: bool) -> str:
@@ -75,6 +84,7 @@ class RankDirSource:
     def __init__(self, directory: str | Path, *, compare_copies: bool = True) -> None:
         self.root, self.where = iteration_directory(Path(directory))
         self.compare_copies = compare_copies
+        self._maps: list[MappedFile] = []
         first = self._first_file()
         contents = self._load(first)
         args = contents.get("args")
@@ -91,7 +101,7 @@ class RankDirSource:
         except ConfigError as error:
             raise CheckpointError(f"{first}: the layout in its args does not fit the model: {error}") from None
         self._files: dict[Coord, dict[str, Any]] = {}
-        self._stored: dict[str, dict[tuple[int, int], list[tuple[torch.Tensor, str]]]] = {}
+        self._stored: dict[str, dict[tuple[int, int], list[_Copy]]] = {}
         self._compared: set[str] = set()
         self.padded_vocab = self._padded_vocab(contents, first)
         self.left_behind = [key for key in LEFT_BEHIND if key in contents]
@@ -110,7 +120,8 @@ class RankDirSource:
     def _load(self, path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
-        contents = load(path)
+        self._maps.append(MappedFile(path))
+        contents = load(self._maps[-1], str(path))
         if not isinstance(contents, dict):
             raise CheckpointError(f"{path}: expected a dictionary, found {type(contents).__name__}")
         return contents
@@ -119,7 +130,7 @@ class RankDirSource:
         name = "embedding.word_embeddings.weight"
         group = contents.get("model0" if self.layout.vpp > 1 else "model")
         weight = group.get(name) if isinstance(group, dict) else None
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        if not isinstance(weight, Stored) or len(weight.shape) != 2:
             raise CheckpointError(f"{first}: {name} is missing")
         rows = weight.shape[0] * self.layout.tp
         if rows < self.config.vocab_size:
@@ -168,33 +179,33 @@ class RankDirSource:
                 raise CheckpointError(f"{path}: {planned.name} is missing")
             left.discard(name)
             stored = group[name]
-            if not isinstance(stored, torch.Tensor) or tuple(stored.shape) != planned.shape:
-                found = tuple(stored.shape) if isinstance(stored, torch.Tensor) else type(stored).__name__
+            if not isinstance(stored, Stored) or stored.shape != planned.shape:
+                found = stored.shape if isinstance(stored, Stored) else type(stored).__name__
                 raise CheckpointError(f"{path}: {name} has shape {found}, expected {planned.shape} in layout "
                                       f"{self.layout}")
-            if stored.dtype not in FLOATS:
+            if stored.data is None:
                 raise CheckpointError(f"{path}: {name} is {stored.dtype}, expected floating point weights")
             self._index(planned, stored, f"{path} ({name})")
         if left:
             raise CheckpointError(f"{path}: {len(left)} tensors that this shard does not have, first {min(left)}")
 
-    def _index(self, planned: TensorSlice, stored: torch.Tensor, where: str) -> None:
+    def _index(self, planned: TensorSlice, stored: Stored, where: str) -> None:
         length = planned.length - planned.padding
         if length <= 0:
             return
-        local = stored.reshape(planned.view).narrow(planned.rule.shard_dim, 0, length)
+        local = narrow(stored.data.reshape(planned.view), planned.rule.shard_dim, 0, length)
         for piece, at, size in planned.piece_spans():
-            part = local if len(planned.pieces) == 1 else local.narrow(planned.rule.join_dim, at, size)
+            part = local if len(planned.pieces) == 1 else narrow(local, planned.rule.join_dim, at, size)
             copies = self._stored.setdefault(piece.name, {}).setdefault((planned.start, length), [])
-            copies.append((part, where))
+            copies.append(_Copy(part, stored.dtype, where))
 
     # -- Reading -----------------------------------------------------------------------------------------
 
-    def dtype(self, tensor: HFTensor) -> torch.dtype:
-        """The type a tensor is stored in (of its first fragment)."""
-        return next(iter(self._intervals(tensor).values()))[0][0].dtype
+    def dtype(self, tensor: HFTensor) -> str:
+        """The name of the type a tensor is stored in (of its first fragment)."""
+        return next(iter(self._intervals(tensor).values()))[0].dtype
 
-    def _intervals(self, tensor: HFTensor) -> dict[tuple[int, int], list[tuple[torch.Tensor, str]]]:
+    def _intervals(self, tensor: HFTensor) -> dict[tuple[int, int], list[_Copy]]:
         if not self._stored:
             self.check()
         return self._stored[tensor.name]
@@ -203,13 +214,13 @@ class RankDirSource:
         """One memory-mapped fragment for each tensor-parallel shard."""
         found = []
         for (start, length), copies in self._intervals(tensor).items():
-            data, where = copies[0]
+            one = copies[0]
             if self.compare_copies and tensor.name not in self._compared:
-                for other, elsewhere in copies[1:]:
-                    if not _same_bits(data, other):
-                        raise CheckpointError(f"{tensor.name}: {where} and {elsewhere} hold different values of the "
-                                              "same weights")
-            found.append(Fragment(start, length, data, where))
+                for other in copies[1:]:
+                    if one.dtype != other.dtype or not same_bits(one.data, other.data):
+                        raise CheckpointError(f"{tensor.name}: {one.where} and {other.where} hold different values of "
+                                              "the same weights")
+            found.append(Fragment(start, length, one.data, one.dtype, one.where))
         self._compared.add(tensor.name)
         return tiled(tensor, found)
 
@@ -217,8 +228,24 @@ class RankDirSource:
         """Tokenizer and generation files that a conversion put beside the weights."""
         return companions_of(self.root)
 
+    def release(self) -> None:
+        """Give mapped pages back to the system."""
+        for file in self._maps:
+            file.release()
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit: a NaN equals itself, and a wider type is another tensor."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
-    return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))
+
+def narrow(data: numpy.ndarray, dim: int, start: int, length: int) -> numpy.ndarray:
+    """The interval [start, start + length) of a dim, as a view."""
+    return data[(slice(None),) * dim + (slice(start, start + length),)]
+
+
+def same_bits(one: numpy.ndarray, other: numpy.ndarray) -> bool:
+    """Whether two arrays of bit patterns are the same: a NaN equals itself. In parts, to need little memory."""
+    if one.shape != other.shape:
+        return False
+    if one.size <= COMPARED:
+        return numpy.array_equal(one, other)
+    if len(one) == 1:
+        return same_bits(one[0], other[0])
+    half = len(one) // 2
+    return same_bits(one[:half], other[:half]) and same_bits(one[half:], other[half:])

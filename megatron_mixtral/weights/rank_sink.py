@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, MixtralConfig, ParallelLayout
+from megatron_mixtral.weights.container import Container, tensor_reference, torch_archive
 from megatron_mixtral.weights.engine_args import make_args
-from megatron_mixtral.weights.fragments import OutputFile
+from megatron_mixtral.weights.fragments import OutputFile, stored_type
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, all_plans, check_complete, padded_vocabulary
 from megatron_mixtral.weights.rank_dirs import FILE_NAME, LABEL, TRACKER, rank_names
 
@@ -33,7 +32,7 @@ class RankDirSink:
         self.padded_vocab = padded_vocabulary(config, layout, vocab_divisible_by)
         self._names = rank_names(layout)
 
-    def plan(self, dtypes: dict[str, torch.dtype]) -> list[OutputFile]:
+    def plan(self, dtypes: dict[str, str]) -> list[OutputFile]:
         """One file for each shard."""
         plans = all_plans(self.config, self.layout, self.padded_vocab)
         check_complete(plans, self.config)
@@ -44,26 +43,21 @@ class RankDirSink:
             files.setdefault(path, OutputFile(path, {}, plan.coord)).groups[key] = plan.tensors()
         return list(files.values())
 
-    def write(self, root: Path, file: OutputFile, dtypes: dict[str, torch.dtype],
-              tensors: Iterable[tuple[TensorSlice, torch.Tensor]]) -> int:
-        """Write one shard below `root`; memory is that of the shard's tensors that are not views of the source."""
+    def container(self, file: OutputFile, dtypes: dict[str, str]) -> Container:
+        """One shard's file laid out as `torch.save` would write it."""
         assert file.coord is not None, "a rank file has a coordinate"
-        args = make_args(self.config, self.layout, self.padded_vocab, self.divisible_by, _main_dtype(dtypes))
+        args = make_args(self.config, self.layout, self.padded_vocab, self.divisible_by, main_type(dtypes))
         contents: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": 0,
                                     "num_floating_point_operations_so_far": 0, LABEL: asdict(file.coord)}
-        supply, written = iter(tensors), 0
+        tensors: list[tuple[TensorSlice, str]] = []
         for chunk, (key, group) in enumerate(file.groups.items()):
             plan = ShardPlan(self.config, self.layout, file.coord, chunk, self.padded_vocab)
             contents[key] = dict.fromkeys(plan.extra_states())
             for planned in group:
-                found, data = next(supply)
-                assert found is planned, f"{found.name} where {planned.name} is due"
-                assert tuple(data.shape) == planned.shape, f"{planned.name}: {tuple(data.shape)}"
-                contents[key][planned.name] = _alone(data)
-                written += data.nbytes
-        (root / file.path).parent.mkdir(parents=True)
-        torch.save(contents, root / file.path)
-        return written
+                kind = stored_type(planned, dtypes)
+                contents[key][planned.name] = tensor_reference(len(tensors), kind, planned.shape)
+                tensors.append((planned, kind))
+        return torch_archive(contents, tensors)
 
     def finish(self, root: Path, companions: Iterable[Path]) -> None:
         """Write the configuration, the companion files and, last, the tracker that makes it a checkpoint."""
@@ -73,12 +67,7 @@ class RankDirSink:
         (root / TRACKER).write_text(RELEASE, encoding="utf-8")
 
 
-def _alone(data: torch.Tensor) -> torch.Tensor:
-    """A tensor that has its storage to itself: `torch.save` writes the whole storage of a view."""
-    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
-
-
-def _main_dtype(dtypes: dict[str, torch.dtype]) -> torch.dtype:
+def main_type(dtypes: dict[str, str]) -> str:
     """The type of most tensors: what `params_dtype` in the arguments says."""
     kinds = list(dtypes.values())
-    return max(set(kinds), key=kinds.count)
+    return max(sorted(set(kinds)), key=kinds.count)

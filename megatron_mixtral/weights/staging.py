@@ -1,10 +1,12 @@
 """Writing a directory so that it is either whole or not there: a temporary name beside it, fsync, rename.
 
 Every sink writes through `staged`. A killed conversion leaves only a hidden `.NAME.partial`, which nothing reads as a
-checkpoint and which the next start removes.
+checkpoint and which the next start removes, or takes up where it can.
 """
 
 import contextlib
+import fcntl
+import json
 import logging
 import os
 import shutil
@@ -12,8 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.plan import human_size
 
 logger = logging.getLogger(__name__)
+
+NOTES = ".conversion"  # in the temporary directory only
 
 
 def is_empty(directory: Path) -> bool:
@@ -29,26 +34,85 @@ def refuse_existing(target: Path, replace: bool) -> None:
         raise CheckpointError(f"{target} is not empty; choose another --save-dir, or give --overwrite to replace it")
 
 
+def need_space(target: Path, needed: int) -> None:
+    """Raise `CheckpointError` when the disk that `target` will be on has less than `needed` bytes free."""
+    folder = Path(os.path.abspath(target))
+    while not folder.exists():
+        folder = folder.parent
+    left = _partial(Path(os.path.abspath(target)))  # of an unfinished conversion: will be removed or used
+    free = shutil.disk_usage(folder).free + sum(path.lstat().st_blocks * 512 for path in left.rglob("*"))
+    if free < needed:
+        raise CheckpointError(f"{target} needs {human_size(needed)}, but {folder} has {human_size(free)} free")
+
+
+class Stage:
+    """A directory being written, and what of it is finished, so that a killed conversion can be taken up again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._notes = root, root / NOTES
+
+    def begin(self, fingerprint: str) -> None:
+        """Say what is being written; finished files of anything else are removed."""
+        plan = self._notes / "plan"
+        if not plan.is_file() or plan.read_text(encoding="utf-8") != fingerprint:
+            for path in self.root.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._notes.mkdir()
+            plan.write_text(fingerprint, encoding="utf-8")
+
+    def _note(self, path: str) -> Path:
+        return self._notes / f"{path.replace('/', '+')}.json"
+
+    def finished(self, path: str, size: int) -> list[str] | None:
+        """What was noted about a finished file of this size; None: it must be written."""
+        try:
+            if (self.root / path).stat().st_size != size:
+                return None
+            return list(json.loads(self._note(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
+
+    def note(self, path: str, remarks: list[str]) -> None:
+        """Note that a file is whole and on the disk. Under its name the note is whole, or not there."""
+        draft = self._note(path).with_suffix(".draft")
+        draft.write_text(json.dumps(remarks), encoding="utf-8")
+        _sync_one(draft)
+        draft.rename(self._note(path))
+
+    def end(self) -> None:
+        """Remove the notes."""
+        shutil.rmtree(self._notes, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def staged(target: Path, replace: bool = False) -> Iterator[Path]:
+def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterator[Stage]:
     """A temporary directory that becomes `target` when the block ends without an exception.
 
-    With `replace`, what `target` held is removed after the new directory is in its place. On an exception the
-    temporary directory is removed and `target` is as it was.
+    With `replace`, what `target` held is removed after the new directory is in its place. With `resume`, what an
+    unfinished conversion left is there for `Stage.begin` to judge. On an exception the temporary directory is
+    removed and `target` is as it was. Two conversions to one target exclude each other.
     """
     target = Path(os.path.abspath(target))
     refuse_existing(target, replace)
-    partial, old = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.replaced"
-    _recover(target, old)
-    if partial.exists():
-        logger.info("removing %s, left by an unfinished conversion", partial)
-        shutil.rmtree(partial)
+    partial, old = _partial(target), target.parent / f".{target.name}.replaced"
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{partial} cannot be made: {error}") from None
     try:
-        yield partial
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise CheckpointError(f"{partial} is being written by another conversion; wait for it or stop it") from None
+    try:
+        _recover(target, old)
+        stage = Stage(partial)
+        if any(partial.iterdir()) and not resume:
+            logger.info("removing what an unfinished conversion left in %s", partial)
+            stage.begin("")
+        yield stage
+        stage.end()
         _sync(partial)
         if target.exists():
             target.rename(old)
@@ -59,6 +123,11 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
     finally:
         _recover(target, old)
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _partial(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial"
 
 
 def _recover(target: Path, old: Path) -> None:

@@ -209,17 +209,25 @@ def test_refusals_say_what_to_do(hf, tmp_path, capsys):
     assert not (tmp_path / "x").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_complete(hf, tmp_path):
-    code = ("import os, sys; from megatron_mixtral.weights import cli, rank_sink; write = rank_sink.RankDirSink.write\n"
-            "def die(self, root, file, *rest):\n"
-            "    if file.coord.pp == 1: os.kill(os.getpid(), 9)\n"
-            "    return write(self, root, file, *rest)\n"
-            "rank_sink.RankDirSink.write = die; cli.util(sys.argv[1:])")
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(hf, tmp_path, capsys):
+    code = ("import os, sys; from megatron_mixtral.weights import cli, convert; write = convert.write_file\n"
+            "def die(path, *rest, **options):\n"
+            "    if '_001' in str(path): os.kill(os.getpid(), 9)\n"
+            "    return write(path, *rest, **options)\n"
+            "convert.write_file = die; cli.util(sys.argv[1:])")
     arguments = ["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
-                 "--target-pipeline-parallel-size", "2"]
+                 "--target-pipeline-parallel-size", "2", "--jobs", "1"]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},
                             capture_output=True, check=False)
     assert killed.returncode == -9
     assert sorted(p.name for p in tmp_path.iterdir()) == [".mg.partial", "hf"]
-    assert util(arguments) == 0
+    capsys.readouterr()
+    assert util([*arguments, "--resume", "--verify", "--check-finite"]) == 0  # takes up where it was killed
+    said = capsys.readouterr().out
+    assert "1 files were there already" in said and "checksums equal" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "mg"]
+    report = json.loads((tmp_path / "mg" / "conversion.json").read_text())
+    assert report["resumed"] == ["release/mp_rank_00_000/model_optim_rng.pt"] and report["not_finite"] == []
+    assert to_hf(["--megatron-checkpoint-path", str(tmp_path / "mg"), "--huggingface-checkpoint-path",
+                  str(tmp_path / "back")]) == 0
+    assert_same_weights(hf, tmp_path / "back")

@@ -1,0 +1,174 @@
+"""Writing the engine's distributed checkpoints (`--ckpt-format torch_dist`), which a run loads in any layout.
+
+    DIR/latest_checkpointed_iteration.txt        "release"
+    DIR/release/.metadata  metadata.json  __N_0.distcp
+    DIR/mixtral_config.json
+
+Every tensor is stored whole for each layer (and expert): one chunk of the global tensor, a `torch.save` archive of its
+own inside a .distcp file. The engine's reader takes from it what a rank of any layout needs. The `.metadata` pickle
+names classes of `torch.distributed.checkpoint` without importing them. `dist_ckpt` reads such directories; formats as
+there, and what `GPTModel.sharded_state_dict` of megatron-core 0.19 asks for.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.weights.container import ALIGNMENT, Container, tensor_reference, torch_archive
+from megatron_mixtral.weights.dist_ckpt import COMMON
+from megatron_mixtral.weights.dist_metadata import METADATA_FILE
+from megatron_mixtral.weights.dtypes import FLOATS
+from megatron_mixtral.weights.engine_args import make_args
+from megatron_mixtral.weights.fragments import OutputFile, stored_type
+from megatron_mixtral.weights.pickling import Call, Global, dumps
+from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete, padded_vocabulary
+from megatron_mixtral.weights.rank_dirs import TRACKER
+from megatron_mixtral.weights.rank_sink import RELEASE, main_type
+from megatron_mixtral.weights.rules import Shape
+
+CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
+FILE_BYTES, MOST_FILES = 1 << 28, 16  # files are written, and can be read, side by side
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+
+class DistSink:
+    """A distributed checkpoint to be written at `target`.
+
+    `layout` matters only for what the stored arguments say and for the padding of the vocabulary; any layout loads it.
+    """
+
+    def __init__(self, target: str | Path, config: MixtralConfig, layout: ParallelLayout | None = None, *,
+                 vocab_divisible_by: int = 1, replace: bool = False) -> None:
+        self.target, self.config, self.replace = Path(target), config, replace
+        self.layout = (layout or ParallelLayout()).validate(config, TARGET_FLAGS)
+        self.divisible_by = vocab_divisible_by
+        self.padded_vocab = padded_vocabulary(config, self.layout, vocab_divisible_by)
+        self._tensors: dict[str, Any] = {}  # key -> (global shape, type, [(offsets, sizes)])
+        self._regions: list[tuple[str, Shape | None, str, int, int]] = []  # key, offsets, file, offset, length
+
+    def plan(self, dtypes: dict[str, str]) -> list[OutputFile]:
+        """Files of about equal size, each with consecutive tensors of the model."""
+        plan = ShardPlan(self.config, ParallelLayout(), Coord(), padded_vocab=self.padded_vocab)
+        check_complete([plan], self.config)
+        sizes = [(tensor, tensor.elements * FLOATS[stored_type(tensor, dtypes)].itemsize) for tensor in plan.tensors()]
+        total = sum(size for _, size in sizes)
+        share = max(FILE_BYTES, -(-total // MOST_FILES))
+        groups: dict[int, list[TensorSlice]] = {}
+        at = 0
+        for tensor, size in sizes:
+            groups.setdefault(at // share, []).append(tensor)
+            at += size
+        return [OutputFile(f"{RELEASE}/__{number}_0.distcp", {"": group}) for number, group in
+                enumerate(groups.values())]
+
+    def container(self, file: OutputFile, dtypes: dict[str, str]) -> Container:
+        """A .distcp file: archives one behind the other; the first file holds the common state, too."""
+        parts: list[Container] = []
+        name, at = Path(file.path).name, 0
+
+        def add(key: str, offsets: Shape | None, contents: Any, tensors: Sequence[tuple[TensorSlice, str]]) -> None:
+            nonlocal at
+            part = torch_archive(contents, tensors, base=at)
+            self._regions.append((key, offsets, name, at, part.size))
+            parts.append(part)
+            at += part.size + -part.size % ALIGNMENT
+
+        for tensor in file.tensors():
+            kind = stored_type(tensor, dtypes)
+            key, offsets, sizes = self._place(tensor, kind)
+            add(key, offsets, tensor_reference(0, kind, sizes), [(tensor, kind)])
+            if tensor.rule.owner == "layer" and tensor.rule.extra_state:
+                add(_extra_state(key, offsets, self._tensors[key][0]), None, [None], [])
+        if name == "__0_0.distcp":
+            add(COMMON, None, [self._common(dtypes)], [])
+        placed = tuple(placed for part in parts for placed in part.placed)
+
+        def fixed(crcs: Sequence[int]) -> list[tuple[int, bytes]]:
+            found, first = [], 0
+            for part in parts:
+                found += part.fixed(crcs[first:first + len(part.placed)])
+                first += len(part.placed)
+            # Nothing of an archive knows where it is in the file, except its entries' places, which count from it.
+            return found
+
+        return Container(at, placed, fixed)
+
+    def _place(self, tensor: TensorSlice, kind: str) -> tuple[str, Shape, Shape]:
+        """Key of a tensor, and offsets and sizes of its chunk in the global tensor."""
+        rule, piece = tensor.rule, tensor.pieces[0]
+        lead: tuple[tuple[int, int], ...] = ()
+        if rule.owner == "layer":
+            lead += ((piece.layer, self.config.num_hidden_layers),)
+        if rule.per_expert:
+            lead += ((piece.expert, self.config.num_local_experts),)
+        key = rule.dist_keys[0]
+        offsets = (*(at for at, _ in lead), *(0,) * len(tensor.shape))
+        sizes = (*(1 for _ in lead), *tensor.shape)
+        whole = (*(count for _, count in lead), *tensor.shape)
+        self._tensors.setdefault(key, (whole, kind, []))[2].append((offsets, sizes))
+        return key, offsets, sizes
+
+    def _common(self, dtypes: dict[str, str]) -> dict[str, Any]:
+        """What every rank gets: the arguments and the counters of a checkpoint without an optimizer."""
+        kind = main_type(dtypes)
+        args = make_args(self.config, self.layout, self.padded_vocab, self.divisible_by, kind, ckpt_format="torch_dist")
+        return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0,
+                "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}}
+
+    def finish(self, root: Path, companions: Iterable[Path]) -> None:
+        """Write the metadata, the configuration, the companion files and, last, the tracker."""
+        (root / RELEASE / METADATA_FILE).write_bytes(dumps(self._metadata()))
+        (root / RELEASE / "metadata.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        (root / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
+        for path in companions:
+            shutil.copyfile(path, root / path.name)
+        (root / TRACKER).write_text(RELEASE, encoding="utf-8")
+
+    def _metadata(self) -> Call:
+        entries: dict[str, Any] = {}
+        for key, (whole, kind, chunks) in self._tensors.items():
+            properties = Call(Global(_METADATA, "TensorProperties"), (), new=True, state=(
+                Global("torch", kind), Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)), False,
+                Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)), False))
+            boxes = [_object("ChunkStorageMetadata", offsets=_size(offsets), sizes=_size(sizes))
+                     for offsets, sizes in chunks]
+            entries[key] = _object("TensorStorageMetadata", properties=properties, size=_size(whole), chunks=boxes)
+        for key, offsets, *_ in self._regions:
+            if offsets is None:
+                entries[key] = _object("BytesStorageMetadata")
+        storage = _Pairs([(
+            _object("MetadataIndex", fqn=key, offset=None if offsets is None else _size(offsets), index=None),
+            Call(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), (), new=True, state={
+                "relative_path": file, "offset": at, "length": length, "transform_descriptors": None}))
+            for key, offsets, file, at, length in self._regions])
+        return _object("Metadata", state_dict_metadata=entries, planner_data=None, storage_data=storage,
+                       storage_meta=None, version="1.0.0")
+
+
+class _Pairs(dict):
+    """A dictionary to be written whose keys cannot be keys here: it only lists its items."""
+
+    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
+        super().__init__()
+        self.pairs = pairs
+
+    def items(self) -> Any:
+        return self.pairs
+
+
+def _object(name: str, **state: Any) -> Call:
+    return Call(Global(_METADATA, name), (), state or None, new=True)
+
+
+def _size(shape: Shape) -> Call:
+    return Call(Global("torch", "Size"), (tuple(shape),))
+
+
+def _extra_state(key: str, offsets: Shape, whole: Shape) -> str:
+    """Key of the (empty) object beside a weight: the engine numbers it by layer and expert."""
+    lead = len(whole) - 2
+    return (f"{key.removesuffix('weight')}_extra_state/shard_{'.'.join(map(str, offsets[:lead]))}_"
+            f"{'.'.join(map(str, whole[:lead]))}")

@@ -1,0 +1,41 @@
+"""Files mapped into memory for reading: bytes become arrays where they lie, and pages are given back after use."""
+
+import mmap
+from math import prod
+from pathlib import Path
+
+import numpy
+
+from megatron_mixtral.errors import CheckpointError
+
+
+class MappedFile:
+    """A file as read-only memory. Raises `CheckpointError` when it is empty or cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def array(self, carrier: numpy.dtype, shape: tuple[int, ...], offset: int,
+              strides: tuple[int, ...] | None = None) -> numpy.ndarray:
+        """The array of `shape` whose first element is at byte `offset`; strides in elements, None: contiguous.
+
+        Raises `ValueError` when it does not lie within the file.
+        """
+        reach = prod(shape) if strides is None else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if min((*shape, *(strides or (0,)), offset)) < 0 or offset + max(0, reach) * carrier.itemsize > len(self.bytes):
+            raise ValueError(f"lies outside of the file, which has {len(self.bytes)} bytes; is it truncated?")
+        steps = None if strides is None else tuple(step * carrier.itemsize for step in strides)
+        return numpy.ndarray(shape, carrier, self.bytes, offset, steps)
+
+    def release(self) -> None:
+        """Give the mapped pages back to the system; they come again when touched."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.bytes.madvise(mmap.MADV_DONTNEED)

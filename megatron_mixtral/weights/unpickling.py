@@ -1,0 +1,79 @@
+"""Reading pickles without running what is in them.
+
+Every global that a pickle names is looked up in an explicit list and answered by an inert record; anything else is
+refused by name. So nothing of torch, numpy or megatron is imported, and nothing in a file runs. This is stricter than
+`torch.load(weights_only=True)`, and the same for rank files, for the archives inside distributed checkpoints, and for
+their metadata.
+"""
+
+import argparse
+import collections
+import io
+import pickle
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_mixtral.errors import CheckpointError
+
+# What unpickling raises for damaged bytes, which can come out as any instruction of the pickle machine.
+UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError,
+                     AttributeError, ArithmeticError, MemoryError, ImportError)
+TYPES = ("bfloat16", "float16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+class Record:
+    """An object of a pickle: its arguments and its state, and nothing else."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+class TypeRecord(str):
+    """A torch dtype, by its name."""
+
+
+# Real classes of the standard library that hold data only.
+PLAIN = {
+    ("collections", "OrderedDict"): collections.OrderedDict, ("argparse", "Namespace"): argparse.Namespace,
+    ("types", "SimpleNamespace"): types.SimpleNamespace, ("torch", "Size"): tuple,
+    ("__builtin__", "set"): set, ("builtins", "set"): set, ("collections", "defaultdict"): Record,
+} | {("torch", name): TypeRecord(name) for name in TYPES}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, where: str, use: str, allowed: Mapping[str, tuple[str, ...]],
+                 known: Mapping[tuple[str, str], Any], persistent: Callable[[Any], Any] | None) -> None:
+        super().__init__(io.BytesIO(data))
+        self.where, self.use, self.allowed, self.known, self.persistent = where, use, allowed, known, persistent
+
+    def find_class(self, module: str, name: str) -> Any:
+        for table in (self.known, PLAIN):
+            if (module, name) in table:
+                return table[module, name]
+        if name in self.allowed.get(module, ()):
+            return Record
+        raise CheckpointError(f"{self.where} wants the global {module}.{name}, which {self.use} no use for; it was not "
+                              "loaded and nothing in it was run")
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.persistent is None:
+            raise CheckpointError(f"{self.where} refers to an object outside of itself")
+        return self.persistent(pid)
+
+
+def unpickle(data: bytes, where: str, use: str, allowed: Mapping[str, tuple[str, ...]],
+             known: Mapping[tuple[str, str], Any] | None = None,
+             persistent: Callable[[Any], Any] | None = None) -> Any:
+    """The value of a pickle. `allowed` are the names of each module that become records, `known` those with a meaning.
+
+    `use` completes "wants the global X, which ... no use for". Raises `CheckpointError` for an unlisted global and
+    one of `UNPICKLING_ERRORS` for damaged bytes.
+    """
+    return _Unpickler(data, where, use, allowed, known or {}, persistent).load()
