@@ -38,7 +38,7 @@ launch_defaults() {
     setting CLIP_GRAD               1.0
     setting SPLIT                   '990,10,0'  '100,0,0'
     setting SAVE_INTERVAL           500
-    setting LOG_INTERVAL            1
+    setting LOG_INTERVAL            10
     setting EVAL_INTERVAL           500
     setting EVAL_ITERS              10          0
     setting LOAD_DIR                ''

@@ -1,4 +1,4 @@
-"""The shell scripts: they parse, shellcheck has nothing to say, a dry run prints what matters, and the tiny forms run."""
+"""The shell scripts: they parse, shellcheck is content, a dry run prints what matters, and the tiny forms run."""
 
 import json
 import os

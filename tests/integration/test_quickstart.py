@@ -1,4 +1,4 @@
-"""examples/quickstart.sh at a small size: stopped in the middle as by Ctrl-C, started again, and refused when it fails."""
+"""examples/quickstart.sh at a small size: stopped in the middle as by Ctrl-C, started again, and made to fail."""
 
 import json
 import os

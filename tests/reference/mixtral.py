@@ -3,7 +3,8 @@
 It shares no code with the library, the engine or transformers, is written for reading rather than speed, and computes
 in the dtype of the weights. Tests hold the library against it and it against transformers (`test_oracle.py`).
 
-Shapes: B batch, S sequence, H hidden, N heads, G key/value heads, D head dim, E experts, T = B * S tokens, V vocabulary.
+Shapes: B batch, S sequence, H hidden, N heads, G key/value heads, D head dim, E experts, T = B * S tokens,
+V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x_bnsd: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021), pairs (i, i + D/2): angle of pair i at position s is s * theta^(-2i/D)."""
+    """Rotary position embedding (Su et al. 2021) of the pairs (i, i + D/2): at position s by s * theta^(-2i/D)."""
     size, half = x_bnsd.shape[-1], x_bnsd.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float64) * 2 / size)
     angle = torch.arange(x_bnsd.shape[-2], dtype=torch.float64)[:, None] * frequency  # [S, D/2]

@@ -207,7 +207,8 @@ def tracked_files() -> list[Path]:
 
 def test_nothing_of_one_machine_is_in_the_tree():
     """Absolute paths of a developer's machine, host names of package registries, and marks of unfinished work."""
-    bad = re.compile(r"/roo[t]/|/hom[e]/\w|/User[s]/\w|/wor[k]/|\bpyp[i]\.org|pythonhoste[d]\.org|\bTOD[O]\b|\bFIXM[E]\b")
+    bad = re.compile(r"/roo[t]/|/hom[e]/\w|/User[s]/\w|/wor[k]/|"
+                     r"\bpyp[i]\.org|pythonhoste[d]\.org|\bTOD[O]\b|\bFIXM[E]\b")
     wrong = []
     for path in tracked_files():
         try:
