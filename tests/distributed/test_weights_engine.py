@@ -16,6 +16,7 @@ from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.convert import convert, open_source
 from megatron_mixtral.weights.dist_ckpt import DistSource
+from megatron_mixtral.weights.dist_sink import DistSink
 from megatron_mixtral.weights.hf import HFSource
 from megatron_mixtral.weights.hf_sink import HFSink
 from megatron_mixtral.weights.rank_sink import RankDirSink
@@ -41,11 +42,15 @@ def engine(tmp_path_factory) -> Path:
     config = TINY | {"vocab_size": 97}  # odd: padded everywhere
     random_hf_directory(root / "hf", MixtralConfig(**config), torch.bfloat16)
     random_hf_directory(root / "hf-tied", MixtralConfig(**config, tie_word_embeddings=True), torch.bfloat16)
+    for name in ("hf", "hf-tied"):
+        source = HFSource(root / name)
+        convert(source, DistSink(root / f"{name}-ours", source.config))
     requests = []
     for name, layout in LAYOUTS.items():
         source = HFSource(original(root, name))
         convert(source, RankDirSink(root / name, source.config, ParallelLayout(**layout), vocab_divisible_by=3))
         requests.append({"checkpoint": str(root / name), "layout": layout, "names": str(root / f"{name}.json"),
+                         "ours": str(root / f"{original(root, name).name}-ours" / "release"),
                          "dist": str(root / f"{name}-dist" / "iter_0000007")})
     (root / "requests.json").write_text(json.dumps(requests))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -62,6 +67,7 @@ def test_rank_files_are_the_engines_state_dicts(engine, layout):
     for where, shard in found.items():
         assert shard["engine"] == shard["stored"], where
         assert not shard["different"], where
+        assert not shard["loaded"], where  # one distributed checkpoint written here fills any layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -71,6 +77,29 @@ def test_the_engines_distributed_checkpoint_becomes_the_original(engine, layout,
     assert source.config == MixtralConfig.from_hf_dir(original(engine, layout))  # from the arguments stored in it
     convert(source, HFSink(tmp_path / "hf", source.config))
     assert_same_weights(original(engine, layout), tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["hf", "hf-tied"])
+def test_torch_reads_the_metadata_and_we_read_it_back(engine, tmp_path, name):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    metadata = FileSystemReader(engine / f"{name}-ours" / "release").read_metadata()
+    assert metadata.state_dict_metadata[QKV].size == torch.Size([4, 64, 32])
+    assert metadata.state_dict_metadata[QKV].properties.dtype == torch.bfloat16
+    source = open_source(engine / f"{name}-ours")
+    (engine / f"{name}-ours" / "mixtral_config.json").rename(tmp_path / "kept")  # then from its arguments
+    assert open_source(engine / f"{name}-ours").config == source.config
+    (tmp_path / "kept").rename(engine / f"{name}-ours" / "mixtral_config.json")
+    convert(source, HFSink(tmp_path / "back", source.config), verify=True)
+    assert_same_weights(engine / name, tmp_path / "back")
+
+
+def test_a_distributed_checkpoint_of_the_engine_is_written_anew(engine, tmp_path):
+    source = open_source(engine / "tp2-pp2-ep2-dist" / "iter_0000007")
+    convert(source, DistSink(tmp_path / "mg", source.config, ParallelLayout(tp=2), vocab_divisible_by=8), verify=True)
+    back = open_source(tmp_path / "mg")
+    convert(back, HFSink(tmp_path / "back", back.config))
+    assert_same_weights(engine / "hf", tmp_path / "back")
 
 
 def test_distributed_checkpoint_to_rank_directories(engine, tmp_path):

@@ -5,7 +5,8 @@
 The request lists {"checkpoint", "layout", "names", "dist"}: for every rank of the layout the engine's model is built
 (under a process group that only pretends to have the other ranks), the rank's file of the converted `checkpoint` is
 loaded into it, names, shapes and differences go to the JSON file `names`, and the shards of all ranks are saved
-together as a torch_dist checkpoint in the directory `dist`.
+together as a torch_dist checkpoint in the directory `dist`. In between the engine fills the emptied models from the
+torch_dist checkpoint `ours`; what then differs from the rank files is listed in `names` under "loaded".
 """
 
 import json
@@ -41,6 +42,27 @@ def chunks_of(config: Any, layout: Any, rank: int, rows: int) -> list[Any]:
             for chunk in range(layout.vpp)]
 
 
+def filled_wrongly(model: Any, metadata: dict[str, Any], ours: str, expected: dict[str, Any]) -> list[str]:
+    """Empty a rank's model, let the engine fill it from a distributed checkpoint; the names that are not `expected`."""
+    from unittest.mock import patch
+
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.utils import _DistWrapper
+
+    wrap = _DistWrapper.__init__
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    # Ranks that only pretend to be there cannot agree on a plan: this one plans for itself.
+    with patch.object(_DistWrapper, "__init__", lambda self, group, use_dist, rank: wrap(self, None, False, 0)):
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, ours,
+                                         validate_access_integrity=False)
+    assert loaded["args"].num_layers and loaded["checkpoint_version"] == 3.0
+    model.load_state_dict(loaded["model"], strict=False)
+    return [name for name, value in model.state_dict().items()
+            if value is not None and not torch.equal(value, expected[name])]
+
+
 def serve(request: dict[str, Any]) -> None:
     """Do one request; see the module's docstring."""
     from megatron.core import dist_checkpointing, parallel_state
@@ -64,15 +86,16 @@ def serve(request: dict[str, Any]) -> None:
                 "stored": {name: value if value is None else list(value.shape) for name, value in stored[key].items()},
                 "different": [name for name, value in model.state_dict().items()
                               if value is not None and not torch.equal(value, stored[key][name])]}
-            shards[f"{rank} {key}"] = model.sharded_state_dict(metadata={
-                "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)})
+            metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+            found[f"{rank} {key}"]["loaded"] = filled_wrongly(model, metadata, request["ours"], stored[key])
+            shards[f"{rank} {key}"] = model.sharded_state_dict(metadata=metadata)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-    Path(request["names"]).write_text(json.dumps(found), encoding="utf-8")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     Path(request["dist"]).mkdir(parents=True)
     dist_checkpointing.save({**shards, "args": stored["args"], "iteration": 7, "checkpoint_version": 3.0},
                             request["dist"])
+    Path(request["names"]).write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 
