@@ -114,8 +114,11 @@ launch_check_inputs() {
     if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$launch_root/.venv/bin/torchrun" ]]; then
         PATH="$launch_root/.venv/bin:$PATH"
     fi
-    torchrun --help >/dev/null 2>&1 ||
-        launch_fail "no working torchrun on PATH; run 'source examples/environment.sh' first"
+    # Found is not enough: a version manager's shim may be there for an interpreter that is not.
+    word='import importlib.util as u; assert u.find_spec("torch") and u.find_spec("megatron")'
+    if ! python -c "$word" >/dev/null 2>&1 || ! command -v torchrun >/dev/null; then
+        launch_fail "no Python with torch and megatron-core on PATH; run 'source examples/environment.sh' first"
+    fi
 }
 
 # Prints the words as one shell command that can be pasted, an assignment or a flag with its values on a line.
@@ -172,6 +175,9 @@ launch() {
         return
     fi
     launch_check_inputs
+    # Model and layout are refused here, in a blink, not by every process after torchrun has started them.
+    WORLD_SIZE=$((NNODES * GPUS_PER_NODE)) python "$program" --dry-run "${start[@]}" "${layout[@]}" \
+        --seq-length "$SEQ_LENGTH" "$@" || exit 1
     mkdir -p "$SAVE_DIR"
     exec "${command[@]}"
 }

@@ -160,8 +160,8 @@ FIXES: tuple[Fix, ...] = (
     Fix(
         name="expert-optimizers",
         symptom="resuming with EP 1 what was saved with EP 2 fails: KeyError 'optimizer'; the other way round too",
-        cause="with EP > 1 two distributed optimizers are chained, with EP 1 there is one, and the parts of their state "
-              "that are no tensors are stored in that structure",
+        cause="with EP > 1 two distributed optimizers are chained, with EP 1 there is one, and the parts of their "
+              "state that are no tensors are stored in that structure",
         versions="0.19.2",
         remove_when="ChainedOptimizer.load_state_dict accepts the state of another number of optimizers",
         needed=_chained_optimizers_must_be_as_many,

@@ -28,6 +28,8 @@ class Flags:
         "help": "Hugging Face Mixtral directory to start from, where --load holds no checkpoint yet"})
     metrics_file: str | None = field(default=None, metadata={
         "help": "where the figures of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
+    dry_run: bool = field(default=False, metadata={
+        "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={
         "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
 
@@ -37,7 +39,10 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("megatron_mixtral")
     for item in dataclasses.fields(Flags):
         flag = "--" + item.name.replace("_", "-")
-        group.add_argument(flag, type=str, default=item.default, help=item.metadata["help"])
+        if isinstance(item.default, bool):
+            group.add_argument(flag, action="store_true", help=item.metadata["help"])
+        else:
+            group.add_argument(flag, type=str, default=item.default, help=item.metadata["help"])
     return parser
 
 
@@ -50,6 +55,11 @@ class Run:
     layout: ParallelLayout
     start: str  # where the weights come from, as a sentence for the log
     load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there
+
+    def __str__(self) -> str:
+        millions = [count / 1e6 for count in (self.config.total_parameters, self.config.active_parameters)]
+        return (f"Mixtral of {millions[0]:.1f} M parameters ({millions[1]:.1f} M active) on {self.layout}, "
+                f"{self.layout.world} device(s), data parallel {self.layout.data_parallel}; start: {self.start}")
 
 
 def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:

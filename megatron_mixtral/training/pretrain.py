@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 def run(argv: list[str]) -> None:
     """Train as the command line says. `MixtralError` before the first step for whatever can be known before it."""
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
+    if resolved.flags.dry_run:
+        logger.info("%s", resolved)
+        return
     from megatron_mixtral import runtime
 
     backend = runtime.ready(training=True)
     args = _engine_args(resolved, argv, backend)
     if args.rank == 0:
-        logger.info("%s on %s: %.1f M parameters, %.1f M active; start: %s; %s, %s collectives (%s)",
-                    "Mixtral", resolved.layout, resolved.config.total_parameters / 1e6,
-                    resolved.config.active_parameters / 1e6, resolved.start, backend.device, backend.collectives,
-                    backend.reason)
+        logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

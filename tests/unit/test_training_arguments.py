@@ -1,5 +1,6 @@
 """Resolving a command line: which model, which layout, from where; refused early and with a sentence."""
 
+import os
 import subprocess
 import sys
 import time
@@ -83,6 +84,15 @@ def test_wrong_layout_is_refused_within_seconds_by_the_program() -> None:
     assert time.monotonic() - start < 5.0
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "8 = 2 x 3 + 2; set --tensor-model-parallel-size to one of 1, 2, 4, 8" in done.stderr
+
+
+def test_dry_run_says_what_would_run_and_starts_nothing() -> None:
+    argv = ["--model", "mixtral-8x7b", "--pipeline-model-parallel-size", "8", "--expert-model-parallel-size", "2"]
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), *argv, "--dry-run"],
+                          capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": "16"})
+    assert done.returncode == 0
+    assert done.stderr == ("Mixtral of 46702.8 M parameters (12879.9 M active) on tp1-pp8-ep2, 16 device(s), "
+                           "data parallel 2; start: random weights\n")
 
 
 def test_defaults_that_matter() -> None:
