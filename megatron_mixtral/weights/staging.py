@@ -18,6 +18,7 @@ from megatron_mixtral.weights.plan import human_size
 
 logger = logging.getLogger(__name__)
 
+PARTIAL = ".partial"  # ends the temporary directory's name
 NOTES = ".conversion"  # in the temporary directory only
 
 
@@ -127,7 +128,7 @@ def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterato
 
 
 def _partial(target: Path) -> Path:
-    return target.parent / f".{target.name}.partial"
+    return target.parent / f".{target.name}{PARTIAL}"
 
 
 def _recover(target: Path, old: Path) -> None:
