@@ -1,15 +1,13 @@
 """Distributed tests as ordinary functions: `run_ranks(world, function, *args)` runs it on every rank.
 
-A fork server imports torch and the engine once. Pools of ranks, one per world size, are forked from it on demand and
-kept. Process groups live for one call: gloo's threads of groups that are merely forgotten spin on closed sockets and
-starve everything else. After an error the pool is killed, since the other ranks may wait in a collective for ever, and
-the next call forks a new one.
+A fork server imports torch and the engine once; the ranks of a call are forked from it, in a fraction of a second, and
+end with it. They are not kept for the next call: the engine's process groups cannot be closed completely, and gloo's
+threads of a group whose peers are gone spin, which starves everything else on a small machine.
 """
 
-import atexit
-import itertools
 import multiprocessing
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,27 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 240.0  # seconds for one call; the slowest takes a few
 
-_pools: dict[int, "_Pool"] = {}
-
 
 class RankError(AssertionError):
     """A rank failed: its traceback."""
-
-
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """`function(rank, *args)` on `world` ranks with torch.distributed initialised; the results in rank order.
-
-    `function` is a module-level function and its arguments and results are picklable.
-    """
-    if world not in _pools:
-        _pools[world] = _Pool(world)
-    pool = _pools[world]
-    try:
-        return pool.call(function, args, timeout)
-    except BaseException:
-        del _pools[world]
-        pool.kill()
-        raise
 
 
 def prepare_fork_server() -> Any:
@@ -55,85 +35,67 @@ def prepare_fork_server() -> Any:
     return context
 
 
-class _Pool:
-    def __init__(self, world: int) -> None:
-        context = prepare_fork_server()
-        self._store = tempfile.mkdtemp(prefix="ranks-")
-        self._ranks, self._connections = [], []
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """`function(rank, *args)` on `world` ranks with torch.distributed initialised; the results in rank order.
+
+    `function` is a module-level function and its arguments and results are picklable. The first rank that fails ends
+    the others, which may wait for it in a collective for ever: `RankError` with its traceback.
+    """
+    context = prepare_fork_server()
+    store = tempfile.mkdtemp(prefix="ranks-")
+    ranks, connections = [], []
+    try:
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, self._store, theirs), daemon=True)
+            process = context.Process(target=_rank, args=(rank, world, store, theirs, function, args), daemon=True)
             process.start()
             theirs.close()
-            self._ranks.append(process)
-            self._connections.append(ours)
-
-    def call(self, function: Callable[..., Any], args: tuple, timeout: float) -> list[Any]:
-        for connection in self._connections:
-            connection.send((function, args))
-        results: dict[int, Any] = {}
-        waiting = dict(enumerate(self._connections))
-        while waiting:
-            ready = wait(list(waiting.values()), timeout)
-            if not ready:
-                raise RankError(f"{function.__name__}: ranks {sorted(waiting)} gave no answer in {timeout} s")
-            for rank in [rank for rank, connection in waiting.items() if connection in ready]:
-                ok, value = _receive(waiting.pop(rank), rank)
-                if not ok:
-                    raise RankError(f"{function.__name__} on rank {rank} of {len(self._ranks)}:\n{value}")
-                results[rank] = value
-        return [results[rank] for rank in range(len(self._ranks))]
-
-    def kill(self) -> None:
-        for process in self._ranks:
+            ranks.append(process)
+            connections.append(ours)
+        return _collect(function.__name__, connections, timeout)
+    finally:
+        for process in ranks:
             process.kill()
             process.join()
+        shutil.rmtree(store, ignore_errors=True)
 
 
-def _receive(connection: Connection, rank: int) -> tuple[bool, Any]:
-    try:
-        return connection.recv()
-    except EOFError:
-        return False, f"rank {rank} died"
+def _collect(name: str, connections: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(connections))
+    while waiting:
+        ready = wait(list(waiting.values()), timeout)
+        if not ready:
+            raise RankError(f"{name}: ranks {sorted(waiting)} gave no answer in {timeout} s")
+        for rank in [rank for rank, connection in waiting.items() if connection in ready]:
+            try:
+                ok, value = waiting.pop(rank).recv()
+            except EOFError:
+                ok, value = False, f"rank {rank} died"
+            if not ok:
+                raise RankError(f"{name} on rank {rank} of {len(connections)}:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(connections))]
 
 
-def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
-    """A rank's loop: receive a function, run it, send its result."""
+def _rank(rank: int, world: int, store: str, connection: Connection, function: Callable[..., Any],
+          args: tuple) -> None:
+    """A rank's life: join the group, run the function, send its result, wait to be ended."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    import torch
+    try:
+        import torch
 
-    import megatron_mixtral.runtime
+        import megatron_mixtral.runtime
 
-    backend = megatron_mixtral.runtime.ready(training=True)
-    if backend.device == "cuda":
-        torch.cuda.set_device(rank)
-    torch.set_num_threads(1)
-    for call in itertools.count():
-        try:
-            function, args = connection.recv()
-        except EOFError:
-            return
-        try:
-            torch.distributed.init_process_group(backend.collectives, init_method=f"file://{store}/{call}", rank=rank,
-                                                 world_size=world, timeout=timedelta(seconds=120))
-            answer = (True, function(rank, *args))
-            _end_groups()
-        except BaseException:  # noqa: BLE001 - whatever a test's body raises belongs to the test
-            answer = (False, traceback.format_exc())
-        connection.send(answer)
-
-
-def _end_groups() -> None:
-    """Close every process group, with all ranks still there."""
-    import torch
-    from megatron.core import parallel_state
-
-    torch.distributed.barrier()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
-@atexit.register
-def _close() -> None:
-    for pool in _pools.values():
-        pool.kill()
+        backend = megatron_mixtral.runtime.ready(training=True)
+        if backend.device == "cuda":
+            torch.cuda.set_device(rank)
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group(backend.collectives, init_method=f"file://{store}/store", rank=rank,
+                                             world_size=world, timeout=timedelta(seconds=120))
+        answer = (True, function(rank, *args))
+    except BaseException:  # noqa: BLE001 - whatever a test's body raises belongs to the test
+        answer = (False, traceback.format_exc())
+    connection.send(answer)
+    connection.poll(TIMEOUT)  # the others may still need this rank's end of a connection
+    os._exit(0)
