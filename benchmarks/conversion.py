@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time conversions against `cp -r` of the same model, in turns, and watch the memory of all their processes.
 
-    python benchmarks/conversion.py --layers 16 --repeats 5 --folder SCRATCH
+    python benchmarks/conversion.py --layers 8 --repeats 5 --folder SCRATCH
 
-Makes a Hugging Face Mixtral (bfloat16, hidden 2048, ffn 7168, 8 experts; 16 layers are 6 GB), then runs each command
+Makes a Hugging Face Mixtral (bfloat16, hidden 2048, ffn 7168, 8 experts; 8 layers are 6 GB), then runs each command
 once a round, as a program of its own, start-up included. Conversions flush to the disk before they end and `cp` does
 not, so `cp -r` is shown both ways. Prints medians, throughput relative to `cp -r`, and the largest sum of the
 processes' memory: their own (anonymous), and with the mapped pages of files, which are page cache.
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="scratch space of four times the model's size")
-    parser.add_argument("--layers", type=int, default=16, help="4 are 1.7 GB, 16 are 6.2 GB")
+    parser.add_argument("--layers", type=int, default=8, help="a multiple of 4: 4 are 3.2 GB, 8 are 6.0 GB")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
     size = make_model(args.folder / "hf", args.layers)
