@@ -14,11 +14,11 @@ from megatron_mixtral.weights.convert import convert
 from megatron_mixtral.weights.hf import HFSource
 from megatron_mixtral.weights.rank_sink import RankDirSink
 
-SEQUENCE, BATCH, STEPS = 32, 4, 10
+SEQUENCE, BATCH, STEPS, LEARNING_RATE = 32, 4, 10, 3e-3
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
           "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
 RECIPE = ["--seq-length", str(SEQUENCE), "--micro-batch-size", "1", "--global-batch-size", str(BATCH),
-          "--lr", "1e-3", "--lr-decay-style", "constant", "--weight-decay", "0.01", "--adam-beta2", "0.95",
+          "--lr", str(LEARNING_RATE), "--lr-decay-style", "constant", "--weight-decay", "0.01", "--adam-beta2", "0.95",
           "--clip-grad", "1.0", "--moe-aux-loss-coeff", "0", "--eval-iters", "0", "--use-distributed-optimizer"]
 
 
@@ -58,7 +58,7 @@ def test_ten_steps_of_the_program_equal_plain_torch(whole: Outcome, folder: Path
     model = MixtralForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.01},
               {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
     losses, norms = [], []
     for batch in rows.split(BATCH):
         optimizer.zero_grad()
@@ -68,7 +68,7 @@ def test_ten_steps_of_the_program_equal_plain_torch(whole: Outcome, folder: Path
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         losses.append(float(loss.detach()))
         optimizer.step()
-    assert losses[0] - losses[-1] > 0.1, "the reference must learn something"
+    assert sum(losses[:3]) - sum(losses[-3:]) > 3 * 0.05, "the reference must learn something"
     assert whole.losses(*range(1, STEPS + 1)) == pytest.approx(losses, abs=1e-4)
     assert whole.norms(1) == pytest.approx(norms[:1], abs=1e-4)
 
