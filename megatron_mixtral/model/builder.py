@@ -145,9 +145,3 @@ def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_leng
     )
     model.mixtral = config
     return model
-
-
-def padded_vocab_size(config: MixtralConfig, tensor_parallel_size: int, divisible_by: int = 1) -> int:
-    """Vocabulary rounded up to a multiple of `--make-vocab-size-divisible-by` x TP (the engine's rule)."""
-    multiple = divisible_by * tensor_parallel_size
-    return -(-config.vocab_size // multiple) * multiple

@@ -4,7 +4,6 @@ They use the engine's own schedules, DDP, optimizer and file names, as `megatron
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,15 +141,3 @@ def train(rank: int, checkpoint: str, layout: dict[str, int], batches: torch.Ten
             torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
             losses.append(float(total[0] / total[1]))
     return (losses, norms) if losses else None
-
-
-def state_shapes(rank: int, checkpoint: str, layout: dict[str, int]) -> dict[str, Any]:
-    """Names and shapes of every chunk's state dict as the engine makes it (None for `_extra_state`)."""
-    return {f"model{index}": {name: None if value is None else tuple(value.shape)
-                              for name, value in chunk.state_dict().items()}
-            for index, chunk in enumerate(load_stages(checkpoint, layout))}
-
-
-def engine_files(checkpoint: str | Path) -> list[str]:
-    """Rank files below a checkpoint, relative."""
-    return sorted(str(path.relative_to(checkpoint)) for path in Path(checkpoint).rglob("model_optim_rng.pt"))
