@@ -42,7 +42,8 @@ def test_tokens_beyond_the_vocabulary_are_refused(prefix: str) -> None:
 
 def build(prefix: str, samples: tuple[int, int, int], split: str, seq_length: int = 32) -> object:
     return pretrain.build(samples, tokenizer=SimpleNamespace(vocab_size=96), seq_length=seq_length, seed=1,
-                          blend=([prefix], None), blend_per_split=None, split=split, cache=None, is_built_on_rank=lambda: True,
+                          blend=([prefix], None), blend_per_split=None, split=split, cache=None,
+                          is_built_on_rank=lambda: True,
                           reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False)
 
 
