@@ -8,42 +8,15 @@ not repeat the architecture; `check_contradictions()` refuses a flag that says o
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout, preset
 from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.training.flags import Flags, add_flags
 
 TRACKER = "latest_checkpointed_iteration.txt"
-
-
-@dataclass(frozen=True)
-class Flags:
-    """Our flags beside the engine's: one declaration gives name, default, type and help."""
-
-    model: str | None = field(default=None, metadata={
-        "help": "preset that gives the architecture: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b"})
-    hf_checkpoint: str | None = field(default=None, metadata={
-        "help": "Hugging Face Mixtral directory to start from, where --load holds no checkpoint yet"})
-    metrics_file: str | None = field(default=None, metadata={
-        "help": "where the figures of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
-    dry_run: bool = field(default=False, metadata={
-        "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={
-        "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
-
-
-def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `Flags` to a parser (the engine's extra_args_provider)."""
-    group = parser.add_argument_group("megatron_mixtral")
-    for item in dataclasses.fields(Flags):
-        flag = "--" + item.name.replace("_", "-")
-        if isinstance(item.default, bool):
-            group.add_argument(flag, action="store_true", help=item.metadata["help"])
-        else:
-            group.add_argument(flag, type=str, default=item.default, help=item.metadata["help"])
-    return parser
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import arguments
 from megatron_mixtral.training.arguments import Run
+from megatron_mixtral.training.flags import add_flags
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
     defaults = arguments.engine_defaults(resolved, backend.transformer_impl, backend.collectives)
 
     def extra(parser: Any) -> Any:
-        arguments.add_flags(parser)
+        add_flags(parser)
         parser.set_defaults(**defaults)
         return parser
 
