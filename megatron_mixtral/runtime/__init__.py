@@ -3,7 +3,7 @@
     backend = runtime.ready()      # detect, apply the repairs, stand in for CUDA where there is none
 """
 
-from megatron_mixtral.runtime.backend import Backend, detect
+from megatron_mixtral.runtime.backend import Backend, detect, device_memory
 from megatron_mixtral.runtime.environment import ready
 
-__all__ = ["Backend", "detect", "ready"]
+__all__ = ["Backend", "detect", "device_memory", "ready"]

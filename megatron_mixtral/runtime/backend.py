@@ -49,6 +49,15 @@ def detect(world_size: int | None = None) -> Backend:
     return Backend("cpu", "gloo", False, False, why)
 
 
+def device_memory() -> int:
+    """Bytes that each local process may use: its GPU's memory, or its share of what the machine has free now."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _importable(module: str) -> bool:
     """Whether an optional extension loads; one that is installed but broken counts as absent, as for the engine."""
     try:

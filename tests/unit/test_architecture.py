@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_mixtral"
 LEVELS = {  # a room imports rooms of lower levels only; rooms of one level do not know each other
     "errors": 0, "config": 1, "runtime": 2,
-    "model": 3, "weights": 3, "data": 3, "lora": 3,
+    "model": 3, "weights": 3, "data": 3, "lora": 3, "planning": 3,
     "training": 4, "inference": 4, "evaluation": 4,
 }  # fmt: skip
 SIBLINGS = {("training", "evaluation")}  # validation during training

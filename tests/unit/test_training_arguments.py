@@ -87,12 +87,17 @@ def test_wrong_layout_is_refused_within_seconds_by_the_program() -> None:
 
 
 def test_dry_run_says_what_would_run_and_starts_nothing() -> None:
-    argv = ["--model", "mixtral-8x7b", "--pipeline-model-parallel-size", "8", "--expert-model-parallel-size", "2"]
+    argv = ["--model", "mixtral-8x7b", "--pipeline-model-parallel-size", "8", "--expert-model-parallel-size", "2",
+            "--micro-batch-size", "1", "--global-batch-size", "128", "--seq-length", "4096", "--bf16"]
     done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), *argv, "--dry-run"],
                           capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": "16"})
     assert done.returncode == 0
-    assert done.stderr == ("Mixtral of 46702.8 M parameters (12879.9 M active) on tp1-pp8-ep2, 16 device(s), "
-                           "data parallel 2; start: random weights\n")
+    first, *needs = done.stderr.splitlines()
+    assert first == ("Mixtral of 46702.8 M parameters (12879.9 M active) on tp1-pp8-ep2, 16 device(s), "
+                     "data parallel 2; start: random weights")
+    kinds = [line.split(":")[0] for line in needs]
+    assert kinds == ["batch", "parameters per device", "memory per device", "sent per device and step",
+                     "pipeline bubble"]
 
 
 def test_defaults_that_matter() -> None:

@@ -1,0 +1,91 @@
+"""The command line of `tools/plan_layout.py`."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+
+from megatron_mixtral.config import MixtralConfig, preset
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.planning import report
+from megatron_mixtral.planning.search import Candidate, Question, plan
+from megatron_mixtral.planning.step_time import Machine, model_flops_rate
+
+_HELP = {
+    "devices": "number of devices",
+    "device_memory": "memory of a device, GB (1e9 bytes)",
+    "device_tflops": "dense bf16 peak of a device, TFLOP/s",
+    "device_bandwidth": "bandwidth of a device's memory, GB/s",
+    "intra_node_gbps": "link of a device inside its node, Gb/s in one direction (NVLink 4: 3600)",
+    "inter_node_gbps": "link of a device to other nodes, Gb/s in one direction (one NDR InfiniBand adapter: 400)",
+    "devices_per_node": "devices of a node",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description="Rank the parallel layouts of a Mixtral that fit a machine.")
+    model = found.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="preset: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b")
+    model.add_argument("--hf-checkpoint", help="Hugging Face Mixtral directory; its config.json is read")
+    for item in fields(Machine):
+        needed = item.name == "devices"
+        found.add_argument("--" + item.name.replace("_", "-"), type=item.type, required=needed, help=_HELP[item.name],
+                           default=None if needed else item.default)
+    found.add_argument("--seq-length", type=int, default=4096)
+    found.add_argument("--global-batch-size", type=int, required=True)
+    found.add_argument("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help="sizes to try")
+    found.add_argument("--top", type=int, default=10, help="how many layouts to print")
+    found.add_argument("--json", action="store_true", help="print the ranking as JSON instead")
+    return found
+
+
+def lines(argv: Sequence[str]) -> Iterator[str]:
+    """What the tool prints. Raises `ConfigError` where nothing fits, with the smallest that does not."""
+    args = parser().parse_args(argv)
+    config = preset(args.model) if args.model else MixtralConfig.from_hf_dir(args.hf_checkpoint)
+    machine = Machine(**{item.name: getattr(args, item.name) for item in fields(Machine)})
+    _check(args, config, machine)
+    question = Question(config, machine, args.seq_length, args.global_batch_size, tuple(args.micro_batch_size))
+    fitting, too_large = plan(question)
+    if not fitting:
+        raise ConfigError(_nothing_fits(too_large, question))
+    if args.json:
+        yield json.dumps([_as_json(one) for one in fitting[:args.top]], indent=2)
+        return
+    yield f"{len(fitting)} layouts fit {machine.devices} devices of {machine.device_memory:g} GB:"
+    yield from report.ranking(fitting, args.top)
+    yield ""
+    yield from report.explain(fitting[0], machine)
+    yield ""
+    yield "Flags of the first:"
+    yield "  " + " \\\n  ".join(report.flags(fitting[0].shape))
+
+
+def _check(args: argparse.Namespace, config: MixtralConfig, machine: Machine) -> None:
+    for item in fields(Machine):
+        if getattr(machine, item.name) <= 0:
+            raise ConfigError(f"--{item.name.replace('_', '-')} must be positive, found {getattr(machine, item.name)}")
+    if args.seq_length > config.max_position_embeddings:
+        raise ConfigError(f"--seq-length {args.seq_length} is longer than the model's max_position_embeddings "
+                          f"{config.max_position_embeddings}")
+
+
+def _nothing_fits(too_large: list[Candidate], question: Question) -> str:
+    machine = question.machine
+    if not too_large:
+        return (f"no layout divides {machine.devices} devices, --global-batch-size {question.global_batch_size} and "
+                f"--micro-batch-size {' '.join(map(str, question.micro_batch_sizes))}: a global batch is a multiple of "
+                "micro-batch size x data parallel; change --global-batch-size or --devices")
+    smallest = too_large[0]
+    return (f"nothing fits {machine.devices} devices of {machine.device_memory:g} GB: the smallest, "
+            f"{smallest.shape.layout} with micro-batch {smallest.shape.micro_batch_size} and recompute "
+            f"{smallest.shape.recompute}, needs {smallest.needs / 1e9:.0f} GB a device; use more --devices")
+
+
+def _as_json(one: Candidate) -> dict[str, object]:
+    return {
+        "layout": asdict(one.shape.layout), "micro_batch_size": one.shape.micro_batch_size,
+        "recompute": one.shape.recompute, "step_seconds": one.step.total, "terms": asdict(one.step),
+        "model_tflops_per_device": model_flops_rate(one.shape, one.step.total) / 1e12,
+        "memory_bytes": asdict(one.memory), "needs_bytes": one.needs, "flags": report.flags(one.shape),
+    }

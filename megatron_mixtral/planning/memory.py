@@ -1,0 +1,61 @@
+"""Memory of one device, by kind, at the fullest moment of a step. Bytes.
+
+Weights, gradients and optimizer state are counted exactly as the engine allocates them. Activations are what the
+autograd graph keeps, counted tensor by tensor in `activations.py`. Not counted: the device's context, communication
+buffers, fragmentation; the planner leaves room for them.
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_mixtral.planning import activations
+from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
+from megatron_mixtral.planning.schedule import chunks_in_flight, layers_in_flight
+from megatron_mixtral.planning.shape import RunShape
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device of a pipeline stage."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def stage_memory(shape: RunShape, stage: int) -> Memory:
+    """The fullest moment of one device of a pipeline stage."""
+    parameters = stage_parameters(shape, stage)
+    return Memory(
+        weights=parameters.total * shape.weight_bytes,
+        gradients=parameters.total * 4,  # fp32 whatever the weights are: small gradients add up over micro-batches
+        optimizer=_optimizer(shape, parameters),
+        activations=_activations(shape, stage),
+        logits=activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0)
+
+
+def fullest_stage(shape: RunShape) -> int:
+    """The pipeline stage that needs most."""
+    return max(range(shape.layout.pp), key=lambda stage: stage_memory(shape, stage).total)
+
+
+def _optimizer(shape: RunShape, parameters: StageParameters) -> float:
+    """Adam's two fp32 moments, and an fp32 copy of weights that are not fp32; sharded by the distributed optimizer."""
+    size = 8 if shape.weight_bytes == 4 else 12
+    if not shape.distributed_optimizer:
+        return parameters.total * size
+    return size * (parameters.dense / shape.dense_replicas + parameters.expert / shape.expert_data_parallel)
+
+
+def _activations(shape: RunShape, stage: int) -> float:
+    kept = layers_in_flight(shape, stage) * activations.layer(shape)
+    if shape.recompute == "full":  # and the layer that is being computed again has all of its own
+        kept += activations.layer(shape, recompute="none")
+    if stage == 0:
+        kept += chunks_in_flight(shape, stage) / shape.layout.vpp * activations.embedding(shape)
+    return kept

@@ -1,0 +1,86 @@
+"""The layouts that a machine allows for a model and a batch, those that fit in memory, and the fastest of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.planning.memory import Memory, fullest_stage, stage_memory
+from megatron_mixtral.planning.shape import RECOMPUTE, RunShape
+from megatron_mixtral.planning.step_time import Machine, StepTime, step_time
+
+MEMORY_SHARE = 0.92  # of a device's memory that a run may plan with: fragmentation
+RESERVED = 4e9  # bytes of a device for its context and communication buffers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that is possible, its memory at the fullest stage and its predicted step."""
+
+    shape: RunShape
+    memory: Memory
+    step: StepTime
+
+    @property
+    def needs(self) -> float:
+        """Bytes a device must have."""
+        return (self.memory.total + RESERVED) / MEMORY_SHARE
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the planner is asked."""
+
+    config: MixtralConfig
+    machine: Machine
+    seq_length: int
+    global_batch_size: int
+    micro_batch_sizes: tuple[int, ...] = (1, 2, 4)
+
+
+def plan(question: Question) -> tuple[list[Candidate], list[Candidate]]:
+    """(Those that fit, fastest first; those that do not, smallest first).
+
+    Of runs that differ in virtual stages or recomputation alone, only the fastest that fits is kept: the others are
+    steps on the way to it, not alternatives.
+    """
+    fits: dict[tuple, Candidate] = {}
+    too_large: dict[tuple, Candidate] = {}
+    for shape in shapes(question):
+        candidate = Candidate(shape, stage_memory(shape, fullest_stage(shape)), step_time(shape, question.machine))
+        layout = shape.layout
+        key = (layout.tp, layout.pp, layout.ep, layout.etp, layout.cp, shape.micro_batch_size)
+        if candidate.needs <= question.machine.device_memory * 1e9:
+            if key not in fits or candidate.step.total < fits[key].step.total:
+                fits[key] = candidate
+        elif key not in too_large or candidate.needs < too_large[key].needs:
+            too_large[key] = candidate
+    rest = [candidate for key, candidate in too_large.items() if key not in fits]
+    return sorted(fits.values(), key=lambda one: one.step.total), sorted(rest, key=lambda one: one.needs)
+
+
+def shapes(question: Question) -> Iterator[RunShape]:
+    """Every run that layout and batch arithmetic allow, with tensor parallelism inside a node."""
+    for layout in _layouts(question.config, question.machine):
+        for micro_batch in question.micro_batch_sizes:
+            for recompute in RECOMPUTE:
+                try:
+                    yield RunShape(question.config, layout, question.seq_length, micro_batch,
+                                   question.global_batch_size, recompute)
+                except ConfigError:
+                    break  # the batch does not divide
+
+
+def _layouts(config: MixtralConfig, machine: Machine) -> Iterator[ParallelLayout]:
+    for pp in divisors(config.num_hidden_layers):
+        for vpp in divisors(config.num_hidden_layers // pp) if pp > 1 else (1,):
+            for tp in divisors(config.num_key_value_heads):
+                for ep in divisors(config.num_local_experts):
+                    for etp in {1, tp} if ep > 1 else {tp}:
+                        layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, world=machine.devices)
+                        if tp <= machine.devices_per_node and machine.devices % layout.min_world == 0:
+                            yield layout.validate(config)
+
+
+def divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]

@@ -1,0 +1,83 @@
+"""`RunShape`: a model on a layout with its batch and the choices that decide memory. Validates itself."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import ConfigError
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """One run. `layout.world` must be known.
+
+    `recompute`: "none"; "selective": the experts' activation function and the norms are computed again in the backward
+    pass; "full": a layer keeps only its input. `weight_bytes` of a parameter is 2 (bf16) or 4 (fp32).
+    """
+
+    config: MixtralConfig
+    layout: ParallelLayout
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    recompute: str = "none"
+    weight_bytes: int = 2
+    distributed_optimizer: bool = True
+    grouped_experts: bool = True
+
+    def __post_init__(self) -> None:
+        layout, data_parallel = self.layout, self.layout.data_parallel
+        if self.recompute not in RECOMPUTE:
+            raise ConfigError(f"recompute {self.recompute!r}: expected one of {', '.join(RECOMPUTE)}")
+        for flag, value in (("--seq-length", self.seq_length), ("--micro-batch-size", self.micro_batch_size),
+                            ("--global-batch-size", self.global_batch_size)):
+            if value < 1:
+                raise ConfigError(f"{flag} must be a positive integer, found {value}")
+        step = self.micro_batch_size * data_parallel
+        if self.global_batch_size % step:
+            raise ConfigError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size x data parallel "
+                f"= {self.micro_batch_size} x {data_parallel} = {step} (data parallel = {layout.world} devices / "
+                f"(tp {layout.tp} x pp {layout.pp} x cp {layout.cp})): give a multiple of {step}")
+        if layout.vpp > 1 and self.micro_batches % layout.pp:
+            raise ConfigError(
+                f"virtual pipeline stages need the number of micro-batches to be a multiple of pp {layout.pp}, found "
+                f"{self.micro_batches} = {self.global_batch_size} / {step}; change --global-batch-size, or leave "
+                "--num-virtual-stages-per-pipeline-rank out")
+        shards = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)
+        if self.seq_length % shards:
+            raise ConfigError(f"--seq-length {self.seq_length} is not divisible by {shards}, the parts into which "
+                              f"tp {layout.tp} and cp {layout.cp} cut a sequence; give a multiple of {shards}")
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Micro-batches of one optimizer step on one pipeline."""
+        return self.global_batch_size // (self.micro_batch_size * self.layout.data_parallel)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one optimizer step over all devices."""
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens of one micro-batch in one context-parallel rank; its tensor-parallel ranks share them."""
+        return self.micro_batch_size * self.seq_length // self.layout.cp
+
+    @property
+    def expert_data_parallel(self) -> int:
+        """Replicas of an expert's shard: world / (etp x ep x pp)."""
+        layout = self.layout
+        return layout.world // (layout.etp * layout.ep * layout.pp)
+
+    @property
+    def dense_replicas(self) -> int:
+        """Replicas over which dense gradients are reduced: data parallel x context parallel."""
+        return self.layout.data_parallel * self.layout.cp
+
+    def layers_of_stage(self, stage: int) -> int:
+        """Transformer layers of a pipeline stage, all its virtual chunks together."""
+        layers = self.config.num_hidden_layers
+        return sum(len(self.layout.layers_of(stage, layers, chunk)) for chunk in range(self.layout.vpp))

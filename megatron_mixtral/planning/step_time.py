@@ -1,0 +1,163 @@
+"""Predicted time of one optimizer step, term by term. A model with few constants, not a measurement.
+
+A step is its micro-batches one after another through the slowest stage, the pipeline's idle time, and what is left
+uncovered of the reduction of gradients, and the optimizer. The constants below were set once, on two published runs of
+Mixtral on H100 (docs/parallelism.md has the points, and the error of each).
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_mixtral.planning import activations
+from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
+from megatron_mixtral.planning.schedule import bubble
+from megatron_mixtral.planning.shape import RunShape
+from megatron_mixtral.planning.traffic import Traffic, traffic
+
+MATRIX_SHARE = 0.73  # of the peak, for large matrix products
+ATTENTION_SHARE = 0.45  # of the peak, for causal flash attention
+HALF_SPEED_ROWS = 192  # rows of a matrix product at which it runs at half of its share: tiles and launches
+HALF_SPEED_COLUMNS = 192  # the same for the side that tensor parallelism cuts
+LINK_SHARE = 0.7  # of a link's rate that a collective reaches
+PASSES_OVER_ACTIVATIONS = 6.0  # reads and writes of what a layer keeps, by everything that is not a matrix product
+LAUNCH_SECONDS = 4e-4  # a layer's forward and backward on a micro-batch, on the host, where it is not covered
+IMBALANCE = 1.12  # the fullest expert's device against the mean, with a balancing loss
+UNCOVERED_REPLICAS = 0.35  # of the reduction over replicas that does not hide behind the backward pass
+UNCOVERED_PIPELINE = 0.25  # of the transfers between stages; interleaved stages overlap them
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster. Rates are per device and direction; `*_gbps` are gigabits per second, as links are sold.
+
+    Defaults are those of an H100 SXM node with one 400 Gb/s adapter a device.
+    """
+
+    devices: int
+    device_memory: float = 80.0  # GB (1e9 bytes)
+    device_tflops: float = 989.0  # dense bf16 peak
+    device_bandwidth: float = 3350.0  # GB/s of the device's memory
+    intra_node_gbps: float = 3600.0
+    inter_node_gbps: float = 400.0
+    devices_per_node: int = 8
+
+    def link(self, span: int) -> float:
+        """Bytes per second of a group of neighbouring ranks that spans `span` of them."""
+        inside = span <= self.devices_per_node
+        return (self.intra_node_gbps if inside else self.inter_node_gbps) * 1e9 / 8 * LINK_SHARE
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what they are spent on."""
+
+    dense: float  # matrix products of attention, router and output layer
+    attention: float  # scores and their products with the values
+    experts: float
+    memory_bound: float  # norms, rotary embedding, permutation, SwiGLU, residuals
+    launches: float
+    tensor: float
+    expert_tensor: float
+    expert: float
+    context: float
+    pipeline: float
+    bubble: float
+    replicas: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def model_flops_rate(shape: RunShape, seconds: float) -> float:
+    """Model FLOP/s of each device when a step takes `seconds` (recomputation is not counted)."""
+    return shape.config.training_flops_per_token(shape.seq_length) * shape.tokens / seconds / shape.layout.world
+
+
+def step_time(shape: RunShape, machine: Machine) -> StepTime:
+    """The predicted step; the slowest stage decides, which is the last: it has the output layer."""
+    stage = shape.layout.pp - 1
+    parameters = stage_parameters(shape, stage)
+    rounds = shape.layers_of_stage(stage) * shape.micro_batches
+    volume = traffic(shape, stage, parameters)
+    work = {
+        "dense": rounds * _dense(shape, machine) + shape.micro_batches * _output_layer(shape, machine),
+        "attention": rounds * _attention(shape, machine),
+        "experts": rounds * _experts(shape, machine),
+        "memory_bound": rounds * activations.layer(shape, recompute="none") * PASSES_OVER_ACTIVATIONS
+        / (machine.device_bandwidth * 1e9),
+        "launches": rounds * LAUNCH_SECONDS,
+        **_within_layers(shape, machine, volume),
+    }
+    return StepTime(**work, bubble=bubble(shape) * sum(work.values()),
+                    replicas=UNCOVERED_REPLICAS * _replicas(shape, machine, volume),
+                    optimizer=_optimizer(shape, machine, parameters))
+
+
+def _passes(shape: RunShape) -> float:
+    """Forward passes' worth of matrix products: backward is two, full recomputation one more."""
+    return 4.0 if shape.recompute == "full" else 3.0
+
+
+def _saturation(rows: float, columns: float) -> float:
+    """The share of its best rate that a matrix product of this size reaches."""
+    return rows / (rows + HALF_SPEED_ROWS) * columns / (columns + HALF_SPEED_COLUMNS)
+
+
+def _product_seconds(flops: float, machine: Machine, rows: float, columns: float) -> float:
+    return flops / (machine.device_tflops * 1e12 * MATRIX_SHARE * _saturation(rows, columns))
+
+
+def _dense(shape: RunShape, machine: Machine) -> float:
+    config, tokens, tp = shape.config, shape.tokens_per_micro_batch, shape.layout.tp
+    flops = 2 * tokens * (config.attention_parameters / tp + config.hidden_size * config.num_local_experts / tp)
+    columns = config.num_attention_heads * config.head_dim / tp
+    return _passes(shape) * _product_seconds(flops, machine, tokens, columns)
+
+
+def _output_layer(shape: RunShape, machine: Machine) -> float:
+    config, tokens, tp = shape.config, shape.tokens_per_micro_batch, shape.layout.tp
+    flops = 2 * tokens * config.vocab_size * config.hidden_size / tp
+    return 3 * _product_seconds(flops, machine, tokens, config.vocab_size / tp)
+
+
+def _attention(shape: RunShape, machine: Machine) -> float:
+    config = shape.config
+    keys = shape.seq_length / 2 if config.sliding_window is None else min(shape.seq_length / 2, config.sliding_window)
+    flops = 4 * shape.tokens_per_micro_batch * keys * config.num_attention_heads * config.head_dim / shape.layout.tp
+    return (_passes(shape) + 0.5) * flops / (machine.device_tflops * 1e12 * ATTENTION_SHARE)  # backward is 2.5 forwards
+
+
+def _experts(shape: RunShape, machine: Machine) -> float:
+    config, layout = shape.config, shape.layout
+    arriving = shape.tokens_per_micro_batch / layout.tp * layout.etp * config.num_experts_per_tok
+    rows = arriving / (config.num_local_experts / layout.ep)
+    flops = 2 * arriving * config.expert_parameters / layout.etp
+    return IMBALANCE * _passes(shape) * _product_seconds(flops, machine, rows, config.intermediate_size / layout.etp)
+
+
+def _within_layers(shape: RunShape, machine: Machine, volume: Traffic) -> dict[str, float]:
+    """Collectives that a layer waits for. Ranks of a group are neighbours: tp, then cp; etp, then ep; then replicas."""
+    layout = shape.layout
+    replicas_span = shape.layout.world // layout.pp
+    return {
+        "tensor": volume.tensor / machine.link(layout.tp),
+        "expert_tensor": volume.expert_tensor / machine.link(layout.etp),
+        "expert": IMBALANCE * volume.expert / machine.link(layout.etp * layout.ep),
+        "context": volume.context / machine.link(layout.tp * layout.cp),
+        "pipeline": UNCOVERED_PIPELINE * volume.pipeline / machine.link(replicas_span + 1),
+    }
+
+
+def _replicas(shape: RunShape, machine: Machine, volume: Traffic) -> float:
+    layout = shape.layout
+    span = layout.world // layout.pp
+    dense = volume.dense_gradients / machine.link(span if shape.dense_replicas > 1 else 1)
+    return dense + volume.expert_gradients / machine.link(span if shape.expert_data_parallel > 1 else 1)
+
+
+def _optimizer(shape: RunShape, machine: Machine, parameters: StageParameters) -> float:
+    """Adam reads and writes its state, the gradient and the weight once; bound by memory."""
+    replicas = (shape.dense_replicas, shape.expert_data_parallel) if shape.distributed_optimizer else (1, 1)
+    numbers = parameters.dense / replicas[0] + parameters.expert / replicas[1]
+    return numbers * (2 * 12 + 4 + 2 * shape.weight_bytes) / (machine.device_bandwidth * 1e9)

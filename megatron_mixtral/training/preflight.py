@@ -1,0 +1,91 @@
+"""Before the first step: what the run will need, and whether the machine has it. Refuses with a sentence.
+
+`shape_of` reads the engine's flags that decide memory and traffic, with the standard library only, so that `--dry-run`
+answers at once; `check_memory` and `check_disk` are called by `training/pretrain.py` when the machine is known.
+"""
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.planning import RunShape
+from megatron_mixtral.planning.memory import fullest_stage, stage_memory
+from megatron_mixtral.planning.report import size
+from megatron_mixtral.planning.search import RESERVED
+from megatron_mixtral.training.arguments import Run
+
+logger = logging.getLogger(__name__)
+
+# The recomputed parts that `RunShape.recompute == "selective"` stands for (docs/performance.md says why these).
+SELECTIVE_MODULES = {"moe_act", "layernorm"}
+
+
+def shape_of(run: Run, argv: list[str]) -> RunShape | None:
+    """The run's `RunShape`, or None without `--micro-batch-size` or `--seq-length`, for which the engine will ask.
+
+    `ConfigError` where the batch does not divide.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("seq-length", "micro-batch-size", "global-batch-size"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("bf16", "fp16", "use-distributed-optimizer", "decrease-batch-size-if-needed"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--recompute-granularity", choices=("full", "selective"))
+    parser.add_argument("--recompute-modules", nargs="*", default=())
+    given, _ = parser.parse_known_args(argv)
+    if given.seq_length is None or given.micro_batch_size is None:
+        return None
+    recompute = given.recompute_granularity or "none"
+    if recompute == "selective" and not set(given.recompute_modules) >= SELECTIVE_MODULES:
+        recompute = "none"  # an upper bound: less is recomputed than the formula assumes
+    step = given.micro_batch_size * run.layout.data_parallel
+    batch = given.global_batch_size or step
+    if given.decrease_batch_size_if_needed and batch > step:
+        batch -= batch % step
+    return RunShape(
+        run.config, run.layout, given.seq_length, given.micro_batch_size, batch, recompute,
+        weight_bytes=2 if given.bf16 or given.fp16 else 4, distributed_optimizer=given.use_distributed_optimizer)
+
+
+def check_memory(shape: RunShape, device_memory: int) -> None:
+    """`ConfigError` where weights, gradients and optimizer alone do not fit `device_memory` bytes; a warning where the
+    whole estimate does not.
+    """
+    stage = fullest_stage(shape)
+    memory = stage_memory(shape, stage)
+    fixed = memory.weights + memory.gradients + memory.optimizer
+    advice = ("raise --expert-model-parallel-size, --pipeline-model-parallel-size or --tensor-model-parallel-size, or "
+              "add --use-distributed-optimizer; tools/plan_layout.py ranks what fits")
+    if fixed > device_memory:
+        raise ConfigError(
+            f"the run does not fit: a device of stage {stage} needs {size(memory.weights)} for weights + "
+            f"{size(memory.gradients)} for gradients + {size(memory.optimizer)} for the optimizer = {size(fixed)}, "
+            f"and has {size(device_memory)}: {advice}")
+    whole = memory.total + (RESERVED if device_memory > 4 * RESERVED else 0)
+    if whole > device_memory:
+        logger.warning(
+            "the run is likely to run out of memory: with %s of activations and %s of logits a device of stage %d "
+            "needs about %s and has %s; try --recompute-granularity, a smaller --micro-batch-size, or another layout",
+            size(memory.activations), size(memory.logits), stage, size(whole), size(device_memory))
+
+
+def check_disk(shape: RunShape, save: str, optimizer: bool) -> None:
+    """`ConfigError` where the file system of `save` has no room for one checkpoint.
+
+    A checkpoint holds every weight once, and with `optimizer` fp32 weights and both moments. Nodes are assumed to share
+    the file system.
+    """
+    per_parameter = shape.weight_bytes + (12 if optimizer else 0)
+    parameters = shape.config.total_parameters
+    need = parameters * per_parameter
+    folder = Path(save).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ConfigError(
+            f"--save {save}: one checkpoint needs {size(need)} ({parameters / 1e9:.2f} G parameters x {per_parameter} "
+            f"bytes) and its file system has {size(free)} free: make room, save elsewhere, or leave "
+            "the optimizer out with --no-save-optim")

@@ -1,0 +1,161 @@
+"""The planner's arithmetic against numbers known from elsewhere, and its refusals."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout, preset
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.planning import RunShape, cli
+from megatron_mixtral.planning.memory import stage_memory
+from megatron_mixtral.planning.parameters import stage_parameters
+from megatron_mixtral.planning.schedule import bubble, chunks_in_flight
+from megatron_mixtral.planning.search import Question, plan
+from megatron_mixtral.planning.step_time import Machine, model_flops_rate, step_time
+
+MIXTRAL = preset("mixtral-8x7b")
+
+
+def shape(world: int, batch: int = 256, model: MixtralConfig = MIXTRAL, micro: int = 1, **sizes: int) -> RunShape:
+    return RunShape(model, ParallelLayout(**sizes, world=world), 4096, micro, batch)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 4, "pp": 4}, {"ep": 2, "pp": 8}, {"tp": 2, "ep": 8, "etp": 1, "pp": 4},
+                                   {"pp": 4, "vpp": 8, "ep": 8}, {"pp": 4, "first": 7, "last": 7}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_of_all_shards_are_the_model(sizes: dict[str, int], tied: bool) -> None:
+    """Every weight once; what is on several devices by design is taken off again."""
+    model = MixtralConfig(tie_word_embeddings=tied)
+    layout = ParallelLayout(**sizes, world=64)
+    run = RunShape(model, layout, 4096, 1, 256)
+    whole = 0
+    for stage in range(layout.pp):
+        found = stage_parameters(run, stage)
+        replicated = run.layers_of_stage(stage) * model.hidden_size * (model.num_local_experts + 2)
+        replicated += model.hidden_size * (stage == layout.pp - 1)
+        whole += found.dense * layout.tp - replicated * (layout.tp - 1) + found.expert * layout.ep * layout.etp
+    shared_twice = model.vocab_size * model.hidden_size if tied and layout.pp > 1 else 0
+    assert whole - shared_twice == model.total_parameters
+
+
+def test_bubble_and_chunks_in_flight_are_those_of_the_schedules() -> None:
+    plain, interleaved = shape(16, 128, ep=2, pp=8), shape(64, ep=8, pp=4, vpp=8)
+    assert plain.micro_batches == 64 and bubble(plain) == 7 / 64
+    assert [chunks_in_flight(plain, stage) for stage in range(8)] == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert interleaved.micro_batches == 16 and bubble(interleaved) == 3 / (8 * 16)
+    assert [chunks_in_flight(interleaved, stage) for stage in range(4)] == [35, 33, 31, 29]
+    few = RunShape(MIXTRAL, ParallelLayout(pp=8, ep=2, world=16), 4096, 1, 4)
+    assert chunks_in_flight(few, 0) == 2  # no more than there are
+
+
+def test_memory_by_kind_of_a_bf16_run() -> None:
+    """18 bytes a parameter without sharding: 2 + 4 + 12 (Rajbhandari et al. 2020, section 3.1, with fp32 gradients)."""
+    run = RunShape(MIXTRAL, ParallelLayout(world=1), 4096, 1, 1, distributed_optimizer=False)
+    memory, parameters = stage_memory(run, 0), MIXTRAL.total_parameters
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
+    sharded = RunShape(MIXTRAL, ParallelLayout(ep=8, world=64), 4096, 1, 64)
+    found = stage_parameters(sharded, 0)
+    assert stage_memory(sharded, 0).optimizer == 12 * (found.dense / 64 + found.expert / 8)
+
+
+def test_recompute_keeps_less() -> None:
+    by_kind = [stage_memory(RunShape(MIXTRAL, ParallelLayout(ep=8, pp=4, world=64), 4096, 1, 256, recompute), 0)
+               for recompute in ("none", "selective", "full")]
+    none, selective, full = (memory.activations for memory in by_kind)
+    assert none > selective > full
+
+
+@pytest.mark.parametrize(("build", "sentence"), [
+    (lambda: shape(64, 100, ep=8), r"--global-batch-size 100 is not a multiple of .* = 1 x 64 = 64"),
+    (lambda: shape(64, 160, ep=8, pp=4, vpp=8, micro=1), r"multiple of pp 4, found 10 = 160 / 16"),
+    (lambda: RunShape(MIXTRAL, ParallelLayout(tp=8, world=8), 4092, 1, 8), r"--seq-length 4092 is not divisible by 8"),
+    (lambda: RunShape(MIXTRAL, ParallelLayout(world=1), 4096, 0, 8), "--micro-batch-size must be a positive integer"),
+    (lambda: RunShape(MIXTRAL, ParallelLayout(world=1), 4096, 1, 8, "some"), "recompute 'some'"),
+])
+def test_impossible_batches_are_refused(build: object, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        build()
+
+
+# -- published runs (docs/parallelism.md has the table) ----------------------------------------------------------
+
+# Figures in the convention of Megatron-LM's log, which counts attention over the whole square: this factor more.
+def _megatron_convention(model: MixtralConfig) -> float:
+    ours = model.training_flops_per_token(4096)
+    return 1 + 6 * model.num_hidden_layers * 4096 * model.num_attention_heads * model.head_dim / ours
+
+
+@pytest.mark.parametrize(("model", "sizes", "world", "published", "error"), [
+    ("mixtral-8x7b", {"ep": 8, "pp": 4, "vpp": 8}, 64, 468, 0.10),
+    ("mixtral-8x22b", {"tp": 2, "ep": 8, "etp": 1, "pp": 8}, 128, 455, 0.10),
+])
+def test_published_points_on_h100(model: str, sizes: dict[str, int], world: int, published: float,
+                                  error: float) -> None:
+    run = shape(world, model=preset(model), **sizes)
+    rate = model_flops_rate(run, step_time(run, Machine(world)).total) * _megatron_convention(preset(model)) / 1e12
+    assert rate == pytest.approx(published, rel=error)
+
+
+def test_published_best_layout_of_8x7b_is_among_the_first_three() -> None:
+    fitting, _ = plan(Question(MIXTRAL, Machine(64), 4096, 256))
+    first = [(one.shape.layout.tp, one.shape.layout.pp, one.shape.layout.vpp, one.shape.layout.ep)
+             for one in fitting[:3]]
+    assert (1, 4, 8, 8) in first
+
+
+def test_a_thousand_devices_are_planned_in_seconds() -> None:
+    began = time.perf_counter()
+    fitting, _ = plan(Question(preset("mixtral-8x22b"), Machine(1024), 4096, 1024))
+    assert len(fitting) > 10 and time.perf_counter() - began < 20
+
+
+def test_more_recomputation_or_less_bandwidth_is_never_faster() -> None:
+    run = shape(64, ep=8, pp=4, vpp=8)
+    full = RunShape(MIXTRAL, run.layout, 4096, 1, 256, "full")
+    assert step_time(full, Machine(64)).total > step_time(run, Machine(64)).total
+    assert step_time(run, Machine(64, intra_node_gbps=400)).expert > step_time(run, Machine(64)).expert
+
+
+# -- the tool ----------------------------------------------------------------------------------------------------
+
+ARGV = ["--model", "mixtral-8x7b", "--devices", "16", "--device-memory", "80", "--device-tflops", "989",
+        "--intra-node-gbps", "3600", "--inter-node-gbps", "400", "--seq-length", "4096", "--global-batch-size", "256"]
+
+
+def test_the_tool_prints_ranking_terms_and_flags() -> None:
+    text = "\n".join(cli.lines(ARGV))
+    assert "layouts fit 16 devices of 80 GB" in text and "experts" in text and "Flags of the first:" in text
+    assert "--expert-model-parallel-size" in text
+
+
+def test_the_tool_prints_json() -> None:
+    found = json.loads("\n".join(cli.lines([*ARGV, "--json", "--top", "3"])))
+    assert len(found) == 3 and found[0]["step_seconds"] <= found[1]["step_seconds"]
+    assert sum(found[0]["terms"].values()) == pytest.approx(found[0]["step_seconds"])
+
+
+@pytest.mark.parametrize(("argv", "sentence"), [
+    (["--model", "mixtral-8x22b", "--devices", "8", "--global-batch-size", "256"], "nothing fits 8 devices of 80 GB"),
+    (["--model", "mixtral-8x7b", "--devices", "64", "--global-batch-size", "7", "--micro-batch-size", "2"],
+     "no layout divides 64 devices"),
+    (["--model", "mixtral-8x7b", "--devices", "0", "--global-batch-size", "8"], "--devices must be positive, found 0"),
+    (["--model", "tiny", "--devices", "1", "--global-batch-size", "8", "--seq-length", "8192"], "is longer"),
+])
+def test_the_tool_refuses_with_a_sentence(argv: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        list(cli.lines(argv))
+
+
+def test_flags_of_the_plan_are_accepted_by_the_program(tmp_path: Path) -> None:
+    """What the planner prints resolves to the layout that it planned."""
+    from megatron_mixtral.training.arguments import resolve
+    from megatron_mixtral.training.preflight import shape_of
+
+    fitting, _ = plan(Question(MIXTRAL, Machine(64), 4096, 256))
+    from megatron_mixtral.planning.report import flags
+
+    for one in fitting[:40]:
+        argv = " ".join(["--model mixtral-8x7b", *flags(one.shape)]).split()
+        assert shape_of(resolve(argv, {"WORLD_SIZE": "64"}), argv) == one.shape
