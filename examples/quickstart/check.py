@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from megatron_mixtral.data import pretrain as data
+from megatron_mixtral.data.blend import blend_of
 
 LOGGED = re.compile(r"validation loss at iteration (\d+).*?lm loss value: ([0-9.E+-]+)")
 
@@ -38,7 +39,7 @@ def validation_samples(flags: argparse.Namespace) -> list[torch.Tensor]:
     tokenizer = SimpleNamespace(vocab_size=flags.vocab_size, eod=flags.eod, unique_identifiers={})
     _, dataset, _ = data.build(
         (0, flags.samples, 0), tokenizer=tokenizer, seq_length=flags.seq_length, seed=flags.seed,
-        blend=data.blend_of(flags.data_path), blend_per_split=None, split=flags.split, cache=None,
+        blend=blend_of(flags.data_path), blend_per_split=None, split=flags.split, cache=None,
         is_built_on_rank=lambda: True, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False)
     samples = [dataset[index] for index in range(flags.samples)]
     return [torch.cat((sample["tokens"], sample["labels"][-1:])).long() for sample in samples]

@@ -1,57 +1,15 @@
 """Training data from indexed datasets: blends, splits and the index cache, by the engine's own builders."""
 
-import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import get_blend_from_list
 
+from megatron_mixtral.data.blend import Blend
+from megatron_mixtral.data.index_file import IndexFile
 from megatron_mixtral.errors import DataError
-
-logger = logging.getLogger(__name__)
-
-Blend = tuple[list[str], list[float] | None]
-
-
-def blend_of(words: list[str] | None) -> Blend | None:
-    """`--data-path` as (prefixes, weights or None). Accepts `0.6 A 0.4 B`, or `A B`; checks that every pair of files
-    is there: `DataError`.
-    """
-    if not words:
-        return None
-    blend = get_blend_from_list(list(words))
-    assert blend is not None
-    prefixes, weights = blend
-    for prefix in prefixes:
-        for suffix in (".bin", ".idx"):
-            if not Path(prefix + suffix).is_file():
-                hint = ""
-                if Path(f"{prefix}_text_document.idx").is_file():
-                    hint = f"; did you mean {prefix}_text_document?"
-                raise DataError(
-                    f"--data-path: {prefix}{suffix} does not exist (a data set is named by its prefix, "
-                    f"without .bin or .idx){hint}"
-                )
-    if weights is not None and any(weight < 0 for weight in weights):
-        raise DataError(f"--data-path: negative weight in {weights}")
-    return prefixes, weights
-
-
-def check_vocabulary(prefixes: list[str], vocab_size: int, documents: int = 64) -> None:
-    """`DataError` if a data set's first documents hold a token the model has no row for."""
-    for prefix in prefixes:
-        dataset = IndexedDataset(prefix)
-        for index in range(min(documents, len(dataset))):
-            tokens = dataset[index]
-            if len(tokens) and int(tokens.max()) >= vocab_size:
-                raise DataError(
-                    f"{prefix}: document {index} holds token {int(tokens.max())}, the model's vocabulary "
-                    f"has {vocab_size}; it was written with another tokenizer"
-                )
 
 
 def build(
@@ -99,13 +57,12 @@ def _check_splits(prefix: str, matrix: list[tuple[float, float] | None], split: 
 
     `matrix` holds the ends of each split as shares of the documents, None where nothing is wanted of it.
     """
-    dataset = IndexedDataset(prefix)  # a name: its arrays are views of a map that ends with it
-    lengths = dataset.sequence_lengths
+    lengths = IndexFile(prefix).lengths
     for name, part in zip(("training", "validation", "test"), matrix, strict=False):
         if part is None:
             continue
         first, last = (int(round(end * len(lengths))) for end in part)  # as the engine's builder rounds
-        tokens = int(lengths[first:last].sum())
+        tokens = int(lengths[first:last].sum(dtype=np.int64))
         if tokens < seq_length + 1:
             share = f" split of --split {split}" if split else " data"
             hint = "" if name == "training" else ", or want none with --eval-iters 0"

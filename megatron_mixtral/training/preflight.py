@@ -1,7 +1,6 @@
 """Before the first step: what the run will need, and whether the machine has it. Refuses with a sentence.
 
-`shape_of` reads the engine's flags that decide memory and traffic, with the standard library only, so that `--dry-run`
-answers at once; `check_memory` and `check_disk` are called by `training/pretrain.py` when the machine is known.
+Nothing here imports torch or the engine, so the answer comes within a second or two. `training/pretrain.py` calls it.
 """
 
 import argparse
@@ -9,6 +8,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from megatron_mixtral.config import MixtralConfig
+from megatron_mixtral.data import blend
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RunShape
 from megatron_mixtral.planning.memory import fullest_stage, stage_memory
@@ -49,6 +50,17 @@ def shape_of(run: Run, argv: list[str]) -> RunShape | None:
         weight_bytes=2 if given.bf16 or given.fp16 else 4, distributed_optimizer=given.use_distributed_optimizer)
 
 
+def check_data(config: MixtralConfig, argv: list[str]) -> None:
+    """`DataError` for data sets that are missing, damaged, too short for one sample, or of another vocabulary."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
+        parser.add_argument(f"--{name}", nargs="*")
+    parser.add_argument("--seq-length", type=int, default=1)
+    given = vars(parser.parse_known_args(argv)[0])
+    seq_length = given.pop("seq_length")
+    blend.check([blend.blend_of(words) for words in given.values()], config.vocab_size, seq_length)
+
+
 def check_memory(shape: RunShape, device_memory: int) -> None:
     """`ConfigError` where weights, gradients and optimizer alone do not fit `device_memory` bytes; a warning where the
     whole estimate does not.
@@ -71,21 +83,27 @@ def check_memory(shape: RunShape, device_memory: int) -> None:
             size(memory.activations), size(memory.logits), stage, size(whole), size(device_memory))
 
 
-def check_disk(shape: RunShape, save: str, optimizer: bool) -> None:
-    """`ConfigError` where the file system of `save` has no room for one checkpoint.
+def check_disk(shape: RunShape, argv: list[str]) -> None:
+    """`ConfigError` where the file system of `--save` has no room for one checkpoint.
 
-    A checkpoint holds every weight once, and with `optimizer` fp32 weights and both moments. Nodes are assumed to share
-    the file system.
+    A checkpoint holds every weight once and, without `--no-save-optim`, fp32 weights and both moments. Nodes are
+    assumed to share the file system.
     """
-    per_parameter = shape.weight_bytes + (12 if optimizer else 0)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--save")
+    parser.add_argument("--no-save-optim", action="store_true")
+    given, _ = parser.parse_known_args(argv)
+    if given.save is None:
+        return
+    per_parameter = shape.weight_bytes + (0 if given.no_save_optim else 12)
     parameters = shape.config.total_parameters
     need = parameters * per_parameter
-    folder = Path(save).absolute()
+    folder = Path(given.save).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if need > free:
         raise ConfigError(
-            f"--save {save}: one checkpoint needs {size(need)} ({parameters / 1e9:.2f} G parameters x {per_parameter} "
-            f"bytes) and its file system has {size(free)} free: make room, save elsewhere, or leave "
+            f"--save {given.save}: one checkpoint needs {size(need)} ({parameters / 1e9:.2f} G parameters x "
+            f"{per_parameter} bytes) and its file system has {size(free)} free: make room, save elsewhere, or leave "
             "the optimizer out with --no-save-optim")

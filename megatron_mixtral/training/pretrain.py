@@ -30,13 +30,12 @@ def run(argv: list[str]) -> None:
         return
     from megatron_mixtral import runtime
 
+    preflight.check_data(resolved.config, argv)
     if shape is not None:
+        preflight.check_disk(shape, argv)
         preflight.check_memory(shape, runtime.device_memory())
     backend = runtime.ready(training=True)
     args = _engine_args(resolved, argv, backend)
-    if shape is not None and args.save and args.rank == 0:
-        preflight.check_disk(shape, args.save, optimizer=not args.no_save_optim)
-    blends = _blends(resolved, args)
     if args.rank == 0:
         logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)
 
@@ -49,7 +48,7 @@ def run(argv: list[str]) -> None:
     if args.save and args.rank == 0:
         checkpoint.write_identity(Path(args.save), resolved.config)
     _install_writer(resolved, args)
-    datasets = partial(_datasets, args, *blends)
+    datasets = partial(_datasets, args)
     datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
@@ -118,21 +117,7 @@ def _model(resolved: Run, args: Namespace, pre_process: bool = True, post_proces
     return model
 
 
-def _blends(resolved: Run, args: Namespace) -> tuple[Any, Any]:
-    """(blend, one blend a split or None) of the data flags. `DataError` for files that are not there, or tokens that
-    are not the model's: before a model is built.
-    """
-    from megatron_mixtral.data import pretrain as data
-
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
-    blend = data.blend_of(args.data_path)
-    blends = [data.blend_of(words) for words in per_split] if any(per_split) else None
-    prefixes = [prefix for one in (blends or [blend]) if one is not None for prefix in one[0]]
-    data.check_vocabulary(prefixes, resolved.config.vocab_size)
-    return blend, blends
-
-
-def _datasets(args: Namespace, blend: Any, blends: Any, samples: Any, vp_stage: int | None = None) -> Any:
+def _datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any:
     """The engine's datasets provider. First and last pipeline stage read, each tensor-parallel rank for itself: the
     files are memory-mapped, so this costs less than a broadcast of every batch.
     """
@@ -140,9 +125,12 @@ def _datasets(args: Namespace, blend: Any, blends: Any, samples: Any, vp_stage: 
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
     from megatron_mixtral.data import pretrain as data
+    from megatron_mixtral.data.blend import blend_of
 
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    blends = [blend_of(words) for words in per_split] if any(per_split) else None
     return data.build(
-        samples, tokenizer=get_tokenizer(), seq_length=args.seq_length, seed=args.seed, blend=blend,
+        samples, tokenizer=get_tokenizer(), seq_length=args.seq_length, seed=args.seed, blend=blend_of(args.data_path),
         blend_per_split=blends, split=args.split if blends is None else None, cache=args.data_cache_path,
         is_built_on_rank=lambda: is_first_or_last_pipeline_stage(vp_stage),
         reset_position_ids=args.reset_position_ids, reset_attention_mask=args.reset_attention_mask,

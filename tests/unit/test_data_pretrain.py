@@ -7,6 +7,8 @@ import pytest
 from helpers.datasets import write_dataset
 
 from megatron_mixtral.data import pretrain
+from megatron_mixtral.data.blend import blend_of, check
+from megatron_mixtral.data.index_file import IndexFile
 from megatron_mixtral.errors import DataError
 
 
@@ -16,28 +18,69 @@ def prefix(tmp_path: Path) -> str:
 
 
 def test_blend_with_and_without_weights(prefix: str) -> None:
-    assert pretrain.blend_of(None) is None
-    assert pretrain.blend_of([prefix]) == ([prefix], None)
-    assert pretrain.blend_of(["0.6", prefix, "0.4", prefix]) == ([prefix, prefix], [0.6, 0.4])
+    assert blend_of(None) is None
+    assert blend_of([prefix]) == ([prefix], None)
+    assert blend_of(["0.6", prefix, "0.4", prefix]) == ([prefix, prefix], [0.6, 0.4])
 
 
 def test_missing_file_is_named_with_a_hint(prefix: str) -> None:
     with pytest.raises(DataError, match=r"corpus\.bin does not exist .*did you mean .*corpus_text_document\?"):
-        pretrain.blend_of([prefix.removesuffix("_text_document")])
+        blend_of([prefix.removesuffix("_text_document")])
     Path(prefix + ".idx").unlink()
     with pytest.raises(DataError, match=r"corpus_text_document\.idx does not exist"):
-        pretrain.blend_of([prefix])
+        blend_of([prefix])
 
 
 def test_negative_weight_is_refused(prefix: str) -> None:
     with pytest.raises(DataError, match="negative weight"):
-        pretrain.blend_of(["-1", prefix, "2", prefix])
+        blend_of(["-1", prefix, "2", prefix])
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(prefix: str) -> None:
-    pretrain.check_vocabulary([prefix], 96)
+    check([blend_of([prefix])], 96, 32)
     with pytest.raises(DataError, match=r"holds token \d+, the model's vocabulary has 50"):
-        pretrain.check_vocabulary([prefix], 50)
+        check([blend_of([prefix])], 50, 32)
+
+
+@pytest.mark.parametrize("words", [["A"], ["A", "B"], ["A", "B", "C"], ["0.6", "A", "0.4", "B"], ["1", "2", "3"]])
+def test_blends_are_read_as_the_engine_reads_them(words: list[str], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("A", "B", "C", "1", "2", "3"):
+        write_dataset(Path(name), vocab_size=96)
+    prefixes, weights = get_blend_from_list(words)
+    assert blend_of(words) == (list(prefixes), weights)
+
+
+def test_a_weight_that_is_missing_is_named(prefix: str) -> None:
+    with pytest.raises(DataError, match=r"weight before every prefix, or before none; .*_document stands where"):
+        blend_of(["0.6", prefix, prefix, prefix])
+
+
+def test_index_file_reads_what_the_engine_reads(prefix: str) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    ours, theirs = IndexFile(prefix), IndexedDataset(prefix)
+    assert ours.lengths.tolist() == theirs.sequence_lengths.tolist() and len(ours) == len(theirs)
+    assert ours.documents.tolist() == theirs.document_indices.tolist()
+    assert all((ours.sequence(number) == theirs[number]).all() for number in range(len(ours)))
+
+
+@pytest.mark.parametrize(("suffix", "size", "sentence"), [
+    (".idx", 20, "does not begin with"), (".idx", 200, "was cut off"), (".bin", 100, "not of one data set")])
+def test_damaged_pairs_are_refused(prefix: str, suffix: str, size: int, sentence: str) -> None:
+    path = Path(prefix + suffix)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DataError, match=sentence):
+        check([blend_of([prefix])], 96, 32)
+
+
+def test_a_data_set_shorter_than_a_sample_is_refused(prefix: str) -> None:
+    tokens = IndexFile(prefix).tokens
+    with pytest.raises(DataError, match=rf"{tokens} tokens in 200 documents; one sample needs 1000001"):
+        check([blend_of([prefix])], 96, 1_000_000)
 
 
 def build(prefix: str, samples: tuple[int, int, int], split: str, seq_length: int = 32) -> object:
