@@ -136,7 +136,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params-dtype", choices=["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"],
                         help="cast; default: keep the source's types")
     parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file")
-    parser.add_argument("--jobs", type=int, help="files written at a time; default: one for each core")
+    parser.add_argument("--jobs", type=int, help="threads that write; default: one for each core")
     parser.add_argument("--resume", action="store_true",
                         help="keep the finished files of a killed conversion of the same source to the same target")
     parser.add_argument("--verify", action="store_true",

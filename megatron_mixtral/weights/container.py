@@ -1,9 +1,9 @@
 """Planning output files before a byte of them is written: where every tensor goes, and the bytes around them.
 
-A `Container` is a whole file laid out: its size, the place of each tensor, and a function that gives the remaining
-bytes once the tensors' checksums are known. `torch_archive` lays out what `torch.save` would have written: an
-uncompressed zip, storages aligned to 64 bytes. Format: PKWARE's APPNOTE (with zip64 where offsets need it), and
-`torch.serialization._save` for the entries.
+A `Container` is a whole file laid out: its size, the place of each tensor and the bytes around it, and a function that
+gives the last bytes once the tensors' checksums are known. `torch_archive` lays out what `torch.save` would have
+written: an uncompressed zip, storages aligned to 64 bytes. Format: PKWARE's APPNOTE (with zip64 where offsets need it),
+and `torch.serialization._save` for the entries.
 
 torch itself checks no CRC when it loads, with or without `mmap=True`; other zip readers do. They are right here: at
 several GB/s, of bytes that are in the processor's cache already, they cost little.
@@ -22,21 +22,32 @@ from megatron_mixtral.weights.rules import Shape
 
 ALIGNMENT = 64
 _LOCAL = struct.Struct("<4s5H3I2H")
+_DESCRIPTOR = struct.Struct("<4s3I")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
+_FLAGS = 0x0808  # sizes and CRC follow the data; names are UTF-8
 _DATE = (1 << 5) | 1  # 1980-01-01: the same weights give the same file
 _MOST32, _MOST16 = 0xFFFFFFFF, 0xFFFF
 
 
+def _nothing(crc: int) -> bytes:
+    return b""
+
+
 @dataclass(frozen=True)
 class Placed:
-    """A tensor to be written at byte `offset` of a file, in type `dtype`."""
+    """A tensor to be written at byte `offset` of a file, in type `dtype`, and the bytes around it.
+
+    `before` goes directly in front of it, `after` (of its CRC-32) directly behind it, so files are written in order.
+    """
 
     tensor: TensorSlice
     dtype: str
     offset: int
+    before: bytes = b""
+    after: Callable[[int], bytes] = _nothing
 
     @property
     def size(self) -> int:
@@ -46,30 +57,43 @@ class Placed:
 
 @dataclass(frozen=True)
 class Container:
-    """A file laid out. `fixed` gives the other bytes, as (offset, bytes), from the CRC-32 of each tensor in order."""
+    """A file laid out: its size, its tensors, and `end`, which gives the bytes from `end_at` on.
+
+    `end` is given the CRC-32 of each tensor in order.
+    """
 
     size: int
     placed: tuple[Placed, ...]
-    fixed: Callable[[Sequence[int]], list[tuple[int, bytes]]]
+    end_at: int
+    end: Callable[[Sequence[int]], bytes]
 
 
 @dataclass(frozen=True)
 class _Entry:
+    """An entry of an archive. Like torch's, it has its CRC and size behind the data, not in front of it."""
+
     name: bytes
     header: int  # where its local header begins in the archive
     start: int  # where its data begins
     size: int
     data: bytes | None  # None: a tensor's
 
-    def local(self, crc: int) -> bytes:
+    def before(self) -> bytes:
         padding = self.start - self.header - _LOCAL.size - len(self.name)
-        head = _LOCAL.pack(b"PK\x03\x04", 20, 0, 0, 0, _DATE, crc, self.size, self.size, len(self.name), padding)
+        head = _LOCAL.pack(b"PK\x03\x04", 20, _FLAGS, 0, 0, _DATE, 0, 0, 0, len(self.name), padding)
         return head + self.name + b"FB" + struct.pack("<H", padding - 4) + b"Z" * (padding - 4)
+
+    def after(self, crc: int) -> bytes:
+        return _DESCRIPTOR.pack(b"PK\x07\x08", crc, self.size, self.size)
+
+    def whole(self) -> bytes:
+        """All of an entry whose data are known."""
+        return self.before() + self.data + self.after(zlib.crc32(self.data))
 
     def central(self, crc: int) -> bytes:
         far = self.header >= _MOST32
         extra = struct.pack("<HHQ", 1, 8, self.header) if far else b""
-        return _CENTRAL.pack(b"PK\x01\x02", 45 if far else 20, 45 if far else 20, 0, 0, 0, _DATE, crc, self.size,
+        return _CENTRAL.pack(b"PK\x01\x02", 45 if far else 20, 45 if far else 20, _FLAGS, 0, 0, _DATE, crc, self.size,
                              self.size, len(self.name), len(extra), 0, 0, 0, 0,
                              _MOST32 if far else self.header) + self.name + extra
 
@@ -85,46 +109,43 @@ def tensor_reference(key: int, dtype: str, shape: Shape) -> Call:
                 (storage, 0, tuple(shape), tuple(strides), False, Call(Global("collections", "OrderedDict"))))
 
 
-def torch_archive(contents: Any, tensors: Sequence[tuple[TensorSlice, str]], base: int = 0) -> Container:
+def torch_archive(contents: Any, tensors: Sequence[tuple[TensorSlice, str]], base: int = 0,
+                  label: str = "archive") -> Container:
     """The archive of `contents`, which names its tensors by `tensor_reference(index, ...)`, at byte `base` of a file.
 
-    `tensors` are (slice, dtype) by index. Raises `ValueError` for a tensor of 4 GiB or more.
+    `tensors` are (slice, dtype) by index; `label` is the folder in the archive, which no reader minds. The container's
+    size is that of the archive alone. Raises `ValueError` for a tensor of 4 GiB or more.
     """
     assert base % ALIGNMENT == 0, f"archive at byte {base}"
-    entries: list[_Entry] = []
     at = 0
 
-    def add(name: str, size: int, data: bytes | None = None) -> None:
+    def entry(name: str, size: int, data: bytes | None = None) -> _Entry:
         nonlocal at
         if size >= _MOST32:
             raise ValueError(f"{name} has {size} bytes; a tensor of a torch archive must have less than 4 GiB here")
-        encoded = f"archive/{name}".encode("ascii")
-        start = at + _LOCAL.size + len(encoded) + 4
+        encoded, header = f"{label}/{name}".encode("ascii"), at
+        start = header + _LOCAL.size + len(encoded) + 4
         start += -start % ALIGNMENT
-        entries.append(_Entry(encoded, at, start, size, data))
-        at = start + size
+        at = start + size + _DESCRIPTOR.size
+        return _Entry(encoded, header, start, size, data)
 
     pickled = dumps(contents)
-    add("data.pkl", len(pickled), pickled)
-    add("byteorder", 6, b"little")
-    for index, (tensor, dtype) in enumerate(tensors):
-        add(f"data/{index}", tensor.elements * FLOATS[dtype].itemsize)
-    add("version", 2, b"3\n")
-    placed = tuple(Placed(tensor, dtype, base + entry.start) for (tensor, dtype), entry in
-                   zip(tensors, (entry for entry in entries if entry.data is None), strict=True))
-    end = at
+    first = [entry("data.pkl", len(pickled), pickled), entry("byteorder", 6, b"little")]
+    stored = [entry(f"data/{index}", tensor.elements * FLOATS[dtype].itemsize)
+              for index, (tensor, dtype) in enumerate(tensors)]
+    last = entry("version", 2, b"3\n")
+    start = b"".join(one.whole() for one in first)
+    placed = tuple(Placed(tensor, dtype, base + one.start, (b"" if index else start) + one.before(), one.after)
+                   for index, ((tensor, dtype), one) in enumerate(zip(tensors, stored, strict=True)))
+    directory_at = at
 
-    def fixed(crcs: Sequence[int]) -> list[tuple[int, bytes]]:
-        supply = iter(crcs)
-        found, directory = [], b""
-        for entry in entries:
-            crc = next(supply) if entry.data is None else zlib.crc32(entry.data)
-            found.append((base + entry.header, entry.local(crc) + (entry.data or b"")))
-            directory += entry.central(crc)
-        return [*found, (base + end, directory + _ending(len(entries), end, len(directory)))]
+    def end(crcs: Sequence[int]) -> bytes:
+        sums = [*(zlib.crc32(one.data) for one in first), *crcs, zlib.crc32(last.data)]
+        directory = b"".join(one.central(crc) for one, crc in zip([*first, *stored, last], sums, strict=True))
+        return (b"" if stored else start) + last.whole() + directory + _ending(len(sums), directory_at, len(directory))
 
-    tail = sum(len(entry.central(0)) for entry in entries)
-    return Container(end + tail + len(_ending(len(entries), end, tail)), placed, fixed)
+    end_at = last.header if stored else 0
+    return Container(end_at + len(end([0] * len(stored))), placed, base + end_at, end)
 
 
 def _ending(count: int, start: int, size: int) -> bytes:

@@ -7,7 +7,6 @@ its name only when it is complete and on the disk (`staged`).
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,8 @@ from megatron_mixtral.weights.plan import human_size, whole
 from megatron_mixtral.weights.rank_dirs import TRACKER, RankDirSource, iteration_directory
 from megatron_mixtral.weights.rules import hf_tensors
 from megatron_mixtral.weights.staging import Stage, need_space, refuse_existing, staged
-from megatron_mixtral.weights.streaming import Meter, checksum, total_bytes, write_file
+from megatron_mixtral.weights.streaming import checksum
+from megatron_mixtral.weights.writing import FileWriter, Meter, total_bytes, workers, write_files
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
             progress: Progress | None = None) -> Report:
     """Write all of `source` through `sink`, cast to `dtype` (torch's, or its name) where given; returns the report.
 
-    `companions` are files to copy beside the weights, before those that the source itself has. `jobs` files are
-    written at a time (default: one for each core). `resume` keeps finished files of a killed conversion of the same
+    `companions` are files to copy beside the weights, before those that the source itself has. `jobs` threads
+    write (default: one for each core). `resume` keeps finished files of a killed conversion of the same
     source to the same target. `verify` reads the result back and compares checksums with the source's.
     Raises `CheckpointError`; then nothing is at the target that was not there before.
     """
@@ -114,46 +114,29 @@ def _refuse(source: TensorSource, sink: TensorSink) -> None:
 
 def _write_all(stage: Stage, planned: Sequence[tuple[OutputFile, Container]], source: TensorSource, report: Report,
                jobs: int | None, check_finite: bool, progress: Progress | None) -> None:
-    """Write what is not there yet, several files at a time; the first failure stops all."""
+    """Write what is not there yet; the first failure stops all."""
+    not_finite: dict[str, list[str]] = {}
     due = []
     for file, container in planned:
         notes = stage.finished(file.path, container.size)
         if notes is None:
-            due.append((file, container))
+            due.append((file.path, container))
         else:
             report.resumed.append(file.path)
-            (report.not_finite if report.not_finite is not None else []).extend(notes)
+            not_finite[file.path] = notes
     total = sum(placed.size for _, container in due for placed in container.placed)
     meter = Meter(source.release, None if progress is None else lambda done: progress(done, total))
 
-    def write(job: tuple[OutputFile, Container]) -> list[str]:
-        file, container = job
-        try:
-            meter.add(0)
-            bad = write_file(stage.root / file.path, container, source, meter, check_finite=check_finite)
-            stage.note(file.path, bad)
-            return [f"{file.path}: {name}" for name in bad]
-        except BaseException:
-            meter.stopped = True
-            raise
+    def writer(path: str, container: Container) -> FileWriter:
+        def done(bad: list[str]) -> None:
+            stage.note(path, bad)
+            not_finite[path] = bad
 
-    with ThreadPoolExecutor(workers(jobs, len(due))) as pool:
-        futures = [pool.submit(write, job) for job in due]
-        try:
-            failures = [error for error in (future.exception() for future in futures) if error is not None]
-        except BaseException:  # an interrupt reaches this thread only
-            meter.stopped = True
-            raise
-    if failures:
-        raise next((error for error in failures if not str(error).startswith("stopped,")), failures[0])
-    for future in futures:
-        (report.not_finite if report.not_finite is not None else []).extend(future.result())
+        return FileWriter(stage.root / path, container, source, meter, check_finite=check_finite, done=done)
 
-
-def workers(jobs: int | None, files: int) -> int:
-    """How many files to write at a time: as asked, else the cores this process may use; at most one for each file."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(jobs or cores, files))
+    write_files([writer(path, container) for path, container in due], meter, jobs)
+    if check_finite:
+        report.not_finite = [f"{file.path}: {name}" for file, _ in planned for name in not_finite[file.path]]
 
 
 def compare(source: TensorSource, written: TensorSource, dtype: str | None = None,
@@ -184,8 +167,9 @@ def _fingerprint(source: TensorSource, planned: Sequence[tuple[OutputFile, Conta
         digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
     for file, container in planned:
         digest.update(f"{file.path} {container.size}\n".encode())
-        for _, data in container.fixed([0] * len(container.placed)):
-            digest.update(data)
+        for placed in container.placed:
+            digest.update(placed.before + placed.after(0))
+        digest.update(container.end([0] * len(container.placed)))
     return digest.hexdigest()
 
 

@@ -13,11 +13,13 @@ there, and what `GPTModel.sharded_state_dict` of megatron-core 0.19 asks for.
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
-from megatron_mixtral.weights.container import ALIGNMENT, Container, tensor_reference, torch_archive
+from megatron_mixtral.weights.container import ALIGNMENT, Container, Placed, tensor_reference, torch_archive
 from megatron_mixtral.weights.dist_ckpt import COMMON
 from megatron_mixtral.weights.dist_metadata import METADATA_FILE
 from megatron_mixtral.weights.dtypes import FLOATS
@@ -66,14 +68,14 @@ class DistSink:
 
     def container(self, file: OutputFile, dtypes: dict[str, str]) -> Container:
         """A .distcp file: archives one behind the other; the first file holds the common state, too."""
-        parts: list[Container] = []
+        parts: list[tuple[int, Container]] = []
         name, at = Path(file.path).name, 0
 
         def add(key: str, offsets: Shape | None, contents: Any, tensors: Sequence[tuple[TensorSlice, str]]) -> None:
             nonlocal at
             part = torch_archive(contents, tensors, base=at)
             self._regions.append((key, offsets, name, at, part.size))
-            parts.append(part)
+            parts.append((at, part))
             at += part.size + -part.size % ALIGNMENT
 
         for tensor in file.tensors():
@@ -84,17 +86,7 @@ class DistSink:
                 add(_extra_state(key, offsets, self._tensors[key][0]), None, [None], [])
         if name == "__0_0.distcp":
             add(COMMON, None, [self._common(dtypes)], [])
-        placed = tuple(placed for part in parts for placed in part.placed)
-
-        def fixed(crcs: Sequence[int]) -> list[tuple[int, bytes]]:
-            found, first = [], 0
-            for part in parts:
-                found += part.fixed(crcs[first:first + len(part.placed)])
-                first += len(part.placed)
-            # Nothing of an archive knows where it is in the file, except its entries' places, which count from it.
-            return found
-
-        return Container(at, placed, fixed)
+        return _joined(parts, at)
 
     def _place(self, tensor: TensorSlice, kind: str) -> tuple[str, Shape, Shape]:
         """Key of a tensor, and offsets and sizes of its chunk in the global tensor."""
@@ -146,6 +138,28 @@ class DistSink:
             for key, offsets, file, at, length in self._regions])
         return _object("Metadata", state_dict_metadata=entries, planner_data=None, storage_data=storage,
                        storage_meta=None, version="1.0.0")
+
+
+def _joined(parts: Sequence[tuple[int, Container]], size: int) -> Container:
+    """A file of archives of one tensor or none, the first one with one: all bytes go along with the tensor before."""
+    placed: list[Placed] = []
+    for start, part in parts:
+        if part.placed:
+            placed.append(replace(part.placed[0], after=partial(_seal, part.placed[0], part)))
+        else:
+            placed[-1] = replace(placed[-1], after=partial(_append, placed[-1], start, part.end([])))
+    return Container(size, tuple(placed), size, lambda crcs: b"")
+
+
+def _seal(placed: Placed, archive: Container, crc: int) -> bytes:
+    """What follows the only tensor of an archive."""
+    return placed.after(crc) + archive.end([crc])
+
+
+def _append(placed: Placed, start: int, data: bytes, crc: int) -> bytes:
+    """What follows a tensor, and from byte `start` of the file on `data`."""
+    found = placed.after(crc)
+    return found + bytes(start - placed.offset - placed.size - len(found)) + data
 
 
 class _Pairs(dict):

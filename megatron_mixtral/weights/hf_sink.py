@@ -97,8 +97,9 @@ class HFSink:
         encoded += b" " * (-len(encoded) % 8)  # the data must start at a multiple of 8
         head = struct.pack("<Q", len(encoded)) + encoded
         self._total += at
-        placed = tuple(Placed(planned, kind, len(head) + start) for planned, kind, start in places)
-        return Container(len(head) + at, placed, lambda crcs: [(0, head)])
+        placed = tuple(Placed(planned, kind, len(head) + start, b"" if start else head)
+                       for planned, kind, start in places)
+        return Container(len(head) + at, placed, len(head) + at, lambda crcs: b"")
 
     def finish(self, root: Path, companions: Iterable[Path]) -> None:
         """Write the index, config.json, and the companion files."""

@@ -210,11 +210,11 @@ def test_refusals_say_what_to_do(hf, tmp_path, capsys):
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(hf, tmp_path, capsys):
-    code = ("import os, sys; from megatron_mixtral.weights import cli, convert; write = convert.write_file\n"
-            "def die(path, *rest, **options):\n"
-            "    if '_001' in str(path): os.kill(os.getpid(), 9)\n"
-            "    return write(path, *rest, **options)\n"
-            "convert.write_file = die; cli.util(sys.argv[1:])")
+    code = ("import os, sys; from megatron_mixtral.weights import cli, writing; write = writing.FileWriter.write\n"
+            "def die(self, part):\n"
+            "    if '_001' in str(self.path): os.kill(os.getpid(), 9)\n"
+            "    write(self, part)\n"
+            "writing.FileWriter.write = die; cli.util(sys.argv[1:])")
     arguments = ["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
                  "--target-pipeline-parallel-size", "2", "--jobs", "1"]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},

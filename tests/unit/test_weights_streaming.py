@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights import archive, container, convert, staging, streaming
+from megatron_mixtral.weights import archive, container, convert, staging, writing
 from megatron_mixtral.weights.hf import HFSource
 from megatron_mixtral.weights.hf_sink import HFSink
 from megatron_mixtral.weights.mapped import MappedFile
@@ -52,9 +52,15 @@ def test_offsets_beyond_4_gib(tmp_path):
     planned = container.torch_archive(contents, [(SimpleNamespace(elements=size), "bfloat16") for size in sizes])
     with open(tmp_path / "large.pt", "wb") as file:
         file.truncate(planned.size)
-        for offset, part in [*planned.fixed([0, 0, 0]), (planned.placed[2].offset, b"\x80\x3f" * 3)]:
-            file.seek(offset)
-            file.write(part)
+        for placed in planned.placed:
+            file.seek(placed.offset - len(placed.before))
+            file.write(placed.before)
+            file.seek(placed.offset + placed.size)
+            file.write(placed.after(0))
+        file.seek(planned.placed[2].offset)
+        file.write(b"\x80\x3f" * 3)
+        file.seek(planned.end_at)
+        file.write(planned.end([0, 0, 0]))
     loaded = torch.load(tmp_path / "large.pt", mmap=True, weights_only=True)
     assert loaded["plain"] == contents["plain"]
     assert loaded["tensors"][2].tolist() == [1, 1, 1] and loaded["tensors"][1].shape == (1_500_000_000,)
@@ -76,7 +82,7 @@ def test_not_a_number_is_named(hf, tmp_path):
 
 
 def test_a_bit_that_flips_on_the_way_is_found(hf, tmp_path, monkeypatch):
-    write = streaming._write
+    write = writing._write
 
     def flip(handle, data, at):
         data = bytearray(data)
@@ -84,7 +90,7 @@ def test_a_bit_that_flips_on_the_way_is_found(hf, tmp_path, monkeypatch):
             data[7] ^= 1
         write(handle, memoryview(data), at)
 
-    monkeypatch.setattr(streaming, "_write", flip)
+    monkeypatch.setattr(writing, "_write", flip)
     with pytest.raises(CheckpointError, match=r"layers\.0\.block_sparse_moe\.gate.*when read back"):
         to_ranks(hf, tmp_path / "mg", verify=True)
     assert list(tmp_path.iterdir()) == []
@@ -117,14 +123,14 @@ def test_resuming_something_else_starts_anew(hf, tmp_path):
 
 
 def test_a_failing_file_stops_the_others_and_leaves_nothing(hf, tmp_path, monkeypatch):
-    write = convert.write_file
+    write = writing.FileWriter.write
 
-    def fail(path, *rest, **options):
-        if "00_001" in str(path):
+    def fail(self, part):
+        if "00_001" in str(self.path):
             raise OSError("No space left on device")
-        return write(path, *rest, **options)
+        write(self, part)
 
-    monkeypatch.setattr(convert, "write_file", fail)
+    monkeypatch.setattr(writing.FileWriter, "write", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         to_ranks(hf, tmp_path / "mg", jobs=4)
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """Time conversions against `cp -r` of the same model, in turns, and watch the memory of all their processes.
 
-    python benchmarks/conversion.py --layers 8 --repeats 5 --folder SCRATCH
+    python benchmarks/convert.py --layers 8 --repeats 5 --folder SCRATCH
+    python benchmarks/convert.py --layers 8 --repeats 5 --folder SCRATCH --only torch_dist verify
+    python benchmarks/convert.py --layers 4 --repeats 1 --folder SCRATCH --only transformers
 
 Makes a Hugging Face Mixtral (bfloat16, hidden 2048, ffn 7168, 8 experts; 8 layers are 6 GB), then runs each command
-once a round, as a program of its own, start-up included. Conversions flush to the disk before they end and `cp` does
-not, so `cp -r` is shown both ways. Prints medians, throughput relative to `cp -r`, and the largest sum of the
-processes' memory: their own (anonymous), and with the mapped pages of files, which are page cache.
+once a round, as a program of its own, start-up included. Before each of them its old output is removed, the disk is
+synchronised, and its input is read once, so that all find it in the page cache, if it fits there. Conversions flush
+to the disk before they end and `cp` does not, so `cp -r` is shown both ways. `transformers` is its own loading and
+saving of the model, which needs three times the model's size as memory; it is run only if `--only` names it.
+
+Prints medians, throughput relative to `cp -r`, and the largest sum of the processes' memory: their own (anonymous),
+and with the mapped pages of files, which are page cache.
 """
 
 # ruff: noqa: T201
@@ -20,7 +26,9 @@ import struct
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,6 +36,8 @@ sys.path.insert(0, str(ROOT))
 from megatron_mixtral.config import MixtralConfig  # noqa: E402
 from megatron_mixtral.weights.rules import hf_tensors  # noqa: E402
 
+TRANSFORMERS = ("import sys, torch; from transformers import MixtralForCausalLM as M; "
+                "M.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])")
 UTIL = [sys.executable, str(ROOT / "tools" / "checkpoint" / "util.py"), "--saver", "mixtral"]
 
 
@@ -93,38 +103,77 @@ def timed(command: list[str], log: Path) -> tuple[float, int, int]:
     return seconds, own, whole
 
 
-def commands(folder: Path) -> dict[str, tuple[list[str], Path]]:
-    """What is timed: name -> (command, its output). Later ones read what `HF -> tp2-pp2-ep2` left."""
+class Work(NamedTuple):
+    """A command to time, the directory it reads and the one it writes."""
+
+    command: list[str]
+    source: Path
+    output: Path
+
+
+def commands(folder: Path) -> dict[str, Work]:
+    """What can be timed. Later ones read what `HF -> tp2-pp2-ep2` leaves."""
     hf, ranks, out = folder / "hf", folder / "ranks", folder / "out"
-    tp2 = ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "2",
-           "--target-expert-parallel-size", "2"]
-    pp4 = ["--target-tensor-parallel-size", "1", "--target-pipeline-parallel-size", "4",
-           "--target-expert-parallel-size", "1"]
-    from_hf = [*UTIL, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir"]
-    from_ranks = [*UTIL, "--loader", "mixtral_mg", "--load-dir", str(ranks), "--save-dir", str(out)]
+
+    def sizes(tp: int, pp: int, ep: int) -> list[str]:
+        return ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp),
+                "--target-expert-parallel-size", str(ep)]
+
+    def from_hf(target: Path, *more: str) -> Work:
+        return Work([*UTIL, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(target), *more], hf,
+                    target)
+
+    def from_ranks(*more: str) -> Work:
+        return Work([*UTIL, "--loader", "mixtral_mg", "--load-dir", str(ranks), "--save-dir", str(out), *more], ranks,
+                    out)
+
     return {
-        "cp -r": (["cp", "-r", str(hf), str(out)], out),
-        "HF -> tp2-pp2-ep2": ([*from_hf, str(ranks), *tp2], ranks),
-        "tp2-pp2-ep2 -> tp1-pp4-ep1": ([*from_ranks, *pp4], out),
-        "tp2-pp2-ep2 -> HF": ([*from_ranks, "--save-model-type", "huggingface"], out),
-        "HF -> torch_dist": ([*from_hf, str(out), "--target-ckpt-format", "torch_dist"], out),
+        "cp -r": Work(["cp", "-r", str(hf), str(out)], hf, out),
+        "HF -> tp2-pp2-ep2": from_hf(ranks, *sizes(2, 2, 2)),
+        "tp2-pp2-ep2 -> tp1-pp4-ep1": from_ranks(*sizes(1, 4, 1)),
+        "tp2-pp2-ep2 -> HF": from_ranks("--save-model-type", "huggingface"),
+        "HF -> torch_dist": from_hf(out, "--target-ckpt-format", "torch_dist"),
+        "HF -> tp2-pp2-ep2 --check-finite": from_hf(out, *sizes(2, 2, 2), "--check-finite"),
+        "HF -> tp2-pp2-ep2 --verify": from_hf(out, *sizes(2, 2, 2), "--verify"),
+        "transformers": Work([sys.executable, "-c", TRANSFORMERS, str(hf), str(out)], hf, out),
     }
+
+
+def chosen(folder: Path, only: list[str]) -> dict[str, Work]:
+    """The commands whose names contain one of `only` (none given: all but transformers), and always `cp -r`."""
+    work = commands(folder)
+    names = {name for name in work for part in only if part in name} if only else set(work) - {"transformers"}
+    names.add("cp -r")
+    if any(work[name].source == folder / "ranks" for name in names):
+        names.add("HF -> tp2-pp2-ep2")
+    return {name: one for name, one in work.items() if name in names}
+
+
+def prepare(work: Work) -> None:
+    """Remove the old output, let the disk come to rest, and read the input."""
+    shutil.rmtree(work.output, ignore_errors=True)
+    os.sync()
+    for path in work.source.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="scratch space of four times the model's size")
-    parser.add_argument("--layers", type=int, default=8, help="a multiple of 4: 4 are 3.2 GB, 8 are 6.0 GB")
+    parser.add_argument("--layers", type=int, default=8, help="a multiple of 4: 4 are 3.2 GB, 8 are 6.1 GB")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=[], help="parts of the names of what to time")
     args = parser.parse_args(argv)
     size = make_model(args.folder / "hf", args.layers)
     results: dict[str, list[tuple[float, int, int]]] = {}
     for _ in range(args.repeats):
-        for name, (command, output) in commands(args.folder).items():
-            shutil.rmtree(output, ignore_errors=True)
-            os.sync()
-            found = timed(command, args.folder / "log")
+        for name, work in chosen(args.folder, args.only).items():
+            prepare(work)
+            found = timed(work.command, args.folder / "log")
             results.setdefault(name, []).append(found)
             print(f"{name}: {found[0]:.1f} s", file=sys.stderr, flush=True)
             if name == "cp -r":
@@ -132,9 +181,15 @@ def main(argv: list[str] | None = None) -> int:
                 os.sync()
                 results.setdefault("cp -r, flushed", []).append((found[0] + time.monotonic() - started, *found[1:]))
     shutil.rmtree(args.folder)
+    report(results, f"{size / 1e9:.2f} GB, {os.cpu_count()} cores, Python {platform.python_version()}, numpy "
+                    f"{version('numpy')}, median of {args.repeats}")
+    return 0
+
+
+def report(results: dict[str, list[tuple[float, int, int]]], title: str) -> None:
+    """Print the table."""
     base = statistics.median(seconds for seconds, _, _ in results["cp -r"])
-    print(f"\n{size / 1e9:.2f} GB, {os.cpu_count()} cores, Python {platform.python_version()}, "
-          f"median of {args.repeats}\n")
+    print(f"\n{title}\n")
     print("| what | seconds (least to most) | throughput against `cp -r` | own memory | with mapped pages |")
     print("|---|---|---|---|---|")
     for name, runs in results.items():
@@ -142,7 +197,6 @@ def main(argv: list[str] | None = None) -> int:
         middle = statistics.median(times)
         print(f"| {name} | {middle:.1f} ({min(times):.1f}-{max(times):.1f}) | {base / middle:.2f}x | "
               f"{max(own for _, own, _ in runs) / 1e6:.0f} MB | {max(whole for *_, whole in runs) / 1e6:.0f} MB |")
-    return 0
 
 
 if __name__ == "__main__":
