@@ -1,8 +1,10 @@
 """Causal attention through torch's scaled_dot_product_attention: flash kernels on GPU and CPU, no s x s matrix.
 
-It takes the place of the engine's `DotProductAttention` where transformer-engine is absent.
+It takes the place of the engine's `DotProductAttention` where transformer-engine is absent. Sequences packed one after
+another into one row (`PackedSeqParams`, format "thd") attend within themselves only.
 
-Shape suffixes: s query length, k key length, b batch, n query heads of this rank, g query groups of this rank, d head.
+Shape suffixes: s query length, k key length, b batch, n query heads of this rank, g query groups of this rank, d head,
+t tokens of all packed sequences.
 """
 
 import math
@@ -11,10 +13,10 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.errors import ConfigError, DataError
 
 
 class CausalAttention(torch.nn.Module):
@@ -32,23 +34,53 @@ class CausalAttention(torch.nn.Module):
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         # The engine counts keys to the left of the query, the query itself not included.
         self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.varlen_kernel = config.attention_backend == AttnBackend.flash
 
     def forward(self, query_sbnd: torch.Tensor, key_kbgd: torch.Tensor, value_kbgd: torch.Tensor,
                 attention_mask: torch.Tensor | None = None, attn_mask_type: AttnMaskType | None = None,
                 attention_bias: torch.Tensor | None = None, packed_seq_params: PackedSeqParams | None = None,
                 **kwargs: Any) -> torch.Tensor:
-        """-> [s, b, n * d]. The mask is causal, aligned to the last key; a given `attention_mask` is not read."""
-        if packed_seq_params is not None:
-            raise ConfigError("packed sequences need transformer-engine's attention; install the extra [te]")
+        """-> [s, b, n * d]. The mask is causal, aligned to the last key; a given `attention_mask` is not read.
+
+        With `packed_seq_params` in format "thd" the arguments are [t, n, d] and [t, g, d], the result is [t, n * d].
+        `DataError` where the packed sequences do not fill the row.
+        """
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            return self._packed(query_sbnd, key_kbgd, value_kbgd, packed_seq_params)
         s, b = query_sbnd.shape[:2]
-        k = key_kbgd.shape[0]
-        q, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_kbgd, value_kbgd))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_kbgd, value_kbgd))
+        return self._attend(q, k, v).permute(2, 0, 1, 3).reshape(s, b, -1)
+
+    def _attend(self, q_bnsd: torch.Tensor, k_bgkd: torch.Tensor, v_bgkd: torch.Tensor) -> torch.Tensor:
+        """[b, n, s, d]. Query heads of one group read the same keys; the kernels do not repeat them in memory."""
+        s, k = q_bnsd.shape[2], k_bgkd.shape[2]
         windowed = self.window is not None and k > self.window
         plain = s == k and not windowed
-        mask = None if plain or (s == 1 and not windowed) else self._mask(s, k, q.device)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, key, value, attn_mask=mask, is_causal=plain, scale=self.scale, enable_gqa=q.shape[1] != key.shape[1])
-        return out.permute(2, 0, 1, 3).reshape(s, b, -1)
+        mask = None if plain or (s == 1 and not windowed) else self._mask(s, k, q_bnsd.device)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q_bnsd, k_bgkd, v_bgkd, attn_mask=mask, is_causal=plain, scale=self.scale,
+            enable_gqa=q_bnsd.shape[1] != k_bgkd.shape[1])
+
+    def _packed(self, q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor,
+                packed: PackedSeqParams) -> torch.Tensor:
+        """[t, n * d]. Padding behind a packed sequence belongs to it: no token in front of it can see it."""
+        bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+        t = q_tnd.shape[0]
+        lengths = bounds.diff().tolist()
+        if sum(lengths) != t or min(lengths, default=0) < 0 or int(bounds[0]) != 0:
+            raise DataError(f"packed sequences of lengths {lengths} do not fill a row of {t} tokens: cu_seqlens must "
+                            "rise from 0 to the length of the row, padding included")
+        if self.varlen_kernel and q_tnd.is_cuda and q_tnd.dtype in (torch.bfloat16, torch.float16):
+            from torch.nn.attention.varlen import varlen_attn
+
+            left = -1 if self.window is None else self.window - 1
+            out = varlen_attn(q_tnd, k_tgd, v_tgd, bounds, bounds, max(lengths), max(lengths), scale=self.scale,
+                              window_size=(left, 0), enable_gqa=q_tnd.shape[1] != k_tgd.shape[1])
+            return out.reshape(t, -1)
+        # split, not slices: the backward of each slice would fill a gradient of the whole row.
+        parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_tnd, k_tgd, v_tgd)), strict=True)
+        whole = torch.cat([self._attend(*part) for part in parts if part[0].shape[2]], dim=2)
+        return whole[0].transpose(0, 1).reshape(t, -1)
 
     def _mask(self, s: int, k: int, device: torch.device) -> torch.Tensor:
         """[s, k], True where query i (at position k - s + i) may look at key j."""
