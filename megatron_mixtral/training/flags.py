@@ -1,0 +1,40 @@
+"""Our flags beside the engine's: one declaration gives name, default, type and help.
+
+`training/arguments.py` reads them before torch is imported; the engine's parser gets them as its extra arguments, so
+that `--help` lists them and a checkpoint remembers them. Metadata: `help`, and `choices` where there are only some.
+"""
+
+import argparse
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A field is a flag: `bool` a switch; `str`, `int` or `float`, also with `| None`, a value."""
+
+    model: str | None = field(default=None, metadata={
+        "help": "preset that gives the architecture: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b"})
+    hf_checkpoint: str | None = field(default=None, metadata={
+        "help": "Hugging Face Mixtral directory to start from, where --load holds no checkpoint yet"})
+    metrics_file: str | None = field(default=None, metadata={
+        "help": "where the figures of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
+    dry_run: bool = field(default=False, metadata={
+        "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={
+        "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `Flags` to a parser (the engine's extra_args_provider)."""
+    group = parser.add_argument_group("megatron_mixtral")
+    for item in dataclasses.fields(Flags):
+        flag = "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            group.add_argument(flag, action="store_true", help=item.metadata["help"])
+        else:
+            kind = next(one for one in typing.get_args(item.type) or (item.type,) if one is not type(None))
+            group.add_argument(flag, type=kind, default=item.default, choices=item.metadata.get("choices"),
+                               help=item.metadata["help"])
+    return parser
