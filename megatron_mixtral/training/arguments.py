@@ -51,9 +51,6 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     flags = Flags(**{item.name: getattr(known, item.name) for item in dataclasses.fields(Flags)})
     config = _one_config(flags, known)
     layout = _layout(known, config, int(environ.get("WORLD_SIZE", "1"))).validate(config)
-    if layout.ep == 1 and layout.etp != layout.tp:
-        raise ConfigError(f"--expert-tensor-parallel-size {layout.etp} with --tensor-model-parallel-size {layout.tp} "
-                          "needs --expert-model-parallel-size > 1; otherwise leave it out")
     if known.seq_length is not None and known.seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {known.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")

@@ -17,6 +17,7 @@ from megatron_mixtral.weights.rank_sink import RankDirSink
 LAYOUTS = {
     "tp1-pp1-ep1": ({}, 1),
     "tp2": ({"tp": 2}, 2),
+    "tp2-etp1": ({"tp": 2, "etp": 1}, 2),  # wrong gradients in engines before 0.19 (Megatron-LM #5916)
     "pp2": ({"pp": 2}, 2),
     "ep2": ({"ep": 2}, 2),
     "tp2-pp2": ({"tp": 2, "pp": 2}, 4),

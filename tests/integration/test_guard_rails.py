@@ -38,8 +38,6 @@ def prefix(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(("argv", "world", "sentence"), [
-    ([*TINY, "--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"], 2,
-     "needs --expert-model-parallel-size > 1"),
     ([*TINY, "--expert-model-parallel-size", "3"], 3, "num_local_experts 8 is not divisible by ep 3"),
     ([*TINY, "--seq-length", "8192"], 1, "--seq-length 8192 is longer than the model's max_position_embeddings 4096"),
     ([*TINY, "--global-batch-size", "3"], 2, "--global-batch-size 3 is not a multiple of"),

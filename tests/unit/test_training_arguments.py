@@ -53,8 +53,6 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
     (["--model", "tiny", "--expert-model-parallel-size", "3"], 3, "num_local_experts 8 is not divisible by ep 3"),
     (["--model", "tiny", "--pipeline-model-parallel-size", "3"], 3, "num_hidden_layers 4 is not divisible by pp 3"),
     (["--model", "tiny", "--tensor-model-parallel-size", "4"], 6, "world size 6 is not a multiple of tp x pp x cp = 4"),
-    (["--model", "tiny", "--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"], 2,
-     "needs --expert-model-parallel-size > 1"),
     (["--model", "tiny", "--seq-length", "4097"], 1, "--seq-length 4097 is longer"),
     (["--model", "huge"], 1, "--model huge: no such preset"),
     (["--model", "tiny", "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "3"], 2,

@@ -1,0 +1,79 @@
+"""The planner's predictions beside published runs of Mixtral: the table of docs/parallelism.md.
+
+    python benchmarks/published_runs.py
+
+Sources: Megatron-LM, megatron/core/transformer/moe/README.md at core_v0.9.0 (8x7B on 64); Megatron-MoE-ModelZoo,
+best_practice/Mixtral (8x22B on 128); Megatron-LM issue 756 (8x7B on 16, whose ETP is not said: 1 is the only value with
+which 16 devices hold TP4 EP8); ModelLink's README of Mixtral (8x7B on 16, device not named: rates of an A100 80 GB and
+full recomputation are assumed). Megatron-LM's log counts attention over the whole square of the sequence; its figures
+are compared in its own convention.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout, preset
+from megatron_mixtral.planning import RunShape
+from megatron_mixtral.planning.step_time import Machine, model_flops_rate, step_time
+
+A100 = {"device_tflops": 312.0, "device_bandwidth": 2039.0, "intra_node_gbps": 2400.0, "inter_node_gbps": 200.0}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published figure: TFLOP/s per device in Megatron-LM's convention, or tokens/s per device."""
+
+    name: str
+    model: str
+    layout: ParallelLayout
+    batch: int
+    machine: Machine
+    tflops: float | None = None
+    tokens: float | None = None
+    recompute: str = "none"
+    used: bool = False  # to set the planner's constants
+
+
+RUNS = (
+    Published("8x7B, 64 H100", "mixtral-8x7b", ParallelLayout(ep=8, pp=4, vpp=8, world=64), 256, Machine(64),
+              tflops=468, used=True),
+    Published("8x22B, 128 H100", "mixtral-8x22b", ParallelLayout(tp=2, ep=8, etp=1, pp=8, world=128), 256,
+              Machine(128), tflops=455, used=True),
+    Published("8x7B, 16 H100", "mixtral-8x7b", ParallelLayout(tp=4, ep=8, etp=1, world=16), 128, Machine(16),
+              tflops=130),
+    Published("8x7B, 16 devices", "mixtral-8x7b", ParallelLayout(ep=2, pp=8, world=16), 128, Machine(16, **A100),
+              tokens=1139.3, recompute="full"),
+)
+
+
+def megatron_share(model: MixtralConfig, seq_length: int) -> float:
+    """Megatron-LM's count of a token's FLOPs over ours: attention is not halved for being causal."""
+    other_half = 6 * model.num_hidden_layers * seq_length * model.num_attention_heads * model.head_dim
+    return 1 + other_half / model.training_flops_per_token(seq_length)
+
+
+def row(run: Published) -> str:
+    model = preset(run.model)
+    shape = RunShape(model, run.layout, 4096, 1, run.batch, run.recompute)
+    seconds = step_time(shape, run.machine).total
+    if run.tflops is not None:
+        unit, published = "TFLOP/s", run.tflops
+        predicted = model_flops_rate(shape, seconds) * megatron_share(model, 4096) / 1e12
+    else:
+        unit, published, predicted = "tokens/s", run.tokens, shape.tokens / seconds / run.layout.world
+    error = 100 * (predicted / published - 1)
+    return (f"| {run.name} | {run.layout} | {published:g} {unit} | {predicted:.0f} {unit} | {error:+.0f} % | "
+            f"{'yes' if run.used else 'no'} |")
+
+
+def main() -> int:
+    head = "| run | layout | published | predicted | error | used to set the constants |\n|---|---|---|---|---|---|"
+    sys.stdout.write("\n".join([head, *map(row, RUNS)]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
