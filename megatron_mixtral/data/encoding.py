@@ -1,7 +1,7 @@
 """Documents to arrays of ids: the one seam behind which an encoding engine works.
 
 A worker hands over a list of texts and gets back one flat array of ids and the length of each document. What encodes
-them (sentencepiece, `tokenizers`, later a native engine) is known only here; nothing outside handles single ids.
+them (`engines/`) is known only here; nothing outside handles single ids.
 """
 
 from collections.abc import Sequence
@@ -9,21 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mixtral.data.tokenizer import Tokenizer
+from megatron_mixtral.data.engines.base import LONGEST_DOCUMENT, SpecialTokens, frame, token_dtype
+from megatron_mixtral.data.engines.choose import make_engine
+from megatron_mixtral.data.engines.mixed import ControlStrings, encode_apart
+from megatron_mixtral.data.tokenizer import JsonTokenizer, Tokenizer
 from megatron_mixtral.errors import ConfigError, DataError
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else int32: the rule of the engine (`DType.optimal_dtype`: below 65,500)."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Which control ids frame each document; None adds nothing."""
-
-    bos_id: int | None
-    eos_id: int | None
 
 
 def special_tokens(tokenizer: Tokenizer, prepend_bod: bool, append_eod: bool) -> SpecialTokens:
@@ -40,13 +30,39 @@ def special_tokens(tokenizer: Tokenizer, prepend_bod: bool, append_eod: bool) ->
     return SpecialTokens(tokenizer.bos_id if prepend_bod else None, tokenizer.eos_id if append_eod else None)
 
 
-class DocumentEncoder:
-    """Encodes documents with one tokenizer, framed by the same control ids."""
+@dataclass
+class ControlCounts:
+    """With `--allow-special-in-text`: documents with control strings in their text, and the control ids these gave."""
 
-    def __init__(self, tokenizer: Tokenizer, specials: SpecialTokens) -> None:
+    documents: int = 0
+    tokens: int = 0
+
+
+class DocumentEncoder:
+    """Encodes documents with one tokenizer, framed by the same control ids.
+
+    `engine` is a name of `engines.choose.ENGINES` except `auto`; without it the tokenizer itself encodes. With
+    `allow_special`, control strings in a text become control ids, which are counted.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, specials: SpecialTokens, engine: str | None = None, allow_special: bool = False
+    ) -> None:
+        """Raises `ConfigError` when the engine cannot serve, or the tokenizer cannot find control strings in texts."""
         self.tokenizer = tokenizer
         self.specials = specials
         self.dtype = token_dtype(tokenizer.vocab_size)
+        self._control_counts = ControlCounts()
+        self._engine = make_engine(engine or tokenizer.kind, tokenizer)
+        self._controls: ControlStrings | None = None
+        if allow_special:
+            if not isinstance(tokenizer, JsonTokenizer):
+                raise ConfigError(
+                    f"--allow-special-in-text needs a tokenizer.json: sentencepiece, which reads {tokenizer.path}, "
+                    f"never takes text for control ids."
+                )
+            self._controls = ControlStrings(tokenizer.control_tokens())
+            self._control_ids = list(tokenizer.control_tokens().values())
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """`texts` -> (ids, lengths): ids of all documents in order, `self.dtype` (total,), and int32 (len(texts),).
@@ -56,26 +72,23 @@ class DocumentEncoder:
         Raises:
             DataError: an id outside the vocabulary, or a document of 2**31 tokens or more.
         """
-        encode, bos, eos = self.tokenizer.encode, self.specials.bos_id, self.specials.eos_id
-        flat: list[int] = []
-        lengths = np.zeros(len(texts), dtype=np.int64)
-        for index, text in enumerate(texts):
-            ids = encode(text)
-            if not ids:
-                continue
-            before = len(flat)
-            if bos is not None:
-                flat.append(bos)
-            flat.extend(ids)
-            if eos is not None:
-                flat.append(eos)
-            lengths[index] = len(flat) - before
-        wide = np.array(flat, dtype=np.int64)
-        if wide.size and not 0 <= int(wide.min()) <= int(wide.max()) < self.tokenizer.vocab_size:
-            raise DataError(
-                f"{self.tokenizer.path} gave ids from {wide.min()} to {wide.max()}, outside its vocabulary of "
-                f"{self.tokenizer.vocab_size}."
-            )
-        if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
+        apart = [self._controls.occur_in(text) for text in texts] if self._controls else []
+        if any(apart):
+            ids, lengths = encode_apart(texts, apart, self.specials, self._engine.encode, self._encode_with_controls)
+        else:
+            ids, lengths = self._engine.encode(texts, self.specials)
+        if lengths.size and int(lengths.max()) > LONGEST_DOCUMENT:
             raise DataError("A document has 2**31 tokens or more, which the index format cannot hold. Cut it.")
-        return wide.astype(self.dtype), lengths.astype(np.int32)
+        return ids, lengths.astype(np.int32)
+
+    def take_control_counts(self) -> ControlCounts:
+        """The counts since the last call."""
+        taken, self._control_counts = self._control_counts, ControlCounts()
+        return taken
+
+    def _encode_with_controls(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [self.tokenizer.encode_with_controls(text) for text in texts]
+        flat = np.array([i for ids in encoded for i in ids], dtype=np.int64)
+        self._control_counts.documents += len(texts)
+        self._control_counts.tokens += int(np.isin(flat, self._control_ids).sum())
+        return frame(flat, np.array([len(ids) for ids in encoded]), specials, self.tokenizer.vocab_size)

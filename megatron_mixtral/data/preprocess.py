@@ -8,6 +8,7 @@ ends a run earlier (an error, Ctrl-C, kill -9) leaves nothing under these names.
 """
 
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -21,15 +22,28 @@ from types import FrameType
 from typing import Any
 
 from megatron_mixtral.data.encoding import special_tokens, token_dtype
+from megatron_mixtral.data.engines.choose import EngineChoice, choose_engine
 from megatron_mixtral.data.indexed import IndexedWriter
 from megatron_mixtral.data.preprocess_flags import Options, parse_flags
-from megatron_mixtral.data.readers import REPORT_SUFFIX, Chunk, InputFiles, cut_chunks, list_inputs
+from megatron_mixtral.data.readers import (
+    REPORT_SUFFIX,
+    BadRecord,
+    Chunk,
+    InputFiles,
+    LineCounts,
+    cut_chunks,
+    list_inputs,
+    parse_record,
+    read_lines,
+)
 from megatron_mixtral.data.report import Account, Progress, versions, write_json
 from megatron_mixtral.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixtral.data.workers import ChunkResult, Job, part_paths, run_chunks
 from megatron_mixtral.errors import ConfigError, MixtralError
 
 logger = logging.getLogger(__name__)
+
+PROOF_LINES, PROOF_CHARACTERS = 200, 200_000  # of the corpus; the published tokenizers need up to 0.2 s for these
 
 
 def output_prefix(prefix: str, key: str) -> str:
@@ -59,8 +73,13 @@ def preprocess(options: Options) -> dict[str, Any]:
     # Small inputs are cut finer, so that every worker gets something; where the cuts lie does not show in the output.
     chunk_bytes = max(min(options.chunk_bytes, total // (4 * options.workers)), min(options.chunk_bytes, 1 << 16))
     chunks = cut_chunks(inputs.files, chunk_bytes)
+    engine = choose_engine(options.tokenizer_engine, tokenizer, first_texts(chunks, options.keys))
+    logger.info("encoding with %s %s: %s", engine.name, engine.version, engine.reason)
     with scratch_directory(options.output_prefix) as scratch, ExitStack() as stack:
-        job = Job(str(tokenizer.path), specials, options.keys, str(scratch), options.on_error == "skip")
+        job = Job(
+            str(tokenizer.path), specials, options.keys, str(scratch), options.on_error == "skip",
+            engine.name, options.allow_special_in_text,
+        )  # fmt: skip
         writers = {
             key: IndexedWriter(output_prefix(options.output_prefix, key), token_dtype(tokenizer.vocab_size), scratch)
             for key in options.keys
@@ -78,13 +97,27 @@ def preprocess(options: Options) -> dict[str, Any]:
         report_path.unlink(missing_ok=True)
         for writer in writers.values():
             writer.publish()
-        report = make_report(options, tokenizer, inputs, account, progress)
+        report = make_report(options, tokenizer, engine, inputs, account, progress)
         write_json(report_path, report)
     logger.info("done: %s", progress.line(account))
     for writer in writers.values():
         logger.info("wrote %s and .idx: %d documents, %d tokens", writer.bin_path, writer.documents, writer.tokens)
     _log_left_out(account, report_path)
     return report
+
+
+def first_texts(chunks: Sequence[Chunk], keys: Sequence[str]) -> list[str]:
+    """Texts from the beginning of the corpus, on which the engine of encoding is proved. Bad lines are passed over."""
+    texts: list[str] = []
+    lines = itertools.chain.from_iterable(read_lines(chunk, LineCounts()) for chunk in chunks)
+    for line in itertools.islice(lines, PROOF_LINES):
+        try:
+            texts.extend(text[:PROOF_CHARACTERS] for text in parse_record(line, keys))
+        except BadRecord:
+            continue  # the workers will come to it, with its place in the file
+        if sum(map(len, texts)) >= PROOF_CHARACTERS:
+            break
+    return texts
 
 
 def collect(
@@ -146,7 +179,12 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
 
 
 def make_report(
-    options: Options, tokenizer: Tokenizer, inputs: InputFiles, account: Account, progress: Progress
+    options: Options,
+    tokenizer: Tokenizer,
+    engine: EngineChoice,
+    inputs: InputFiles,
+    account: Account,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Everything needed to know what is in the output: counts, inputs in order, tokenizer, flags, versions."""
     dtype = token_dtype(tokenizer.vocab_size)
@@ -169,6 +207,8 @@ def make_report(
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
+            "allow_special_in_text": options.allow_special_in_text,
+            **engine.as_dict(),
         },
         "inputs": [
             {"path": file.path, "bytes": file.size, "lines": account.lines_per_file.get(index, 0)}

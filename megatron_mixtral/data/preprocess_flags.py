@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mixtral.data.engines.choose import ENGINES
 from megatron_mixtral.data.tokenizer import TOKENIZER_TYPES, mixtral_tokenizer_path
 from megatron_mixtral.errors import ConfigError
 
@@ -27,6 +28,8 @@ class Options:
     output_prefix: str
     tokenizer_path: str
     tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_engine: str = "auto"
+    allow_special_in_text: bool = False
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     prepend_bod: bool = False
@@ -77,6 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--tokenizer-name-or-path", nargs="?", metavar="PATH", help="the same as --tokenizer-model")
     tokenizer.add_argument("--tokenizer-not-use-fast", action="store_true",
                            help="accepted; changes nothing: fast and slow give the same ids here")  # fmt: skip
+    tokenizer.add_argument("--tokenizer-engine", choices=ENGINES, default="auto",
+                           help="what encodes: native (our C++ extension), gigatoken (extra [fast]), tokenizers, "
+                           "sentencepiece; auto (default): the fastest whose ids are proved right")  # fmt: skip
+    tokenizer.add_argument("--allow-special-in-text", action="store_true",
+                           help="control strings in a text, such as </s>, become control ids; without it they are "
+                           "text")  # fmt: skip
     tokenizer.add_argument("--append-eod", action="store_true", help="end every document with the EOS id")
     tokenizer.add_argument("--prepend-bod", action="store_true", help="begin every document with the BOS id")
     run = parser.add_argument_group("run")
@@ -112,6 +121,8 @@ def parse_flags(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Optio
         output_prefix=flags.output_prefix,
         tokenizer_path=_tokenizer_path(flags, environ),
         tokenizer_type=flags.tokenizer_type,
+        tokenizer_engine=flags.tokenizer_engine,
+        allow_special_in_text=flags.allow_special_in_text,
         keys=tuple(flags.json_keys),
         append_eod=flags.append_eod,
         prepend_bod=flags.prepend_bod,

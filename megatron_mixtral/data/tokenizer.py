@@ -65,6 +65,15 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def control_tokens(self) -> dict[str, int]:
+        """The control pieces as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
+        ids = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
+        return {self._model.id_to_piece(i): i for i in ids}
+
+    def serialized(self) -> bytes:
+        """The model as sentencepiece's own protocol buffer."""
+        return self._model.serialized_model_proto()
+
 
 class JsonTokenizer:
     """A `tokenizer.json`, by the `tokenizers` library. The attributes are those of `SentencePieceTokenizer`.
@@ -99,8 +108,25 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_with_controls(self, text: str) -> list[int]:
+        """As `encode`, but control strings in the text become control ids (`--allow-special-in-text`)."""
+        self._model.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._model.encode_special_tokens = True
+
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
+        added = self._model.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def serialized(self) -> str:
+        """The tokenizer as JSON, in the form of the library's present release, whatever the form of the file."""
+        return self._model.to_str()
 
     def _special_id(self, declared: dict[str, str | None], key: str, usual: str) -> int | None:
         if key not in declared:

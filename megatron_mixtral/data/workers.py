@@ -38,16 +38,23 @@ class Job:
     keys: tuple[str, ...]
     scratch: str
     skip_bad_lines: bool
+    engine: str  # of `engines.choose.ENGINES`, chosen and proved by the parent
+    allow_special: bool
 
 
 @dataclass
 class KeyCounts:
-    """One key of one chunk: documents written, empty texts dropped, ids written, UTF-8 bytes of the texts written."""
+    """One key of one chunk: documents written, empty texts dropped, ids written, UTF-8 bytes of the texts written.
+
+    `control_documents` and `control_tokens`: see `encoding.ControlCounts`.
+    """
 
     documents: int = 0
     empty: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    control_documents: int = 0
+    control_tokens: int = 0
 
 
 @dataclass
@@ -77,7 +84,7 @@ def part_paths(scratch: str, chunk_index: int, key_index: int) -> tuple[str, str
 
 
 def make_encoder(job: Job) -> DocumentEncoder:
-    return DocumentEncoder(open_tokenizer(Path(job.tokenizer_path)), job.specials)
+    return DocumentEncoder(open_tokenizer(Path(job.tokenizer_path)), job.specials, job.engine, job.allow_special)
 
 
 def encode_chunk(chunk: Chunk, job: Job, encoder: DocumentEncoder) -> ChunkResult:
@@ -132,6 +139,9 @@ class _PartWriter:
 
     def write_batch(self) -> None:
         ids, lengths = self._encoder.encode_documents(self._texts)
+        controls = self._encoder.take_control_counts()
+        self._counts.control_documents += controls.documents
+        self._counts.control_tokens += controls.tokens
         kept = lengths[lengths > 0]
         self._counts.documents += kept.size
         self._counts.empty += lengths.size - kept.size

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.runtime import optimizer_state
 from megatron_mixtral.runtime.replacements import Replacements
 
 
@@ -94,49 +95,6 @@ def _log_each_step_by_itself(replacements: Replacements) -> None:
     replacements.set(training, "training_log", training_log)
 
 
-# -- optimizer state across expert-parallel sizes ----------------------------------------------------------
-
-
-def _chained_optimizers_must_be_as_many() -> bool:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    return "but got {len(state_dict)}" in inspect.getsource(ChainedOptimizer.load_state_dict)
-
-
-def regroup(saved: dict[Any, Any], wanted: int) -> dict[Any, Any]:
-    """A chained optimizer's loaded state for `wanted` optimizers, whatever number it was saved by.
-
-    With experts spread over ranks the engine keeps a dense and an expert optimizer, else one for both. Tensors have
-    layout-free keys; what differs is where the rest lies (`optimizer.param_groups`, `param_state_sharding_type`): under
-    0 and 1, or at the top. Numbered entries of a load hold the tensors of the optimizers that ask for them.
-    """
-    parts = {key: value for key, value in saved.items() if isinstance(key, int)}
-    common = {key: value for key, value in saved.items() if not isinstance(key, int)}
-    if wanted == 1 and parts and "optimizer" not in common:  # saved by several, wanted by one
-        groups = [group for part in parts.values() for group in part["optimizer"]["param_groups"]]
-        return {**parts[0], **common, "optimizer": {**parts[0]["optimizer"], "param_groups": groups}}
-    if wanted > 1 and "optimizer" in common:  # saved by one, wanted by several
-        groups = common["optimizer"]["param_groups"]
-        groups = [{**group, "is_expert_parallel": expert} for expert in (False, True) for group in groups]
-        common["optimizer"] = {**common["optimizer"], "param_groups": groups}
-        return {index: {**common, **parts.get(index, {})} for index in range(wanted)}
-    return saved
-
-
-def _load_from_any_number_of_optimizers(replacements: Replacements) -> None:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    original = ChainedOptimizer.load_state_dict
-
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: Any) -> Any:
-        if isinstance(state_dict, dict):
-            state_dict = regroup(state_dict, len(self.chained_optimizers))
-        return original(self, state_dict)
-
-    replacements.set(ChainedOptimizer, "load_state_dict", load_state_dict)
-
-
 FIXES: tuple[Fix, ...] = (
     Fix(
         name="dataset-helpers",
@@ -164,8 +122,19 @@ FIXES: tuple[Fix, ...] = (
               "state that are no tensors are stored in that structure",
         versions="0.19.2",
         remove_when="ChainedOptimizer.load_state_dict accepts the state of another number of optimizers",
-        needed=_chained_optimizers_must_be_as_many,
-        apply=_load_from_any_number_of_optimizers,
+        needed=optimizer_state.chained_optimizers_must_be_as_many,
+        apply=optimizer_state.load_from_any_number,
+    ),
+    Fix(
+        name="bucket-padding",
+        symptom="with --overlap-grad-reduce (several buckets), a data-parallel size that the buckets' lengths are no "
+                "multiple of, and --dist-ckpt-optim-fully-reshardable, the saved optimizer and fp32 weights are wrong",
+        cause="the gathered state has no padding between buckets, and parameters are cut out of it at offsets that "
+              "count the padding; what overshoots is filled with zeros (NVIDIA/Megatron-LM#5077)",
+        versions="0.16.1 to 0.19.2",
+        remove_when="sharded_param_state_fully_reshardable subtracts the padding of the buckets before a parameter",
+        needed=optimizer_state.slices_forget_the_padding,
+        apply=optimizer_state.count_the_padding,
     ),
 )
 

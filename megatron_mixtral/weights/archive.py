@@ -19,9 +19,10 @@ from megatron_mixtral.weights.dtypes import FLOATS, OTHER_STORAGES
 from megatron_mixtral.weights.mapped import MappedFile
 from megatron_mixtral.weights.unpickling import UNPICKLING_ERRORS, Record, unpickle
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature ... length of name, length of extra field
-_ZIP = b"PK\x03\x04"
+_LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # of a zip entry: signature, flags, ... length of name and of extra field
+_ZIP, _DESCRIPTOR, _DESCRIBED = b"PK\x03\x04", b"PK\x07\x08", 8  # flag: size and CRC are behind the data
 MOST_PICKLE = 1 << 28  # bytes of data.pkl; a checkpoint's has a few hundred thousand
+LABEL = "@"  # in the name of an archive's folder: `dist_sink` writes KEY@OFFSETS there
 STORAGES = {kind.storage: kind for kind in FLOATS.values()}
 
 # What the engine's checkpoints contain beside tensors, containers and plain values: the list of
@@ -95,6 +96,10 @@ class _Reader:
         with zipfile.ZipFile(self.window) as archive:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
+            # Where each entry ends at the latest: nothing lies between entries.
+            self.ends = sorted([*(entry.header_offset for entry in entries), archive.start_dir])
+            if self.ends[0] != 0:
+                raise ValueError(f"its first entry is at byte {self.ends[0]} of it")
             if len(set(names)) != len(names):
                 raise ValueError("has two entries of one name")
             pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
@@ -104,7 +109,8 @@ class _Reader:
             if f"{pickles[0].filename.removesuffix('data.pkl')}byteorder" in names and \
                     archive.read(f"{pickles[0].filename.removesuffix('data.pkl')}byteorder") != b"little":
                 raise ValueError("is of a big-endian machine")
-        folder = pickles[0].filename.removesuffix("data.pkl") + "data/"
+        self.label = pickles[0].filename.removesuffix("/data.pkl")
+        folder = f"{self.label}/data/"
         self.entries = {entry.filename.removeprefix(folder): entry for entry in entries
                         if entry.filename.startswith(folder)}
 
@@ -120,10 +126,15 @@ class _Reader:
         header = self.window.read(_LOCAL_HEADER.size) or b""
         if len(header) != _LOCAL_HEADER.size:
             raise ValueError(f"its storage {storage.key} has no header")
-        signature, name, extra = _LOCAL_HEADER.unpack(header)
+        signature, flags, name, extra = _LOCAL_HEADER.unpack(header)
+        same = self.window.read(name) == entry.orig_filename.encode("utf-8")
         start = entry.header_offset + _LOCAL_HEADER.size + name + extra
-        if signature != _ZIP or start + size > self.window.length:
-            raise ValueError(f"its storage {storage.key} lies outside of it")
+        # The header is not under any checksum, and a wrong length in it would move the data.
+        self.window.seek(start + size)
+        described = self.window.read(len(_DESCRIPTOR)) == _DESCRIPTOR
+        ends = described if flags & _DESCRIBED else start + size in self.ends
+        if signature != _ZIP or not same or not ends:
+            raise ValueError(f"its storage {storage.key} lies elsewhere than its header says")
         return self.base + start
 
     def rebuild(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
@@ -151,16 +162,20 @@ class _Reader:
         return unpickle(self.pickle, where, "weights have", ALLOWED, known, _Storage)
 
 
-def load(file: MappedFile, where: str, offset: int = 0, length: int | None = None) -> Any:
+def load(file: MappedFile, where: str, offset: int = 0, length: int | None = None, label: str | None = None) -> Any:
     """The object of the archive in bytes [offset, offset + length) of a file, its tensors as `Stored`.
 
+    With `label`, an archive that is labelled (`LABEL`) must be labelled so.
     Raises `CheckpointError` that begins with `where`.
     """
     length = len(file) - offset if length is None else length
     if file.bytes[offset:offset + len(_ZIP)] != _ZIP:
         raise CheckpointError(f"{where} is not a whole torch file: it does not begin as an archive")
     try:
-        return _Reader(file, offset, length).load(where)
+        reader = _Reader(file, offset, length)
+        if label is not None and LABEL in reader.label and reader.label != label:
+            raise ValueError(f"it holds {reader.label}, expected {label}; were files swapped?")
+        return reader.load(where)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *UNPICKLING_ERRORS) as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{where} is not a whole torch file: {text}") from None

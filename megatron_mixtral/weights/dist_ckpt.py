@@ -17,7 +17,7 @@ import numpy
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.archive import Stored, load
+from megatron_mixtral.weights.archive import LABEL, Stored, load
 from megatron_mixtral.weights.dist_metadata import METADATA_FILE, StoredTensor, read_contents
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.engine_args import config_from_args
@@ -251,7 +251,8 @@ class DistSource:
             stored = self._contents.tensors[key]
             chunk = stored.chunks[number]
             where = f"{chunk.region.file} ({key} at {chunk.offsets})"
-            found = load(self._map(chunk.region.file), where, chunk.region.offset, chunk.region.length)
+            found = load(self._map(chunk.region.file), where, chunk.region.offset, chunk.region.length,
+                         chunk_label(key, chunk.offsets))
             if not isinstance(found, Stored) or found.data is None or found.shape != chunk.sizes \
                     or found.dtype != stored.dtype or not found.data.flags.c_contiguous:
                 raise CheckpointError(f"{where}: is not the {stored.dtype} tensor of {chunk.sizes} that the metadata "
@@ -267,6 +268,11 @@ class DistSource:
         """Give mapped pages back to the system."""
         for file in self._maps.values():
             file.release()
+
+
+def chunk_label(key: str, offsets: Shape) -> str:
+    """What our writer calls the archive of a chunk, so that one in the wrong place is noticed."""
+    return f"{key.replace('/', '.')}{LABEL}{'.'.join(map(str, offsets))}"
 
 
 def _indices(sizes: Shape) -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ belong there to inert records and refuses every other global by name.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -79,7 +80,18 @@ def read_contents(directory: Path) -> Contents:
     except UNPICKLING_ERRORS as error:
         raise CheckpointError(f"{path} cannot be read as the metadata of a distributed checkpoint: "
                               f"{type(error).__name__} {error}") from None
+    _check_apart(path, tensors)
     return Contents(tensors, objects)
+
+
+def _check_apart(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Raise `CheckpointError` where two chunks share bytes: one of them is not where it should be."""
+    found = sorted((str(chunk.region.file), chunk.region.offset, chunk.region.length, key, chunk.offsets)
+                   for key, tensor in tensors.items() for chunk in tensor.chunks)
+    for (file, offset, length, key, at), (other_file, other_offset, _, other, other_at) in pairwise(found):
+        if file == other_file and offset + length > other_offset:
+            raise CheckpointError(f"{path}: {key} at {at} and {other} at {other_at} share bytes of {file}; "
+                                  "one is stored twice, or elsewhere")
 
 
 def _offset(index: Any) -> Shape | None:
@@ -93,12 +105,20 @@ def _tensor(key: str, entry: Any, regions: dict[tuple[str, Shape | None], Any], 
         offsets = tuple(chunk.offsets)
         if (key, offsets) not in regions:
             raise CheckpointError(f"{directory / METADATA_FILE}: the chunk of {key} at {offsets} is stored nowhere")
+        _check_inside(f"{directory / METADATA_FILE}: {key}", tuple(entry.size), offsets, tuple(chunk.sizes))
         chunks.append(StoredChunk(offsets, tuple(chunk.sizes), _region(key, regions[key, offsets], directory)))
     properties = entry.properties
     dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
     if not isinstance(dtype, TypeRecord):
         raise CheckpointError(f"{directory / METADATA_FILE}: {key} has no type")
     return StoredTensor(tuple(entry.size), str(dtype), tuple(chunks))
+
+
+def _check_inside(where: str, whole: Shape, offsets: Shape, sizes: Shape) -> None:
+    """Raise `CheckpointError` for a chunk that is not a box within its tensor."""
+    if not len(whole) == len(offsets) == len(sizes) or any(
+            not 0 <= at <= at + size <= end for at, size, end in zip(offsets, sizes, whole, strict=True)):
+        raise CheckpointError(f"{where} has shape {whole}, but a chunk of {sizes} at {offsets}, which is not within it")
 
 
 def _region(key: str, info: Any, directory: Path) -> Region:

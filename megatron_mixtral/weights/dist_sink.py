@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.weights.container import ALIGNMENT, Container, Placed, tensor_reference, torch_archive
-from megatron_mixtral.weights.dist_ckpt import COMMON
+from megatron_mixtral.weights.dist_ckpt import COMMON, chunk_label
 from megatron_mixtral.weights.dist_metadata import METADATA_FILE
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.engine_args import make_args
@@ -73,7 +73,7 @@ class DistSink:
 
         def add(key: str, offsets: Shape | None, contents: Any, tensors: Sequence[tuple[TensorSlice, str]]) -> None:
             nonlocal at
-            part = torch_archive(contents, tensors, base=at)
+            part = torch_archive(contents, tensors, at, chunk_label(key, offsets or ()))
             self._regions.append((key, offsets, name, at, part.size))
             parts.append((at, part))
             at += part.size + -part.size % ALIGNMENT
@@ -86,7 +86,7 @@ class DistSink:
                 add(_extra_state(key, offsets, self._tensors[key][0]), None, [None], [])
         if name == "__0_0.distcp":
             add(COMMON, None, [self._common(dtypes)], [])
-        return _joined(parts, at)
+        return _joined(parts)
 
     def _place(self, tensor: TensorSlice, kind: str) -> tuple[str, Shape, Shape]:
         """Key of a tensor, and offsets and sizes of its chunk in the global tensor."""
@@ -140,10 +140,12 @@ class DistSink:
                        storage_meta=None, version="1.0.0")
 
 
-def _joined(parts: Sequence[tuple[int, Container]], size: int) -> Container:
+def _joined(parts: Sequence[tuple[int, Container]]) -> Container:
     """A file of archives of one tensor or none, the first one with one: all bytes go along with the tensor before."""
     placed: list[Placed] = []
+    size = 0
     for start, part in parts:
+        size = start + part.size
         if part.placed:
             placed.append(replace(part.placed[0], after=partial(_seal, part.placed[0], part)))
         else:

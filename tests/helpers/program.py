@@ -21,11 +21,14 @@ from helpers.ranks import prepare_fork_server
 
 @dataclass
 class Outcome:
-    """How a run ended: each rank's exit code and output, and the figures of its steps by iteration."""
+    """How a run ended: each rank's exit code and output, the figures of its steps by iteration, and for each
+    data-parallel rank the indices of the samples that it read, in order.
+    """
 
     codes: list[int]
     logs: list[str]
     steps: dict[int, dict[str, Any]]
+    read: dict[int, list[int]]
 
     def losses(self, *iterations: int) -> list[float]:
         return [self.steps[iteration]["lm_loss"] for iteration in iterations]
@@ -35,7 +38,9 @@ class Outcome:
 
 
 def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0) -> Outcome:
-    """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks; logs and metrics go below `folder`."""
+    """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks; logs, metrics and the samples that each rank read go
+    below `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context = prepare_fork_server()
     with socket.socket() as probe:
@@ -43,6 +48,8 @@ def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0) 
         port = probe.getsockname()[1]
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
+    for file in folder.glob("*.samples"):
+        file.unlink()
     argv = [*argv, "--metrics-file", str(metrics)]
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
     ranks = [context.Process(target=_rank, args=(rank, world, port, argv, str(logs[rank])), daemon=False)
@@ -62,7 +69,26 @@ def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0) 
         process.join()
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     steps = {figures["iteration"]: figures for figures in map(json.loads, lines)}
-    return Outcome([process.exitcode for process in ranks], [log.read_text() for log in logs], steps)
+    read = {int(file.stem): [int(line) for line in file.read_text().split()] for file in folder.glob("*.samples")}
+    return Outcome([process.exitcode for process in ranks], [log.read_text() for log in logs], steps, read)
+
+
+def _record_samples(folder: Path) -> None:
+    """Have the engine's sampler note what it hands out; ranks that read the same data write the same file."""
+    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+
+    indices = MegatronPretrainingSampler.__iter__
+
+    def noted(self: Any) -> Any:
+        handed_out: list[int] = []
+        for batch in indices(self):
+            handed_out += batch
+            draft = folder / f"{self.data_parallel_rank}.samples.{os.getpid()}"
+            draft.write_text(" ".join(map(str, handed_out)))
+            draft.rename(folder / f"{self.data_parallel_rank}.samples")
+            yield batch
+
+    MegatronPretrainingSampler.__iter__ = noted
 
 
 def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
@@ -74,6 +100,7 @@ def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
     faulthandler.enable()
     from tools import pretrain_mixtral
 
+    _record_samples(Path(log).parent)
     try:
         code = pretrain_mixtral.main(argv)
     except SystemExit as end:  # the engine's way out at --exit-interval

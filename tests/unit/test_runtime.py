@@ -94,7 +94,7 @@ def test_each_repair_says_what_and_until_when() -> None:
 
 
 def test_optimizer_state_is_regrouped() -> None:
-    from megatron_mixtral.runtime.engine_fixes import regroup
+    from megatron_mixtral.runtime.optimizer_state import regroup
 
     def part(expert: bool, **more: object) -> dict:
         group = {"lr": 0.1, "step": 5, "is_expert_parallel": expert}
@@ -111,6 +111,18 @@ def test_optimizer_state_is_regrouped() -> None:
         assert all(group["step"] == 5 for group in two[index]["optimizer"]["param_groups"])
     assert regroup(as_two, wanted=2) is as_two
     assert regroup(part(False), wanted=1) == part(False)
+
+
+def test_bucket_padding_is_where_the_buffer_has_it() -> None:
+    from megatron_mixtral.runtime.optimizer_state import with_bucket_padding
+
+    buckets = [SimpleNamespace(offset=0, numel_unpadded=3, grad_data=torch.empty(4)),
+               SimpleNamespace(offset=4, numel_unpadded=2, grad_data=torch.empty(4))]
+    state = {"buckets_coalesced": True, 0: {"dtype": {"param": torch.arange(1.0, 6.0), "numel_unpadded": 5}}}
+    found = with_bucket_padding(state, [SimpleNamespace(buckets=buckets)])
+    assert found[0]["dtype"]["param"].tolist() == [1, 2, 3, 0, 4, 5, 0, 0]
+    assert found[0]["dtype"]["numel_unpadded"] == 5
+    assert with_bucket_padding(None, []) is None
 
 
 # -- the CPU stand-in ------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""Our own extension as an engine: BPE with byte fallback in C++ (`native_bpe/`), one id after the other without Python.
+
+Exact by construction. Merges only ever join neighbours, so between two characters that no merge can bring together a
+text can be cut, and the words on both sides encoded independently. Words repeat, so most are found in a cache; what is
+not there is encoded by plain byte-pair merging, by rank or score as the published tokenizer does.
+"""
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import megatron_mixtral
+from megatron_mixtral.data.engines.base import EngineUnavailable, SpecialTokens, token_dtype
+from megatron_mixtral.data.engines.bpe_tables import bpe_tables
+from megatron_mixtral.data.tokenizer import Tokenizer
+from megatron_mixtral.errors import DataError
+
+SOURCES = Path(__file__).with_name("native_bpe")
+BUILD = "python setup.py build_ext --inplace, or pip install again, where a C++ compiler is"
+
+
+class NativeEngine:
+    """Holds tables of a few MB and a cache of 4 MB. Threads that share an engine wait for one another."""
+
+    name = "native"
+    version = megatron_mixtral.__version__
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises `EngineUnavailable` where the extension is not built, or for another kind of tokenizer."""
+        extension = load_extension()
+        tables = bpe_tables(tokenizer)
+        self._dtype = token_dtype(tables.vocab_size)
+        self._encoder = extension.Encoder(
+            tables.vocab_size, tables.characters, tables.merges, tables.joins, tables.byte_ids, tables.prefix
+        )
+
+    def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.encode`. Ids outside the vocabulary cannot arise: the tables were checked."""
+        bos = -1 if specials.bos_id is None else specials.bos_id
+        eos = -1 if specials.eos_id is None else specials.eos_id
+        try:
+            ids, lengths = self._encoder.encode(texts, bos, eos, self._dtype.itemsize)
+        except UnicodeEncodeError as error:
+            raise DataError(f"A text has half of a surrogate pair in it: {error}") from error
+        return np.frombuffer(ids, dtype=self._dtype), np.frombuffer(lengths, dtype=np.int64)
+
+
+def load_extension():
+    """The module `_native_bpe`. Raises `EngineUnavailable` where it is missing or was built from other sources."""
+    try:
+        from megatron_mixtral.data.engines import _native_bpe
+    except ImportError as error:
+        raise EngineUnavailable(f"its extension is not built ({error}): {BUILD}") from error
+    if SOURCES.is_dir() and _native_bpe.SOURCES != fingerprint(SOURCES):
+        raise EngineUnavailable(f"its extension was built from other sources than these: {BUILD}")
+    return _native_bpe
+
+
+def fingerprint(sources: Path) -> str:
+    """A checksum of the C++ files, which `setup.py` compiles in as well, so that a stale build is noticed."""
+    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
+    return f"{zlib.crc32(b''.join(path.read_bytes() for path in files)):08x}"
