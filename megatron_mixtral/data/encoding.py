@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mixtral.data.engines.base import LONGEST_DOCUMENT, SpecialTokens, frame, token_dtype
-from megatron_mixtral.data.engines.choose import make_engine
+from megatron_mixtral.data.engines.base import LONGEST_DOCUMENT, Engine, SpecialTokens, frame, token_dtype
 from megatron_mixtral.data.engines.mixed import ControlStrings, encode_apart
+from megatron_mixtral.data.engines.reference import ReferenceEngine
 from megatron_mixtral.data.tokenizer import JsonTokenizer, Tokenizer
 from megatron_mixtral.errors import ConfigError, DataError
 
@@ -41,19 +41,19 @@ class ControlCounts:
 class DocumentEncoder:
     """Encodes documents with one tokenizer, framed by the same control ids.
 
-    `engine` is a name of `engines.choose.ENGINES` except `auto`; without it the tokenizer itself encodes. With
-    `allow_special`, control strings in a text become control ids, which are counted.
+    Without an `engine` the tokenizer itself encodes. With `allow_special`, control strings in a text become control
+    ids, which are counted. An encoder can be pickled, so that worker processes need not read the tokenizer again.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, specials: SpecialTokens, engine: str | None = None, allow_special: bool = False
+        self, tokenizer: Tokenizer, specials: SpecialTokens, engine: Engine | None = None, allow_special: bool = False
     ) -> None:
-        """Raises `ConfigError` when the engine cannot serve, or the tokenizer cannot find control strings in texts."""
+        """Raises `ConfigError` when control strings are allowed and the tokenizer cannot find them in texts."""
         self.tokenizer = tokenizer
         self.specials = specials
         self.dtype = token_dtype(tokenizer.vocab_size)
         self._control_counts = ControlCounts()
-        self._engine = make_engine(engine or tokenizer.kind, tokenizer)
+        self._engine = engine or ReferenceEngine(tokenizer)
         self._controls: ControlStrings | None = None
         if allow_special:
             if not isinstance(tokenizer, JsonTokenizer):

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_mixtral.data.encoding import special_tokens, token_dtype
+from megatron_mixtral.data.encoding import DocumentEncoder, special_tokens, token_dtype
 from megatron_mixtral.data.engines.choose import EngineChoice, choose_engine
 from megatron_mixtral.data.indexed import IndexedWriter
 from megatron_mixtral.data.preprocess_flags import Options, parse_flags
@@ -73,15 +73,13 @@ def preprocess(options: Options) -> dict[str, Any]:
     # Small inputs are cut finer, so that every worker gets something; where the cuts lie does not show in the output.
     chunk_bytes = max(min(options.chunk_bytes, total // (4 * options.workers)), min(options.chunk_bytes, 1 << 16))
     chunks = cut_chunks(inputs.files, chunk_bytes)
-    engine = choose_engine(options.tokenizer_engine, tokenizer, first_texts(chunks, options.keys))
-    logger.info("encoding with %s %s: %s", engine.name, engine.version, engine.reason)
+    choice = choose_engine(options.tokenizer_engine, tokenizer, first_texts(chunks, options.keys))
+    logger.info("encoding with %s %s: %s", choice.engine.name, choice.engine.version, choice.reason)
+    encoder = DocumentEncoder(tokenizer, specials, choice.engine, options.allow_special_in_text)
     with scratch_directory(options.output_prefix) as scratch, ExitStack() as stack:
-        job = Job(
-            str(tokenizer.path), specials, options.keys, str(scratch), options.on_error == "skip",
-            engine.name, options.allow_special_in_text,
-        )  # fmt: skip
+        job = Job(encoder, options.keys, str(scratch), options.on_error == "skip")
         writers = {
-            key: IndexedWriter(output_prefix(options.output_prefix, key), token_dtype(tokenizer.vocab_size), scratch)
+            key: IndexedWriter(output_prefix(options.output_prefix, key), encoder.dtype, scratch)
             for key in options.keys
         }
         for writer in writers.values():
@@ -97,7 +95,7 @@ def preprocess(options: Options) -> dict[str, Any]:
         report_path.unlink(missing_ok=True)
         for writer in writers.values():
             writer.publish()
-        report = make_report(options, tokenizer, engine, inputs, account, progress)
+        report = make_report(options, tokenizer, choice, inputs, account, progress)
         write_json(report_path, report)
     logger.info("done: %s", progress.line(account))
     for writer in writers.values():
@@ -181,7 +179,7 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
 def make_report(
     options: Options,
     tokenizer: Tokenizer,
-    engine: EngineChoice,
+    choice: EngineChoice,
     inputs: InputFiles,
     account: Account,
     progress: Progress,
@@ -208,7 +206,7 @@ def make_report(
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
             "allow_special_in_text": options.allow_special_in_text,
-            **engine.as_dict(),
+            **choice.as_dict(),
         },
         "inputs": [
             {"path": file.path, "bytes": file.size, "lines": account.lines_per_file.get(index, 0)}

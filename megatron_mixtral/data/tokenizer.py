@@ -13,7 +13,9 @@ import hashlib
 import importlib.util
 import json
 import logging
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megatron_mixtral.errors import ConfigError, DataError
 
@@ -46,18 +48,24 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         """Raises `DataError` when the file is no sentencepiece model."""
-        import sentencepiece
-
         self.path = Path(path)
         self.sha256 = _sha256(self.path)
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{self.path} is not a sentencepiece model: {error}") from error
         self.name = f"sentencepiece:{self.path.name}"
         self.vocab_size: int = self._model.get_piece_size()
         self.bos_id = _id_or_none(self._model.bos_id())
         self.eos_id = _id_or_none(self._model.eos_id())
+
+    @cached_property
+    def _model(self) -> Any:
+        import sentencepiece
+
+        try:
+            return sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{self.path} is not a sentencepiece model: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_model(self)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -86,24 +94,31 @@ class JsonTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         """Raises `DataError` when the file is no tokenizer, or one whose ids are random (BPE dropout)."""
-        import tokenizers
-
         self.path = Path(path)
         self.sha256 = _sha256(self.path)
-        try:
-            self._model = tokenizers.Tokenizer.from_file(str(self.path))
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{self.path} is not a tokenizer.json: {error}") from error
-        if getattr(self._model.model, "dropout", None):
-            raise DataError(f"{self.path} has BPE dropout, so its ids are random: set model.dropout to null.")
-        self._model.no_padding()
-        self._model.no_truncation()
-        self._model.encode_special_tokens = True  # "</s>" in a document is text, not the end of the document
         self.name = f"tokenizers:{self.path.name}"
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         declared = _declared_specials(self.path.parent)
         self.bos_id = self._special_id(declared, "bos_token", "<s>")
         self.eos_id = self._special_id(declared, "eos_token", "</s>")
+
+    @cached_property
+    def _model(self) -> Any:
+        import tokenizers
+
+        try:
+            model = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{self.path} is not a tokenizer.json: {error}") from error
+        if getattr(model.model, "dropout", None):
+            raise DataError(f"{self.path} has BPE dropout, so its ids are random: set model.dropout to null.")
+        model.no_padding()
+        model.no_truncation()
+        model.encode_special_tokens = True  # "</s>" in a document is text, not the end of the document
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_model(self)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -228,6 +243,11 @@ def _declared_specials(directory: Path) -> dict[str, str | None]:
                 value = content[key]
                 declared[key] = value["content"] if isinstance(value, dict) else value
     return declared
+
+
+def _without_model(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer goes to another process: there the file is read again, but only if the tokenizer encodes."""
+    return {name: value for name, value in tokenizer.__dict__.items() if name != "_model"}
 
 
 def _sha256(path: Path) -> str:

@@ -14,13 +14,11 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import numpy as np
 
-from megatron_mixtral.data.encoding import DocumentEncoder, SpecialTokens
+from megatron_mixtral.data.encoding import DocumentEncoder
 from megatron_mixtral.data.readers import BadRecord, Chunk, LineCounts, parse_record, read_lines
-from megatron_mixtral.data.tokenizer import open_tokenizer
 from megatron_mixtral.errors import DataError, MixtralError
 
 logger = logging.getLogger(__name__)
@@ -33,13 +31,10 @@ BAD_LINES_KEPT = 50  # per chunk, for the report; the counts are always complete
 class Job:
     """What is the same for every chunk of a run."""
 
-    tokenizer_path: str
-    specials: SpecialTokens
+    encoder: DocumentEncoder
     keys: tuple[str, ...]
     scratch: str
     skip_bad_lines: bool
-    engine: str  # of `engines.choose.ENGINES`, chosen and proved by the parent
-    allow_special: bool
 
 
 @dataclass
@@ -83,18 +78,14 @@ def part_paths(scratch: str, chunk_index: int, key_index: int) -> tuple[str, str
     return stem + ".ids", stem + ".lengths"
 
 
-def make_encoder(job: Job) -> DocumentEncoder:
-    return DocumentEncoder(open_tokenizer(Path(job.tokenizer_path)), job.specials, job.engine, job.allow_special)
-
-
-def encode_chunk(chunk: Chunk, job: Job, encoder: DocumentEncoder) -> ChunkResult:
+def encode_chunk(chunk: Chunk, job: Job) -> ChunkResult:
     """Read, encode and write one chunk. Memory is bounded by one batch of text and its ids, whatever the chunk's size.
 
     Raises `DataError` when the file cannot be read or the tokenizer misbehaves; a bad line is in the result instead.
     """
     result = ChunkResult(chunk.index, keys=[KeyCounts() for _ in job.keys])
     parts = [
-        _PartWriter(part_paths(job.scratch, chunk.index, n), encoder, result.keys[n]) for n in range(len(job.keys))
+        _PartWriter(part_paths(job.scratch, chunk.index, n), job.encoder, result.keys[n]) for n in range(len(job.keys))
     ]
     try:
         for line in read_lines(chunk, result.counts):
@@ -164,9 +155,8 @@ def run_chunks(chunks: Sequence[Chunk], job: Job, workers: int) -> Generator[Chu
     """
     workers = min(workers, len(chunks))
     if workers <= 1:
-        encoder = make_encoder(job)
         for chunk in chunks:
-            yield encode_chunk(chunk, job, encoder)
+            yield encode_chunk(chunk, job)
         return
     pool = _Pool()
     try:
@@ -248,15 +238,13 @@ def _serve(connection: Connection, job: Job) -> None:
     """A worker's life: answer chunks until the parent is gone. An answer that is a string is an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    encoder = None
     while True:
         try:
             chunk = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            encoder = encoder or make_encoder(job)
-            answer: ChunkResult | str = encode_chunk(chunk, job, encoder)
+            answer: ChunkResult | str = encode_chunk(chunk, job)
         except MixtralError as error:
             answer = str(error)
         except Exception:  # noqa: BLE001 - the parent must hear of anything, or it would wait for ever

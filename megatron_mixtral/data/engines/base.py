@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Engine(Protocol):
-    """Encodes texts as text: nothing in them becomes a control id."""
+    """Encodes texts as text: nothing in them becomes a control id. An engine can be pickled for a worker process."""
 
     name: str
     version: str

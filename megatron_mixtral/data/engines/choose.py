@@ -26,8 +26,7 @@ BARE = SpecialTokens(None, None)
 class EngineChoice:
     """`proof` is None for the reference itself, which needs none; `declined` says why others were not taken."""
 
-    name: str
-    version: str
+    engine: Engine
     reason: str
     proof: dict[str, Any] | None
     declined: dict[str, str]
@@ -35,8 +34,8 @@ class EngineChoice:
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
         return {
-            "engine": self.name,
-            "version": self.version,
+            "engine": self.engine.name,
+            "engine_version": self.engine.version,
             "reason": self.reason,
             "proof": self.proof,
             "declined": self.declined,
@@ -75,7 +74,7 @@ def choose_engine(wanted: str, tokenizer: Tokenizer, documents: Sequence[str]) -
             logger.warning("tokenizer engine %s is not used: %s", name, error)
             continue
         reason = f"--tokenizer-engine {name}" if wanted != "auto" else "the fastest that serves this tokenizer here"
-        return EngineChoice(name, engine.version, reason, proof, declined)
+        return EngineChoice(engine, reason, proof, declined)
     raise AssertionError("the reference always serves")
 
 

@@ -35,9 +35,13 @@ class GigatokenEngine:
             self._model = gigatoken.Tokenizer(path) if is_json else gigatoken.Tokenizer.from_sentencepiece(path)
         except Exception as error:  # noqa: BLE001 - its errors, and its Rust panics, have no class of their own
             raise EngineUnavailable(f"it does not read {path}: {error}") from error
+        self._tokenizer = tokenizer
         self._vocab_size = tokenizer.vocab_size
         self._controls = ControlStrings(tokenizer.control_tokens())
         self._reference = ReferenceEngine(tokenizer)
+
+    def __reduce__(self) -> tuple[type["GigatokenEngine"], tuple[Tokenizer]]:
+        return GigatokenEngine, (self._tokenizer,)
 
     def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.encode`."""

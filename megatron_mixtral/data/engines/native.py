@@ -8,6 +8,8 @@ not there is encoded by plain byte-pair merging, by rank or score as the publish
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -29,12 +31,23 @@ class NativeEngine:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises `EngineUnavailable` where the extension is not built, or for another kind of tokenizer."""
-        extension = load_extension()
-        tables = bpe_tables(tokenizer)
+        load_extension()
+        self._tables = bpe_tables(tokenizer)
+        self._make_encoder()
+
+    def _make_encoder(self) -> None:
+        tables = self._tables
         self._dtype = token_dtype(tables.vocab_size)
-        self._encoder = extension.Encoder(
+        self._encoder = load_extension().Encoder(
             tables.vocab_size, tables.characters, tables.merges, tables.joins, tables.byte_ids, tables.prefix
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tables": self._tables}  # 1 MB; another process need not read the tokenizer again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_encoder()
 
     def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.encode`. Ids outside the vocabulary cannot arise: the tables were checked."""
@@ -47,7 +60,7 @@ class NativeEngine:
         return np.frombuffer(ids, dtype=self._dtype), np.frombuffer(lengths, dtype=np.int64)
 
 
-def load_extension():
+def load_extension() -> ModuleType:
     """The module `_native_bpe`. Raises `EngineUnavailable` where it is missing or was built from other sources."""
     try:
         from megatron_mixtral.data.engines import _native_bpe
