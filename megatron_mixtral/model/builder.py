@@ -73,7 +73,7 @@ def transformer_config(config: MixtralConfig, layout: ParallelLayout, dtype: tor
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "transformer_impl": transformer_impl,
-        "moe_grouped_gemm": transformer_impl == "transformer_engine",
+        "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.0,

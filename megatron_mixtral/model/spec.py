@@ -5,17 +5,20 @@ torch), or transformer-engine's. Both write the same keys into distributed check
 """
 
 import dataclasses
+from functools import partial
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_mixtral.model.attention import CausalAttention
+from megatron_mixtral.model.experts import GroupedExperts
 from megatron_mixtral.model.norm import RMSNorm
 
 # transformer-engine fuses the input norm into the QKV linear and stores it under that name; the local parts have a norm
@@ -29,8 +32,9 @@ def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
     attention = parts.self_attention
     attention = dataclasses.replace(
         attention, submodules=dataclasses.replace(attention.submodules, core_attention=CausalAttention))
+    mlp = partial(MoELayer, submodules=MoESubmodules(experts=GroupedExperts)) if config.moe_grouped_gemm else parts.mlp
     return dataclasses.replace(parts, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention,
-                               sharded_state_dict_keys_map=_TE_KEYS)
+                               mlp=mlp, sharded_state_dict_keys_map=_TE_KEYS)
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None,

@@ -3,7 +3,7 @@
     backend = runtime.ready()      # detect, apply the repairs, stand in for CUDA where there is none
 """
 
-from megatron_mixtral.runtime.backend import Backend, detect, device_memory
+from megatron_mixtral.runtime.backend import Backend, current_device, detect, device_memory
 from megatron_mixtral.runtime.environment import ready
 
-__all__ = ["Backend", "detect", "device_memory", "ready"]
+__all__ = ["Backend", "current_device", "detect", "device_memory", "ready"]

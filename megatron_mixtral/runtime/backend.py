@@ -49,6 +49,11 @@ def detect(world_size: int | None = None) -> Backend:
     return Backend("cpu", "gloo", False, False, why)
 
 
+def current_device() -> torch.device:
+    """The device of this rank; call `ready()` before."""
+    return torch.device(torch.cuda.current_device())
+
+
 def device_memory() -> int:
     """Bytes that each local process may use: its GPU's memory, or its share of what the machine has free now."""
     if torch.cuda.is_available():

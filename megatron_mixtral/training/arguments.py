@@ -161,7 +161,7 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": has_te,
+        "moe_grouped_gemm": True,
         "transformer_impl": transformer_impl,
         "distributed_backend": collectives,
         # The engine's MoE layer refuses tensor parallelism without sequence parallelism.

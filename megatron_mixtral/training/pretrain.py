@@ -65,6 +65,9 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
 
     def extra(parser: Any) -> Any:
         add_flags(parser)
+        # The engine has the switch on only.
+        parser.add_argument("--no-moe-grouped-gemm", action="store_false", dest="moe_grouped_gemm",
+                            help="one matrix product per expert, as the engine's local experts compute")
         parser.set_defaults(**defaults)
         return parser
 

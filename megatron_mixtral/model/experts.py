@@ -1,0 +1,201 @@
+"""Grouped experts without transformer-engine: all local experts of a layer in one product, their weights in place.
+
+The engine's grouped experts (`TEGroupedMLP`) take two grouped linears as parts; here they are made of
+`torch.nn.functional.grouped_mm`. Every expert keeps a parameter of its own, under transformer-engine's name
+(`linear_fc1.weight{i}`), so that optimizer, checkpoints and conversions see experts, not stacks. The stack that the
+product wants is a view: the parameters are made, and the engine's DDP buffers lay them, one behind the other.
+
+State dicts have the names of the engine's sequential experts (`local_experts.{i}.linear_fc1.weight`), and load those
+or transformer-engine's; distributed checkpoints are the same for all three.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
+from torch import Tensor
+
+from megatron_mixtral.runtime import current_device
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One [len(tensors), ...] view of contiguous tensors of one shape, or None where they do not lie evenly."""
+    first = tensors[0]
+    if not all(one.is_contiguous() and one.shape == first.shape for one in tensors):
+        return None
+    start, size = first.data_ptr(), first.element_size()
+    storage = first.untyped_storage().data_ptr()
+    step = (tensors[1].data_ptr() - start) // size if len(tensors) > 1 else first.numel()
+    even = all(one.untyped_storage().data_ptr() == storage and one.data_ptr() == start + index * step * size
+               for index, one in enumerate(tensors))
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if even and step > 0 else None
+
+
+def _products(x_ti: Tensor, counts: list[int], weights_oi: Sequence[Tensor], transpose: bool) -> Tensor:
+    """The rows of each group times the group's weight, `counts[g]` rows a group: x W^T if `transpose`, else x W."""
+    stack = stacked(weights_oi)
+    aligned = all(size * x_ti.element_size() % 16 == 0 for size in weights_oi[0].shape)  # what grouped_mm asks of rows
+    if stack is not None and aligned and x_ti.shape[0]:
+        ends = torch.tensor(counts, device=x_ti.device).cumsum(0).to(torch.int32)
+        return torch.nn.functional.grouped_mm(x_ti, stack.transpose(1, 2) if transpose else stack, offs=ends)
+    out = x_ti.new_empty(x_ti.shape[0], weights_oi[0].shape[0 if transpose else 1])
+    for rows, part, weight in zip(x_ti.split(counts), out.split(counts), weights_oi, strict=True):
+        torch.mm(rows, weight.t() if transpose else weight, out=part)
+    return out
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """y = x W^T for the rows of each group with the group's weight [o, i].
+
+    Where the engine's DDP keeps a gradient buffer of the weight's dtype (`main_grad`), the weight's gradient is added
+    to it by the product itself: the engine's convention (`grad_added_to_main_grad`) spares a pass over the weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ti: Tensor, counts: list[int], *weights_oi: Tensor) -> Tensor:
+        ctx.counts = counts
+        ctx.weights = weights_oi  # the parameters themselves: a saved tensor would come back without `main_grad`
+        ctx.save_for_backward(x_ti)
+        return _products(x_ti.contiguous(), counts, weights_oi, transpose=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor | None, ...]:
+        [x_ti] = ctx.saved_tensors
+        grad_to = grad_to.contiguous()
+        grad_x = _products(grad_to, ctx.counts, ctx.weights, transpose=False) if ctx.needs_input_grad[0] else None
+        groups = zip(grad_to.split(ctx.counts), x_ti.split(ctx.counts), ctx.weights, ctx.needs_input_grad[2:],
+                     strict=True)
+        return (grad_x, None, *(_weight_gradient(*group) for group in groups))
+
+
+def _weight_gradient(grad_to: Tensor, x_ti: Tensor, weight_oi: Tensor, needed: bool) -> Tensor | None:
+    if not needed:
+        return None
+    main_grad = getattr(weight_oi, "main_grad", None)
+    if main_grad is None or main_grad.dtype != weight_oi.dtype or not hasattr(weight_oi, "grad_added_to_main_grad"):
+        return grad_to.t().mm(x_ti)
+    main_grad.addmm_(grad_to.t(), x_ti)
+    weight_oi.grad_added_to_main_grad = True
+    # DDP's hook wants to see a gradient and drops it unread; an alias of the weight takes no memory.
+    return weight_oi.detach()
+
+
+class GroupedLinear(torch.nn.Module):
+    """The linears of all local experts, without bias. `partition_dim` is the side of a weight [o, i] that ETP cuts.
+
+    It stands in the place of transformer-engine's column- and row-parallel grouped linears in the engine's experts; as
+    there, the token dispatcher does all communication.
+    """
+
+    def __init__(self, num_local_experts: int, input_size: int, output_size: int, *, partition_dim: int,
+                 config: TransformerConfig, init_method: Callable[[Tensor], Any], bias: bool, is_expert: bool,
+                 pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+        super().__init__()
+        assert is_expert and not bias, "made for the experts of a Mixtral"
+        self.count, self.partition_dim, self.groups = num_local_experts, partition_dim, pg_collection
+        shape = [output_size, input_size]
+        shape[partition_dim] = divide(shape[partition_dim], pg_collection.expt_tp.size())
+        whole = torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=current_device())
+        own_groups = (config.expert_model_parallel_size > 1
+                      or config.expert_tensor_parallel_size != config.tensor_model_parallel_size)
+        # The engine's DDP lays parameters out from the last to the first, so the last expert is registered first.
+        for index in reversed(range(num_local_experts)):
+            weight = torch.nn.Parameter(whole[index])
+            # Gate and up are cut apart: two strides in a column-parallel shard of fc1.
+            set_tensor_model_parallel_attributes(weight, True, partition_dim, 2 if partition_dim == 0 else 1)
+            weight.allreduce = not own_groups
+            self.register_parameter(f"weight{index}", weight)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                for weight in self.weights():
+                    init_method(weight)
+
+    def weights(self) -> tuple[torch.nn.Parameter, ...]:
+        """The weights [o, i] of the local experts, in their order."""
+        return tuple(self.get_parameter(f"weight{index}") for index in range(self.count))
+
+    def forward(self, x_ti: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
+        """([t, o], no bias): tokens sorted by expert, `tokens_per_expert` of each."""
+        return _GroupedLinear.apply(x_ti, tokens_per_expert, *self.weights()), None
+
+    def backward_dw(self) -> None:
+        """The weights' gradients are there when the backward pass is done."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedLinear":
+        """Another device or dtype gives every parameter a storage of its own: put them behind one another again."""
+        before = [weight.data_ptr() for weight in self.weights()]
+        super()._apply(fn, recurse)
+        weights = self.weights()
+        if [weight.data_ptr() for weight in weights] != before and stacked(weights) is None:
+            for weight, part in zip(weights, torch.stack([weight.detach() for weight in weights]), strict=True):
+                weight.data = part
+        return self
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (),
+                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Keys and shards of the engine's sequential experts: the experts are an axis of the tensor.
+
+        Raises KeyError without `metadata["dp_cp_group"]`, which the engine's experts always give.
+        """
+        found: dict[str, Any] = {}
+        own, groups = dict(metadata or {}), self.groups
+        for index, weight in enumerate(self.weights()):
+            expert, experts = groups.ep.rank() * self.count + index, groups.ep.size() * self.count
+            apart = own.get("singleton_local_shards", False)
+            offsets = sharded_offsets if apart else (*sharded_offsets, (len(sharded_offsets), expert, experts))
+            key = f"{expert}.{prefix}" if apart else prefix
+            shards = make_sharded_tensors_for_checkpoint(
+                {"weight": weight, "_extra_state": None}, key, {"weight": self.partition_dim}, offsets,
+                tp_group=groups.expt_tp, dp_cp_group=own["dp_cp_group"])
+            for name, shard in zip((f"weight{index}", f"_extra_state{index or ''}"), shards.values(), strict=True):
+                shard.replica_id = (*shard.replica_id[:2], groups.expt_dp.rank())
+                found[prefix + name] = shard
+        return found
+
+
+_GROUPED = re.compile(r"(linear_fc[12])\.(weight|_extra_state)(\d*)")
+_SEQUENTIAL = re.compile(r"local_experts\.(\d+)\.(linear_fc[12])\.(weight|_extra_state)")
+
+
+class GroupedExperts(TEGroupedMLP):
+    """The engine's grouped experts with the linears of this module."""
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig,
+                 pg_collection: ProcessGroupCollection | None = None, name: str | None = None) -> None:
+        parts = GroupedMLPSubmodules(linear_fc1=partial(GroupedLinear, partition_dim=0),
+                                     linear_fc2=partial(GroupedLinear, partition_dim=1))
+        super().__init__(num_local_experts, config, parts, pg_collection, name)
+        self.register_state_dict_post_hook(_name_as_sequential)
+        self.register_load_state_dict_pre_hook(_name_as_grouped)
+
+
+def _rename(state_dict: dict[str, Any], prefix: str, pattern: re.Pattern[str],
+            name: Callable[[re.Match[str]], str | None]) -> None:
+    """Give the entries behind `prefix` that match another name, or none."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        if match := pattern.fullmatch(key, len(prefix)):
+            value, new = state_dict.pop(key), name(match)
+            if new is not None:
+                state_dict[prefix + new] = value
+
+
+def _name_as_sequential(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    _rename(state_dict, prefix, _GROUPED, lambda found: f"local_experts.{found[3]}.{found[1]}.weight")
+    for index in range(module.num_local_experts):
+        for linear in ("linear_fc1", "linear_fc2"):
+            state_dict[f"{prefix}local_experts.{index}.{linear}._extra_state"] = None
+
+
+def _name_as_grouped(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    _rename(state_dict, prefix, _SEQUENTIAL,
+            lambda found: f"{found[2]}.weight{found[1]}" if found[3] == "weight" else None)
+    _rename(state_dict, prefix, _GROUPED, lambda found: found[0] if found[2] == "weight" else None)
