@@ -5,6 +5,7 @@ disk, and the fused names that transformers 5 uses in memory. Files are memory-m
 while its bytes are being copied. `hf_sink` writes such directories.
 """
 
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 import numpy
@@ -84,7 +85,7 @@ class HFSource:
     def check(self) -> None:
         """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
         used: set[str] = set()
-        for tensor in hf_tensors(self.config).values():
+        for tensor in self._stored():
             name, expected = self._locate(tensor)
             used.add(name)
             found = self._open(self._files[name]).shape(name)
@@ -96,6 +97,10 @@ class HFSource:
         if extra:
             raise CheckpointError(f"{self.where / self._files[extra[0]]}: {len(extra)} tensors that a Mixtral of this "
                                   f"config.json does not have, first {extra[0]}")
+
+    def _stored(self) -> Iterable[HFTensor]:
+        """The tensors that must be in the files."""
+        return hf_tensors(self.config).values()
 
     def _check_tied_copy(self, used: set[str]) -> None:
         """Some tools store a tied output layer too; it must then be the embedding."""

@@ -5,12 +5,16 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.fragments import Fragment, TensorSource, tiled
 from megatron_mixtral.weights.rules import ROUTER, HFTensor, hf_tensors
+
+LOADS = "expert_load"  # the key of a step's loads in JSON lines
 
 
 class SelectedExperts:
@@ -68,18 +72,43 @@ class SelectedExperts:
         self._source.release()
 
 
-def busiest(path: Path, keep: int) -> list[list[int]]:
+def busiest(path: Path, keep: int, config: MixtralConfig) -> list[list[int]]:
     """The `keep` experts of each layer that were routed most tokens, in ascending order of their numbers.
 
-    `path` is a JSON list with, for each layer, the list of the tokens (or shares) of each expert. Equal loads go to the
-    lower number. Raises `ConfigError`.
+    Equal loads go to the lower number. `path` as in `read_loads`. Raises `ConfigError`.
+    """
+    loads = read_loads(path)
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    if [len(layer) for layer in loads] != [experts] * layers:
+        raise ConfigError(f"{path}: holds loads of {sorted({len(layer) for layer in loads})} experts for {len(loads)} "
+                          f"layers, the model has {experts} experts in {layers} layers")
+    if not 1 <= keep <= experts:
+        raise ConfigError(f"--keep {keep}: expected 1 to {experts}, the model's number of experts")
+    return [sorted(sorted(range(experts), key=lambda expert: (-layer[expert], expert))[:keep]) for layer in loads]
+
+
+def read_loads(path: Path) -> list[list[float]]:
+    """Tokens (or shares of them) by layer and expert.
+
+    The file is a JSON list of one list for each layer, or JSON lines as a training run writes them: objects of which
+    some have such a list as `expert_load`; these are added up. Raises `ConfigError`.
     """
     try:
-        loads = json.loads(path.read_text(encoding="utf-8"))
-        found = [sorted(sorted(range(len(layer)), key=lambda expert: (-float(layer[expert]), expert))[:keep])
-                 for layer in loads]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: expected a JSON list of one list of loads for each layer: {error}") from None
-    if not found or keep < 1 or any(len(layer) != keep for layer in found):
-        raise ConfigError(f"{path}: {keep} experts cannot be kept of {[len(layer) for layer in loads]}")
-    return found
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = [json.loads(text)]
+        except ValueError:
+            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+        tables = [value[LOADS] if isinstance(value, dict) else value for value in values
+                  if not isinstance(value, dict) or LOADS in value]
+        loads = [[[float(load) for load in layer] for layer in table] for table in tables]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: expected a JSON list of one list of loads for each layer, or JSON lines with such "
+                          f"lists as {LOADS!r}: {error}") from None
+    shapes = {tuple(map(len, table)) for table in loads}
+    if len(shapes) != 1 or not loads[0]:
+        raise ConfigError(f"{path}: expected loads of the same layers and experts in every line, found "
+                          f"{len(shapes)} different shapes" if loads else f"{path}: no line has {LOADS!r}")
+    if not all(0 <= load < math.inf for table in loads for layer in table for load in layer):
+        raise ConfigError(f"{path}: loads must be numbers of tokens or shares of them, not negative and finite")
+    return [[sum(each) for each in zip(*layers, strict=True)] for layers in zip(*loads, strict=True)]

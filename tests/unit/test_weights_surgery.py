@@ -11,13 +11,13 @@ from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.convert import convert
 from megatron_mixtral.weights.hf import HFSource
 from megatron_mixtral.weights.hf_sink import HFSink
-from megatron_mixtral.weights.surgery import SelectedExperts, busiest
+from megatron_mixtral.weights.surgery import SelectedExperts, busiest, read_loads
 
 
 def test_the_busiest_experts_and_their_router_rows_are_kept(tmp_path):
     hf = random_hf_directory(tmp_path / "hf", MixtralConfig(**TINY), torch.bfloat16)
     (tmp_path / "load.json").write_text(json.dumps([[1, 5, 2, 9], [7, 7, 7, 7], [0.1, 0.2, 0.3, 0.4], [9, 1, 1, 8]]))
-    experts = busiest(tmp_path / "load.json", 2)
+    experts = busiest(tmp_path / "load.json", 2, MixtralConfig(**TINY))
     assert experts == [[1, 3], [0, 1], [2, 3], [0, 3]]
     source = SelectedExperts(HFSource(hf), experts)
     convert(source, HFSink(tmp_path / "out", source.config), verify=True)
@@ -41,6 +41,37 @@ def test_impossible_selections_are_refused(tmp_path):
                               ([[0, 1]], "for 1 layers"), ([[0, 1], [0, 1], [1, 2], [0, 1, 2]], "as many")):
         with pytest.raises(ConfigError, match=sentence):
             SelectedExperts(source, experts)
-    (tmp_path / "load.json").write_text("[[1, 2], 3]")
-    with pytest.raises(ConfigError, match="list of loads"):
-        busiest(tmp_path / "load.json", 2)
+
+
+def test_loads_of_a_run_are_added_up(tmp_path):
+    """JSON lines: the steps' loads together, whatever else the lines hold."""
+    steps = [{"iteration": 1, "expert_load": [[5, 1, 1, 1]] * 4}, {"iteration": 1, "lm_loss": 2.5},
+             {"iteration": 2, "expert_load": [[0, 3, 0, 4]] * 4}]
+    path = tmp_path / "loads.jsonl"
+    path.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert read_loads(path) == [[5, 4, 1, 5]] * 4
+    assert busiest(path, 2, MixtralConfig(**TINY)) == [[0, 3]] * 4
+    path.write_text(json.dumps(steps[0]))  # a single line
+    assert read_loads(path) == [[5, 1, 1, 1]] * 4
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("[[1, 2], 3]", "list of loads"), ("", "no line has 'expert_load'"), ("[]", "different shapes"),
+    ('{"lm_loss": 1}\n{"lm_loss": 2}', "no line has 'expert_load'"), ("[[1, 2], [3", "list of loads"),
+    ('{"expert_load": [[1, 2, 3, 4]]}\n{"expert_load": [[1, 2]]}', "2 different shapes"),
+    ("[[1, 2, 3, 4]]", r"of \[4\] experts for 1 layers, the model has 4 experts in 4 layers"),
+    ("[[1, 2], [1, 2], [1, 2], [1, 2]]", r"of \[2\] experts"),
+    ("[[1, 2, 3, -4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]", "not negative"),
+    ("[[1, 2, 3, NaN], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]", "finite")])
+def test_loads_that_cannot_be_are_refused(tmp_path, text, sentence):
+    (tmp_path / "load.json").write_text(text)
+    with pytest.raises(ConfigError, match=sentence) as error:
+        busiest(tmp_path / "load.json", 2, MixtralConfig(**TINY))
+    assert "load.json" in str(error.value)
+
+
+def test_more_experts_than_there_are_cannot_be_kept(tmp_path):
+    (tmp_path / "load.json").write_text(json.dumps([[1, 2, 3, 4]] * 4))
+    for keep in (0, 5):
+        with pytest.raises(ConfigError, match=f"--keep {keep}: expected 1 to 4"):
+            busiest(tmp_path / "load.json", keep, MixtralConfig(**TINY))

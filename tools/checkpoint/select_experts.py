@@ -23,16 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save-dir", type=Path, required=True, help="Hugging Face")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--experts", type=int, nargs="+", help="their numbers, the same in every layer")
-    which.add_argument("--router-load", type=Path, help="JSON: for each layer the tokens of each expert")
+    which.add_argument("--router-load", type=Path,
+                       help="JSON: for each layer the tokens of each expert; or a run's JSON lines with expert_load")
     parser.add_argument("--keep", type=int, default=4, help="with --router-load: how many, the busiest of each layer")
     parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare checksums")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
     try:
-        experts = args.experts or busiest(args.router_load, args.keep)
-        source = SelectedExperts(open_source(args.load_dir), experts)
+        whole = open_source(args.load_dir)
+        source = SelectedExperts(whole, args.experts or busiest(args.router_load, args.keep, whole.config))
         sink = HFSink(args.save_dir, source.config, max_shard_size=args.max_shard_size, replace=args.overwrite)
-        print(convert(source, sink))
+        print(convert(source, sink, verify=args.verify))
     except MixtralError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
