@@ -19,3 +19,7 @@ class CheckpointError(MixtralError):
 
 class DataError(MixtralError):
     """A corpus, a tokenizer or a dataset that cannot be used as asked."""
+
+
+class RankLostError(MixtralError):
+    """Another rank has ended, and this one cannot go on without it. Every rank that sees it says so."""

@@ -12,17 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mixtral.errors import MixtralError
+from megatron_mixtral.errors import MixtralError, RankLostError
 from megatron_mixtral.training import pretrain
 
 
 def main(argv: list[str]) -> int:
-    """Run; 0 when training ended as asked, 1 with one sentence on the first rank when it cannot start."""
+    """Run; 0 when training ended as asked, 1 with one sentence when it cannot start, or cannot go on."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         pretrain.run(argv)
     except MixtralError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLostError):
             print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

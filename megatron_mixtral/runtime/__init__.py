@@ -4,6 +4,7 @@
 """
 
 from megatron_mixtral.runtime.backend import Backend, current_device, detect, device_memory
-from megatron_mixtral.runtime.environment import ready
+from megatron_mixtral.runtime.environment import lead_checkpoints_through, ready
+from megatron_mixtral.runtime.gloo import lost_a_rank
 
-__all__ = ["Backend", "current_device", "detect", "device_memory", "ready"]
+__all__ = ["Backend", "current_device", "detect", "device_memory", "lead_checkpoints_through", "lost_a_rank", "ready"]

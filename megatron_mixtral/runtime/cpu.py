@@ -14,6 +14,9 @@ import functools
 import importlib
 import logging
 import os
+import pickle
+import queue
+import tempfile
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -57,10 +60,8 @@ def _enable_engine(replacements: Replacements) -> None:
 
     replacements.set(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     replacements.set(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
-    # The process that hands a save's results over is spawned, because CUDA does not survive a fork, and then imports
-    # torch: seconds a rank, before the first save. Here it can be forked.
-    queue = filesystem_async.get_write_results_queue
-    replacements.set(filesystem_async, "get_write_results_queue", lambda mp_mode="fork": queue("fork"))
+    # The engine's is a process of its own: seconds a rank before the first save, and an orphan when a rank is killed.
+    replacements.set(filesystem_async, "get_write_results_queue", lambda mp_mode="fork": _result_queue(os.getpid()))
     # It warns at every initialised weight that the CPU generator moved under the CUDA one; here they are one.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
@@ -74,6 +75,36 @@ def enable_training(replacements: Replacements) -> None:
                      functools.partial(initialize.initialize_megatron, allow_no_cuda=True))
     # Warms up torch.compile on CUDA tensors of the model's size; there is nothing to warm up here.
     replacements.set(training, "set_jit_fusion_options", lambda *args, **kwargs: None)
+
+
+class ResultQueue:
+    """What a forked process of an asynchronous save hands back, by way of an unnamed file that both have open."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile("a+b", buffering=0)
+        self._read = 0
+
+    def put(self, results: Any) -> None:
+        """Append; the caller's process, or one forked from it."""
+        contents = pickle.dumps(results)
+        self._file.write(len(contents).to_bytes(8, "little") + contents)
+
+    def get_nowait(self) -> Any:
+        """The oldest that was not read yet. Raises `queue.Empty`."""
+        head = os.pread(self._file.fileno(), 8, self._read)
+        length = int.from_bytes(head, "little")
+        contents = os.pread(self._file.fileno(), length, self._read + 8)
+        if len(head) < 8 or len(contents) < length:  # nothing, or cut short by the end of its writer
+            self._read = os.fstat(self._file.fileno()).st_size
+            raise queue.Empty
+        self._read += 8 + length
+        return pickle.loads(contents)
+
+
+@functools.cache
+def _result_queue(process: int) -> ResultQueue:
+    """The one queue of a process that saves."""
+    return ResultQueue()
 
 
 # -- torch.cuda ------------------------------------------------------------------------------------------

@@ -48,6 +48,15 @@ def _ready_core() -> None:
                 backend.collectives, backend.transformer_impl, ", ".join(applied) or "none")
 
 
+def lead_checkpoints_through(keeper: Any) -> None:
+    """Let `keeper` (a `saving.Keeper`) decide about the directories and failures of the engine's checkpoints. Call
+    after `ready(training=True)`.
+    """
+    from megatron_mixtral.runtime import saving
+
+    saving.lead_through(_state["replacements"], keeper)
+
+
 def undo() -> None:
     """Put everything back as `ready()` found it (for tests)."""
     replacements = _state.pop("replacements", None)

@@ -74,3 +74,10 @@ def _reduce_scatter_any(function: Any) -> Any:
         return None
 
     return reduce_scatter
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether a collective failed because a peer has ended, by what gloo and NCCL say then."""
+    text = str(error)
+    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+                                           "remote process exited", "Timed out waiting"))

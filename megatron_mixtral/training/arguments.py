@@ -45,10 +45,12 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
                  "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers",
                  "decoder_last_pipeline_num_layers", "seq_length", "max_position_embeddings"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
-    for name in ("load", "pretrained_checkpoint"):
+    for name in ("load", "pretrained_checkpoint", "save"):
         parser.add_argument("--" + name.replace("_", "-"), type=str, default=None)
+    parser.add_argument("--save-interval", type=int, default=None)
     known, _ = parser.parse_known_args(argv)
     flags = Flags(**{item.name: getattr(known, item.name) for item in dataclasses.fields(Flags)})
+    _check_saving(flags, known)
     config = _one_config(flags, known)
     layout = _layout(known, config, int(environ.get("WORLD_SIZE", "1"))).validate(config)
     if known.seq_length is not None and known.seq_length > config.max_position_embeddings:
@@ -67,6 +69,17 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     else:
         start = "random weights"
     return Run(flags, config, layout, start, load_hf)
+
+
+def _check_saving(flags: Flags, known: argparse.Namespace) -> None:
+    if flags.save_total_limit is not None and flags.save_total_limit < 1:
+        raise ConfigError(f"--save-total-limit {flags.save_total_limit} would remove every checkpoint; give 1 or more")
+    every, export = known.save_interval, flags.export_hf_interval
+    if export is not None and (known.save is None or every is None):
+        raise ConfigError(f"--export-hf-interval {export} converts saved checkpoints: give --save and --save-interval")
+    if export is not None and (export < 1 or export % every):
+        raise ConfigError(f"--export-hf-interval {export} is not a multiple of --save-interval {every}; an export is "
+                          "made of a checkpoint that is saved at the same step")
 
 
 _NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")
@@ -173,6 +186,10 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         # A tensor that the run needs and the checkpoint lacks is an error (the engine's default only assumes there is
         # none). "raise_all" would also refuse the engine's own bookkeeping of another layout.
         "dist_ckpt_strictness": "raise_unexpected",
+        # SIGTERM (and SIGINT, see training/pretrain.py) saves and ends; --async-save without nvidia-resiliency-ext.
+        "exit_signal_handler": True,
+        "async_strategy": "mcore",
+        "use_persistent_ckpt_worker": True,
         "create_attention_mask_in_dataloader": False,
         "eval_interval": 1000,  # the engine divides by it and has no default
         # Data sets hold tokens; only the vocabulary's size and the end-of-document token matter here.

@@ -22,6 +22,14 @@ class Flags:
         "help": "where the figures of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
     dry_run: bool = field(default=False, metadata={
         "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
+    save_total_limit: int | None = field(default=None, metadata={
+        "help": "keep the last so many checkpoints; an older one is removed once a new one is whole (with "
+                "--save-retain-interval its multiples are kept besides)"})
+    export_hf_interval: int | None = field(default=None, metadata={
+        "help": "write SAVE/hf/iter_NNNNNNN, a Hugging Face folder, every so many steps, in the background, from the "
+                "checkpoint saved then: a multiple of --save-interval"})
+    verify_checkpoint: bool = field(default=False, metadata={
+        "help": "compare every file of the checkpoint with its sum in integrity.json before it is loaded"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={
         "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from argparse import Namespace
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.errors import ConfigError, RankLostError
 from megatron_mixtral.planning.report import describe
 from megatron_mixtral.training import arguments, preflight
 from megatron_mixtral.training.arguments import Run
@@ -44,17 +45,33 @@ def run(argv: list[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_mixtral.training import checkpoint
+    from megatron_mixtral.training.keeper import Keeper
 
     if args.save and args.rank == 0:
         checkpoint.write_identity(Path(args.save), resolved.config)
+    keeper = Keeper(args)
+    runtime.lead_checkpoints_through(keeper)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the engine's handler, which saves and ends, knows one signal
+        signal.signal(number, signal.getsignal(args.exit_signal))
     _install_writer(resolved, args)
     datasets = partial(_datasets, args)
     datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
-    pretrain(container, datasets, ModelType.encoder_or_decoder, _forward_step,
-             model_provider=partial(_model, resolved, args))
+    try:
+        pretrain(container, datasets, ModelType.encoder_or_decoder, _forward_step,
+                 model_provider=partial(_model, resolved, args))
+    except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
+        if not end.code:
+            keeper.close()
+        raise
+    except RuntimeError as error:
+        if runtime.lost_a_rank(error):
+            raise RankLostError(f"rank {args.rank} stops, because another rank has ended: torchrun's report names the "
+                                "first one. The same command goes on from the last checkpoint") from error
+        raise
+    keeper.close()
 
 
 def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
@@ -79,6 +96,10 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
     finally:
         sys.argv = saved
     arguments.check_contradictions(args, resolved.config)
+    if backend.device == "cpu":
+        # A process forked for each save has the weights as they were at that moment. The persistent one would get them
+        # as shared memory, in which training goes on.
+        args.use_persistent_ckpt_worker = False
     return args
 
 

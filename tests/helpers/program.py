@@ -37,40 +37,62 @@ class Outcome:
         return [self.steps[iteration]["grad_norm"] for iteration in iterations]
 
 
+class Running:
+    """A run that goes on in the background: its rank processes, and its end."""
+
+    def __init__(self, world: int, argv: list[str], folder: Path) -> None:
+        """Start `tools/pretrain_mixtral.py ARGV` on `world` ranks."""
+        folder.mkdir(parents=True, exist_ok=True)
+        context = prepare_fork_server()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder, self.metrics = folder, folder / "metrics.jsonl"
+        for file in (self.metrics, *folder.glob("*.samples")):
+            file.unlink(missing_ok=True)
+        argv = [*argv, "--metrics-file", str(self.metrics)]
+        self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
+        self.ranks = [context.Process(target=_rank, args=(rank, world, port, argv, str(self.logs[rank])), daemon=False)
+                      for rank in range(world)]
+        for process in self.ranks:
+            process.start()
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.ranks)
+
+    def figures(self) -> dict[int, dict[str, Any]]:
+        """The figures of the steps so far."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return {figures["iteration"]: figures for figures in map(json.loads, lines)}
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every rank."""
+        for process in self.ranks:
+            os.kill(process.pid, number)
+
+    def finish(self, timeout: float = 300.0) -> Outcome:
+        """Wait for the end. As torchrun does: one rank that fails ends the others, which may wait for it for ever."""
+        deadline = time.monotonic() + timeout
+        while self.alive():
+            failed = any(process.exitcode not in (None, 0) for process in self.ranks)
+            if failed or time.monotonic() > deadline:
+                time.sleep(1.0 if failed else 0.0)
+                for process in self.ranks:
+                    process.kill()
+            time.sleep(0.05)
+        for process in self.ranks:
+            process.join()
+        read = {int(file.stem): [int(index) for index in file.read_text().split()]
+                for file in self.folder.glob("*.samples")}
+        return Outcome([process.exitcode for process in self.ranks], [log.read_text() for log in self.logs],
+                       self.figures(), read)
+
+
 def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0) -> Outcome:
-    """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks; logs, metrics and the samples that each rank read go
-    below `folder`.
+    """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks to its end; logs, metrics and the samples that each rank
+    read go below `folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    context = prepare_fork_server()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    metrics = folder / "metrics.jsonl"
-    metrics.unlink(missing_ok=True)
-    for file in folder.glob("*.samples"):
-        file.unlink()
-    argv = [*argv, "--metrics-file", str(metrics)]
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    ranks = [context.Process(target=_rank, args=(rank, world, port, argv, str(logs[rank])), daemon=False)
-             for rank in range(world)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + timeout
-    while any(process.is_alive() for process in ranks):
-        # As torchrun does: one rank that fails ends the others, which may wait for it for ever.
-        failed = any(process.exitcode not in (None, 0) for process in ranks)
-        if failed or time.monotonic() > deadline:
-            time.sleep(1.0 if failed else 0.0)
-            for process in ranks:
-                process.kill()
-        time.sleep(0.05)
-    for process in ranks:
-        process.join()
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    steps = {figures["iteration"]: figures for figures in map(json.loads, lines)}
-    read = {int(file.stem): [int(line) for line in file.read_text().split()] for file in folder.glob("*.samples")}
-    return Outcome([process.exitcode for process in ranks], [log.read_text() for log in logs], steps, read)
+    return Running(world, argv, folder).finish(timeout)
 
 
 def _record_samples(folder: Path) -> None:

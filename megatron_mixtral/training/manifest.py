@@ -1,0 +1,101 @@
+"""The checksums of a checkpoint: `integrity.json`, in the engine's own form, made and compared by all ranks at once.
+
+The engine writes this file only with --verify-integrity, by reading everything again on rank 0. Here each rank sums the
+files that it wrote, an asynchronous save in its background process, so that it costs a fraction and every checkpoint
+has it. Form: {"algorithm": "sha256", "files": {name: hex digest}}, as `megatron.core.dist_checkpointing.validation`
+of the pinned version reads it. Standard library only: the background process of a save imports this module.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.errors import CheckpointError
+
+MANIFEST = "integrity.json"
+ALGORITHM = "sha256"
+
+
+def digest(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, ALGORITHM).hexdigest()
+
+
+def files_of(directory: Path) -> list[str]:
+    """Every file of a checkpoint but the manifest, as names below it, sorted."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*")
+                  if path.is_file() and path.name != MANIFEST)
+
+
+def sum_share(directory: Path, rank: int) -> None:
+    """Sum the files that `rank` wrote into `directory`, and note the sums beside it (`sums.RANK`)."""
+    sums = {path.name: digest(path) for path in directory.glob(f"__{rank}_*")}
+    (directory.parent / f"sums.{rank}").write_text(json.dumps(sums), encoding="utf-8")
+
+
+def write_then_sum(write: Callable[..., Any], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """The engine's `write` of one rank's files, and then their sums; run in the background process of a save."""
+    write(*args, **kwargs)
+    try:
+        sum_share(directory, rank)
+    except OSError:
+        pass  # what has no sum is summed when the manifest is written; a failure of the disk shows there
+
+
+def write_manifest(directory: Path) -> None:
+    """Join the ranks' notes into the manifest of `directory`; what no rank summed is summed here. Raises `OSError`."""
+    noted: dict[str, str] = {}
+    for note in directory.parent.glob("sums.*"):
+        try:
+            noted |= json.loads(note.read_text(encoding="utf-8"))
+        except ValueError:  # cut short by a full disk
+            continue
+    sums = {name: noted.get(name) or digest(directory / name) for name in files_of(directory)}
+    with (directory / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump({"algorithm": ALGORITHM, "files": sums}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_manifest(directory: Path) -> dict[str, str]:
+    """The sums by file name. Raises `CheckpointError` where there is no manifest, or none that can be compared."""
+    path = directory / MANIFEST
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        algorithm, sums = contents["algorithm"], dict(contents["files"])
+    except FileNotFoundError:
+        raise CheckpointError(f"--verify-checkpoint: {directory} has no {MANIFEST}, so there is nothing to compare it "
+                              "with (converted checkpoints have none: tools/checkpoint/inspect_checkpoint.py looks at "
+                              "them); drop the flag to load it all the same") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"--verify-checkpoint: {path} cannot be read: {error}") from None
+    if algorithm != ALGORITHM:
+        raise CheckpointError(f"--verify-checkpoint: {path} has sums by {algorithm!r}, expected {ALGORITHM!r}")
+    return sums
+
+
+def damage(directory: Path, sums: dict[str, str], rank: int = 0, ranks: int = 1) -> list[str]:
+    """What is wrong with the share of files that falls to `rank`; every rank finds its own, together all of them."""
+    return [problem for name in _share(directory, sums, rank, ranks)
+            if (problem := _problem(directory / name, name, sums[name])) is not None]
+
+
+def _share(directory: Path, names: Iterable[str], rank: int, ranks: int) -> list[str]:
+    """Files dealt out by size, largest first, so that no rank has much more to read than another."""
+    def size(name: str) -> tuple[int, str]:
+        path = directory / name
+        return (-path.stat().st_size if path.is_file() else 0, name)
+
+    return sorted(names, key=size)[rank::ranks]
+
+
+def _problem(path: Path, name: str, expected: str) -> str | None:
+    try:
+        found = digest(path)
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None if found == expected else f"{name} has {ALGORITHM} {found[:12]}..., expected {expected[:12]}..."
