@@ -132,7 +132,8 @@ def test_a_checkpoint_without_sums_is_refused(tmp_path: Path) -> None:
 
 def arguments(**changed: Any) -> Namespace:
     return Namespace(**({
-        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None,
+        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
         "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2, "context_parallel_size": 1,
         "data_parallel_size": 2, "global_batch_size": 8, "seq_length": 32, "consumed_train_samples": 80,
         "train_iters": 100, "train_samples": None, "lr_decay_iters": None, "lr_decay_samples": None,
