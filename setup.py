@@ -29,6 +29,8 @@ EXTRAS = {
     "wandb": ["wandb>=0.20"],
     # A faster encoder for vocabularies of byte-level BPE, which our own extension does not serve.
     "fast": ["gigatoken>=0.10,<0.11"],
+    # The pictures of tools/plot_run.py.
+    "plot": ["matplotlib>=3.9,<4"],
     # The tests, the linters, and what the quickstart shows: the published tokenizer and the loss curve.
     "dev": [
         "pytest>=8,<10",

@@ -185,11 +185,13 @@ class MixtralConfig:
 
         Matrix products only, 2 FLOPs a multiply-add, backward twice the forward (the PaLM report's appendix B
         convention): the active experts, the attention projections, the router, the output layer, and causal
-        attention at its average of `seq_length / 2` keys (QK^T and AV). Recomputation is not counted.
+        attention at its average number of keys (QK^T and AV): half the sequence, or, in a sliding window w shorter
+        than the sequence s, w - w^2 / 2s. Recomputation is not counted.
         """
         matrices = self.attention_parameters + self.hidden_size * self.num_local_experts
         matrices += self.num_experts_per_tok * self.expert_parameters
-        keys = seq_length / 2 if self.sliding_window is None else min(seq_length / 2, self.sliding_window)
+        window = min(self.sliding_window or seq_length, seq_length)
+        keys = window - window**2 / (2 * seq_length)
         scores = 2 * self.num_attention_heads * self.head_dim * keys
         forward = 2 * (self.num_hidden_layers * (matrices + scores) + self.vocab_size * self.hidden_size)
         return round(3 * forward)

@@ -4,15 +4,18 @@
 against it, so that no run computes another model than the checkpoint's.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.model.router import LayerPool, MicroBatch, MixtralRouter
 from megatron_mixtral.model.spec import block_spec
 
 
@@ -101,6 +104,23 @@ class MixtralModel(GPTModel):
     """The engine's GPTModel, which keeps its `MixtralConfig` and refuses a state dict that does not fit it exactly."""
 
     mixtral: MixtralConfig
+    micro_batch: MicroBatch
+
+    def forward(self, *args: Any, loss_mask: torch.Tensor | None = None, padding_mask: torch.Tensor | None = None,
+                **kwargs: Any) -> torch.Tensor:
+        """As GPTModel's. `loss_mask` [batch, sequence] is 1.0 where a token is trained on, `padding_mask` [batch,
+        sequence] is True where it is none; give both to every pipeline stage, or to none.
+        """
+        self.micro_batch.trained_tokens = None
+        if loss_mask is not None and self.config.calculate_per_token_loss:
+            self.micro_batch.trained_tokens = loss_mask.sum()
+            if self.config.context_parallel_size > 1:
+                torch.distributed.all_reduce(self.micro_batch.trained_tokens, group=self.pg_collection.cp)
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # Of the mask too each rank needs its part of the sequence; the engine cuts it in the first stage only.
+            parts = scatter_to_sequence_parallel_region(padding_mask.t().contiguous(), group=self.pg_collection.tp)
+            padding_mask = parts.t().contiguous()
+        return super().forward(*args, loss_mask=loss_mask, padding_mask=padding_mask, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load; every parameter must be there and nothing may be left over, whatever `strict` says.
@@ -120,18 +140,21 @@ class MixtralModel(GPTModel):
 
 def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_length: int, padded_vocab_size: int,
           pg_collection: ProcessGroupCollection | None = None, pre_process: bool = True, post_process: bool = True,
-          vp_stage: int | None = None, parallel_output: bool = True) -> MixtralModel:
+          vp_stage: int | None = None, parallel_output: bool = True, pool_aux_loss: bool = False) -> MixtralModel:
     """One pipeline stage (model chunk with `vp_stage`) of a Mixtral on this rank; the engine is initialised before.
 
-    `padded_vocab_size` is a multiple of the tensor-parallel size. Raises `ConfigError` where `engine` contradicts
-    `config`.
+    `padded_vocab_size` is a multiple of the tensor-parallel size. `pool_aux_loss` makes the balancing loss Hugging
+    Face's. Raises `ConfigError` where `engine` contradicts `config`, or cannot pool.
     """
     check_config(config, engine)
+    micro_batch = MicroBatch()
+    pool = _pool(config, engine) if pool_aux_loss else None
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     pp_rank = torch.distributed.get_rank(pg_collection.pp)
     model = MixtralModel(
         config=engine,
-        transformer_layer_spec=block_spec(engine, vp_stage, pp_rank),
+        transformer_layer_spec=block_spec(engine, partial(MixtralRouter, micro_batch=micro_batch, pool=pool),
+                                          vp_stage, pp_rank),
         vocab_size=padded_vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,
@@ -143,5 +166,18 @@ def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_leng
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
-    model.mixtral = config
+    model.mixtral, model.micro_batch = config, micro_batch
     return model
+
+
+def _pool(config: MixtralConfig, engine: TransformerConfig) -> LayerPool:
+    """`ConfigError` where the layers of a micro-batch have not all run before its first backward begins."""
+    if engine.pipeline_model_parallel_size > 1 or engine.overlap_moe_expert_parallel_comm:
+        raise ConfigError("a balancing loss pooled over all layers needs all of them on one rank, one micro-batch at a "
+                          f"time: found pipeline parallel {engine.pipeline_model_parallel_size}, overlap of experts' "
+                          f"communication {engine.overlap_moe_expert_parallel_comm}; use the other convention, "
+                          "--moe-aux-loss-convention megatron")
+    if engine.moe_router_load_balancing_type != "aux_loss":
+        raise ConfigError("--moe-aux-loss-convention hf is a form of --moe-router-load-balancing-type aux_loss, found "
+                          f"{engine.moe_router_load_balancing_type}; drop one of the two flags")
+    return LayerPool(config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)

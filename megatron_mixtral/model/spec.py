@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, RouterBuilder
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,9 +37,15 @@ def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
                                mlp=mlp, sharded_state_dict_keys_map=_TE_KEYS)
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None,
+def _with_router(layer: TransformerLayerSubmodules, router: RouterBuilder) -> TransformerLayerSubmodules:
+    """The layer with this router in its MoE part, which the engine's specification gives as partial(MoELayer, ...)."""
+    parts = dataclasses.replace(layer.mlp.keywords["submodules"], router=router)
+    return dataclasses.replace(layer, mlp=partial(layer.mlp.func, **{**layer.mlp.keywords, "submodules": parts}))
+
+
+def block_spec(config: TransformerConfig, router: RouterBuilder, vp_stage: int | None = None,
                pp_rank: int | None = None) -> TransformerBlockSubmodules:
-    """The parts of one pipeline stage's (or model chunk's) transformer block.
+    """The parts of one pipeline stage's (or model chunk's) transformer block, `router` in each layer.
 
     `config.transformer_impl` chooses: "local" or "transformer_engine".
     """
@@ -52,5 +58,5 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None,
     else:
         layer, norm = _local_layer(config), RMSNorm
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(
-        layer_specs=[ModuleSpec(module=TransformerLayer, submodules=layer)] * count, layer_norm=norm)
+    whole = ModuleSpec(module=TransformerLayer, submodules=_with_router(layer, router))
+    return TransformerBlockSubmodules(layer_specs=[whole] * count, layer_norm=norm)

@@ -3,8 +3,16 @@
     backend = runtime.ready()      # detect, apply the repairs, stand in for CUDA where there is none
 """
 
-from megatron_mixtral.runtime.backend import Backend, current_device, detect, device_memory
+from megatron_mixtral.runtime.backend import (
+    Backend,
+    current_device,
+    detect,
+    device_memory,
+    memory_used,
+    peak_tflops,
+)
 from megatron_mixtral.runtime.environment import lead_checkpoints_through, ready
 from megatron_mixtral.runtime.gloo import lost_a_rank
 
-__all__ = ["Backend", "current_device", "detect", "device_memory", "lead_checkpoints_through", "lost_a_rank", "ready"]
+__all__ = ["Backend", "current_device", "detect", "device_memory", "lead_checkpoints_through", "lost_a_rank",
+           "memory_used", "peak_tflops", "ready"]

@@ -53,6 +53,14 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     _check_saving(flags, known)
     config = _one_config(flags, known)
     layout = _layout(known, config, int(environ.get("WORLD_SIZE", "1"))).validate(config)
+    if flags.log_expert_load and not (flags.metrics_file or known.save):
+        raise ConfigError("--log-expert-load writes beside the figures of each step, and there is no place for these: "
+                          "give --save or --metrics-file")
+    if flags.moe_aux_loss_convention == "hf" and layout.pp > 1:
+        raise ConfigError(
+            "--moe-aux-loss-convention hf pools the loss over all layers, and --pipeline-model-parallel-size "
+            f"{layout.pp} spreads them over ranks that work on different micro-batches: use the convention megatron, "
+            f"where --moe-aux-loss-coeff {aux_loss_coefficient(config, 'megatron'):g} (its default) is as strong")
     if known.seq_length is not None and known.seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {known.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
@@ -161,6 +169,17 @@ def architecture_args(config: MixtralConfig) -> dict[str, Any]:
     }
 
 
+def aux_loss_coefficient(config: MixtralConfig, convention: str) -> float:
+    """`--moe-aux-loss-coeff` that balances as strongly as Hugging Face's `router_aux_loss_coef` c does.
+
+    HF pools its loss over all layers and counts each of the top-k choices; the engine adds one loss a layer, normalised
+    by top-k. Near balance, c is c * top-k / layers there (docs/training.md derives it).
+    """
+    if convention == "hf":
+        return config.router_aux_loss_coef
+    return config.router_aux_loss_coef * config.num_experts_per_tok / config.num_hidden_layers
+
+
 def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[str, Any]:
     """Defaults for the engine's parser: the architecture, and choices a user may override by the engine's flags."""
     config, has_te = run.config, transformer_impl == "transformer_engine"
@@ -168,9 +187,7 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         **architecture_args(config),
         "init_method_std": config.initializer_range,
         "make_vocab_size_divisible_by": 1,
-        # HF pools its balancing loss over all layers and counts each of the top-k choices; the engine adds one loss a
-        # layer, normalised by top-k. Near balance, HF's coefficient c is this per layer (docs/training.md).
-        "moe_aux_loss_coeff": config.router_aux_loss_coef * config.num_experts_per_tok / config.num_hidden_layers,
+        "moe_aux_loss_coeff": aux_loss_coefficient(config, run.flags.moe_aux_loss_convention),
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",

@@ -20,6 +20,14 @@ class Flags:
         "help": "Hugging Face Mixtral directory to start from, where --load holds no checkpoint yet"})
     metrics_file: str | None = field(default=None, metadata={
         "help": "where the figures of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
+    moe_aux_loss_convention: str = field(default="megatron", metadata={
+        "choices": ("megatron", "hf"),
+        "help": "megatron: a balancing loss in each layer; hf: one over all layers, as transformers computes it "
+                "(docs/training.md#the-balancing-loss)"})
+    log_expert_load: bool = field(default=False, metadata={
+        "help": "write each step's tokens of each expert of each layer to expert_load.jsonl beside the metrics file"})
+    device_peak_tflops: float | None = field(default=None, metadata={
+        "help": "peak of one device in TFLOP/s, for the MFU (default: known for the usual GPUs, dense bf16)"})
     dry_run: bool = field(default=False, metadata={
         "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
     save_total_limit: int | None = field(default=None, metadata={

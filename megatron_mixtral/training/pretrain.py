@@ -44,7 +44,7 @@ def run(argv: list[str]) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_mixtral.training import checkpoint
+    from megatron_mixtral.training import checkpoint, observer
     from megatron_mixtral.training.keeper import Keeper
 
     if args.save and args.rank == 0:
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> None:
     runtime.lead_checkpoints_through(keeper)
     for number in (signal.SIGTERM, signal.SIGINT):  # the engine's handler, which saves and ends, knows one signal
         signal.signal(number, signal.getsignal(args.exit_signal))
-    _install_writer(resolved, args)
+    load = observer.install(resolved, args, backend.device)
     datasets = partial(_datasets, args)
     datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
     with warnings.catch_warnings():
@@ -61,7 +61,7 @@ def run(argv: list[str]) -> None:
         container = pretrain_cfg_container_from_args(args)
     try:
         pretrain(container, datasets, ModelType.encoder_or_decoder, _forward_step,
-                 model_provider=partial(_model, resolved, args))
+                 model_provider=partial(_model, resolved, args, load))
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
             keeper.close()
@@ -103,28 +103,10 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
     return args
 
 
-def _install_writer(resolved: Run, args: Namespace) -> None:
-    """Stand our writer in the engine's place for TensorBoard's, on the rank that logs."""
-    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
-    from megatron.training import get_tensorboard_writer, get_timers, global_vars
-
-    from megatron_mixtral.training.metrics import StepClock, StepWriter
-
-    if args.rank != args.world_size - 1:
-        return
-    path = args.metrics_file or (args.save and str(Path(args.save) / "metrics.jsonl"))
-    clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)
-    global_vars._GLOBAL_TENSORBOARD_WRITER = StepWriter(
-        resolved.config, seq_length=args.seq_length, global_batch_size=get_current_running_global_batch_size,
-        devices=args.world_size, train_iters=args.train_iters, lap=clock.lap,
-        consumed_samples=lambda: args.consumed_train_samples, path=Path(path) if path else None,
-        inner=get_tensorboard_writer())
-
-
 # -- providers -------------------------------------------------------------------------------------------
 
 
-def _model(resolved: Run, args: Namespace, pre_process: bool = True, post_process: bool = True,
+def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, post_process: bool = True,
            vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -134,19 +116,20 @@ def _model(resolved: Run, args: Namespace, pre_process: bool = True, post_proces
 
     model = build(resolved.config, config or core_transformer_config_from_args(args),
                   max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
-                  pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+                  pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
+                  pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
     if resolved.load_hf:
         checkpoint.load_hf(model, resolved.flags.hf_checkpoint, resolved.layout.coord_of(args.rank), resolved.layout,
                            chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+    load.watch(model)
     return model
 
 
 def _datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any:
-    """The engine's datasets provider. First and last pipeline stage read, each tensor-parallel rank for itself: the
-    files are memory-mapped, so this costs less than a broadcast of every batch.
+    """The engine's datasets provider. Each rank that reads does so for itself: the files are memory-mapped, so this
+    costs less than a broadcast of every batch.
     """
     from megatron.training import get_tokenizer
-    from megatron.training.utils import is_first_or_last_pipeline_stage
 
     from megatron_mixtral.data import pretrain as data
     from megatron_mixtral.data.blend import blend_of
@@ -156,10 +139,17 @@ def _datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any
     return data.build(
         samples, tokenizer=get_tokenizer(), seq_length=args.seq_length, seed=args.seed, blend=blend_of(args.data_path),
         blend_per_split=blends, split=args.split if blends is None else None, cache=args.data_cache_path,
-        is_built_on_rank=lambda: is_first_or_last_pipeline_stage(vp_stage),
+        is_built_on_rank=lambda: _reads(args, vp_stage),
         reset_position_ids=args.reset_position_ids, reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss, mmap_bin_files=args.mmap_bin_files,
         num_dataset_builder_threads=args.num_dataset_builder_threads)
+
+
+def _reads(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this stage needs batches: the first and the last, and all whose routers must know the trained tokens."""
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    return is_first_or_last_pipeline_stage(vp_stage) or (args.calculate_per_token_loss and args.eod_mask_loss)
 
 
 # -- one micro-batch -------------------------------------------------------------------------------------
@@ -167,14 +157,13 @@ def _datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any
 _BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def _batch(data_iterator: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, Any]:
+def _batch(data_iterator: Iterator[dict[str, Any]] | None, reads: bool) -> dict[str, Any]:
     """The next micro-batch on this rank's device: each [micro_batch, sequence], or None in the middle stages."""
     import torch
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank
-    from megatron.training.utils import is_first_or_last_pipeline_stage
 
-    if data_iterator is None or not is_first_or_last_pipeline_stage(vp_stage):
+    if data_iterator is None or not reads:
         return dict.fromkeys(_BATCH)
     sample = next(data_iterator)
     batch = {name: sample[name].to(torch.cuda.current_device(), non_blocking=True) for name in _BATCH}
@@ -187,13 +176,14 @@ def _batch(data_iterator: Iterator[dict[str, Any]] | None, vp_stage: int | None)
 def _forward_step(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> tuple[Any, Any]:
     """The engine's forward step: (token losses or hidden states, the function that makes the loss of them)."""
     from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_timers
+    from megatron.training import get_args, get_timers
 
     from megatron_mixtral.training.loss import masked_sum
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = _batch(data_iterator, _reads(get_args(), get_attr_wrapped_model(model, "vp_stage")))
     timers("batch-generator").stop()
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
+                   loss_mask=batch["loss_mask"])
     return output, partial(masked_sum, loss_mask_bs=batch["loss_mask"])

@@ -25,7 +25,7 @@ def set_up(layout: dict[str, int]) -> Any:
 
 
 def load_stages(checkpoint: str, layout: dict[str, int], dtype: torch.dtype = torch.float32,
-                **overrides: Any) -> list[Any]:
+                pool_aux_loss: bool = False, **overrides: Any) -> list[Any]:
     """This rank's model chunks, filled from the rank directories `checkpoint` by the engine's own file name."""
     from megatron.core import parallel_state as mpu
     from megatron.training.checkpointing import get_checkpoint_name
@@ -43,7 +43,8 @@ def load_stages(checkpoint: str, layout: dict[str, int], dtype: torch.dtype = to
                       max_sequence_length=config.max_position_embeddings,
                       padded_vocab_size=padded_vocabulary(config, laid),
                       pre_process=laid.is_first(pp, chunk), post_process=laid.is_last(pp, chunk),
-                      vp_stage=chunk if laid.vpp > 1 else None).to(torch.cuda.current_device(), dtype)
+                      vp_stage=chunk if laid.vpp > 1 else None, pool_aux_loss=pool_aux_loss)
+        model.to(torch.cuda.current_device(), dtype)
         model.load_state_dict(state["model" if laid.vpp == 1 else f"model{chunk}"], strict=True)
         # As megatron.training.get_model does: parameters that no tensor-parallel layer made have the defaults.
         from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class Outcome:
 class Running:
     """A run that goes on in the background: its rank processes, and its end."""
 
-    def __init__(self, world: int, argv: list[str], folder: Path) -> None:
-        """Start `tools/pretrain_mixtral.py ARGV` on `world` ranks."""
+    def __init__(self, world: int, argv: list[str], folder: Path, prepare: Callable[[], None] | None = None) -> None:
+        """Start `tools/pretrain_mixtral.py ARGV` on `world` ranks; each first calls `prepare`, which can be pickled."""
         folder.mkdir(parents=True, exist_ok=True)
         context = prepare_fork_server()
         with socket.socket() as probe:
@@ -52,8 +53,8 @@ class Running:
             file.unlink(missing_ok=True)
         argv = [*argv, "--metrics-file", str(self.metrics)]
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
-        self.ranks = [context.Process(target=_rank, args=(rank, world, port, argv, str(self.logs[rank])), daemon=False)
-                      for rank in range(world)]
+        self.ranks = [context.Process(target=_rank, args=(rank, world, port, argv, str(self.logs[rank]), prepare),
+                                      daemon=False) for rank in range(world)]
         for process in self.ranks:
             process.start()
 
@@ -88,11 +89,12 @@ class Running:
                        self.figures(), read)
 
 
-def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0) -> Outcome:
+def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0,
+             prepare: Callable[[], None] | None = None) -> Outcome:
     """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks to its end; logs, metrics and the samples that each rank
     read go below `folder`.
     """
-    return Running(world, argv, folder).finish(timeout)
+    return Running(world, argv, folder, prepare).finish(timeout)
 
 
 def _record_samples(folder: Path) -> None:
@@ -113,7 +115,7 @@ def _record_samples(folder: Path) -> None:
     MegatronPretrainingSampler.__iter__ = noted
 
 
-def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
+def _rank(rank: int, world: int, port: int, argv: list[str], log: str, prepare: Callable[[], None] | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -123,6 +125,8 @@ def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
     from tools import pretrain_mixtral
 
     _record_samples(Path(log).parent)
+    if prepare is not None:
+        prepare()
     try:
         code = pretrain_mixtral.main(argv)
     except SystemExit as end:  # the engine's way out at --exit-interval

@@ -111,7 +111,7 @@ MACHINE_EXCEPTIONS = {
     ("training/pretrain.py", "torch.cuda.current_device"),  # the engine's name of this rank's device; runtime answers
 }
 ENGINE_EXCEPTIONS = {
-    ("training/pretrain.py", "global_vars._GLOBAL_TENSORBOARD_WRITER"),  # the engine has no setter for its writer
+    ("training/observer.py", "global_vars._GLOBAL_TENSORBOARD_WRITER"),  # the engine has no setter for its writer
 }
 
 

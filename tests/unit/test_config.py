@@ -91,6 +91,17 @@ def test_training_flops_are_counted_by_torch():
     assert forward + masked == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
+@pytest.mark.parametrize("window", [None, 16, 64, 100])
+def test_a_token_is_counted_with_the_keys_that_it_sees(window):
+    config, seq_length = dataclasses.replace(preset("tiny"), sliding_window=window), 64
+    keys = sum(min(position + 0.5, window or seq_length) for position in range(seq_length)) / seq_length
+    without = config.training_flops_per_token(seq_length) - 6 * config.num_hidden_layers * 2 * (
+        config.num_attention_heads * config.head_dim * keys)
+    half = dataclasses.replace(config, sliding_window=None)
+    assert without == half.training_flops_per_token(seq_length) - 6 * config.num_hidden_layers * (
+        config.num_attention_heads * config.head_dim * seq_length)
+
+
 def test_identity_file_round_trip(tmp_path):
     config = dataclasses.replace(preset("tiny"), sliding_window=128, rope_theta=1e4)
     (tmp_path / CONFIG_FILE).write_text(config.to_json())

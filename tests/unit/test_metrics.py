@@ -3,11 +3,12 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_mixtral.config import preset
-from megatron_mixtral.training.metrics import StepClock, StepWriter
+from megatron_mixtral.training.imbalance import Imbalance
+from megatron_mixtral.training.metrics import RunFacts, StepClock, StepWriter
 
 
 class Timer:
@@ -34,39 +35,78 @@ def test_clock_gives_each_step_its_own_seconds(log_interval: int) -> None:
     assert found == pytest.approx(durations)
 
 
+def writer(**given: Any) -> StepWriter:
+    defaults = {"lap": lambda iteration: 2.0, "global_batch_size": lambda: 128, "train_iters": lambda: 10,
+                "consumed_samples": lambda: 128}
+    facts = RunFacts(flops_per_token=3_000_000, seq_length=4096, devices=16, peak_tflops=given.pop("peak", None))
+    return StepWriter(facts, **{**defaults, **given})
+
+
 def test_step_is_written_once_with_its_own_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seconds = iter([2.0, 4.0])
-    config = preset("mixtral-8x7b")
-    writer = StepWriter(config, seq_length=4096, global_batch_size=lambda: 128, devices=16, train_iters=10,
-                        lap=lambda iteration: next(seconds), consumed_samples=lambda: 128,
-                        path=tmp_path / "run" / "metrics.jsonl")
+    out = writer(lap=lambda iteration: next(seconds), path=tmp_path / "run" / "metrics.jsonl", peak=0.5,
+                 load_path=tmp_path / "run" / "expert_load.jsonl")
     with caplog.at_level(logging.INFO):
         for iteration in (1, 2):
-            writer.add_scalar("learning-rate", 1e-5, iteration)
-            writer.add_scalar("lm loss", 2.0 + iteration, iteration)
-            writer.add_scalar("lm loss vs samples", 99.0, 128)
-            writer.add_scalar("grad-norm", 0.5, iteration)
-            writer.add_scalar("load_balancing_loss", 1.01, iteration)
-            writer.finish_step()
+            out.add_scalar("learning-rate", 1e-5, iteration)
+            out.add_scalar("lm loss", 2.0 + iteration, iteration)
+            out.add_scalar("lm loss vs samples", 99.0, 128)
+            out.add_scalar("grad-norm", 0.5, iteration)
+            out.add_scalar("load_balancing_loss", 1.01, iteration)
+            out.observe(expert_tokens=[[10, 10, 10, 10], [30, 10, 0, 0]], memory_bytes=3 * 2**30)
+            out.finish_step()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["lm_loss"] for line in lines] == [3.0, 4.0]
     assert lines[0]["tokens_per_second_per_device"] == 128 * 4096 / 2.0 / 16
     assert lines[1]["tokens_per_second_per_device"] == 128 * 4096 / 4.0 / 16
-    assert lines[1]["model_tflops_per_device"] == pytest.approx(
-        128 * 4096 / 4.0 / 16 * config.training_flops_per_token(4096) / 1e12)
-    assert "step 2/10 | lm loss 4.0000 | aux loss 1.0100 | grad norm 0.5000 | lr 1.000e-05 | " in caplog.text
+    assert lines[1]["model_tflops_per_device"] == pytest.approx(128 * 4096 / 4.0 / 16 * 3e6 / 1e12)
+    assert lines[1]["mfu"] == pytest.approx(lines[1]["model_tflops_per_device"] / 0.5)
+    assert (lines[1]["expert_imbalance"], lines[1]["expert_imbalance_worst"]) == (2.0, 3.0)
+    assert lines[1]["seconds_left"] == 8 * 3.0, "the median of the steps so far"
+    loads = [json.loads(line) for line in (tmp_path / "run" / "expert_load.jsonl").read_text().splitlines()]
+    assert loads == [{"iteration": i, "expert_load": [[10, 10, 10, 10], [30, 10, 0, 0]]} for i in (1, 2)]
+    assert ("step 2/10 | lm loss 4.0000 | aux loss 1.0100 | grad norm 0.5000 | lr 1.000e-05 | "
+            "TGS 8192.0 tokens/s/device | 0.02458 TFLOP/s/device | MFU 4.9% | memory 3.00 GiB | "
+            "expert load 2.00 (layer 1: 3.00) | 4.000 s | 0:00:24 left") in caplog.text
 
 
-def test_what_tensorboard_gets_is_passed_on() -> None:
-    class Inner:
-        def __init__(self) -> None:
-            self.seen: list[tuple] = []
+def test_a_figure_of_one_step_is_not_the_next_ones(tmp_path: Path) -> None:
+    """A skipped step has no loss: the last one's must not stand in."""
+    out = writer()
+    out.add_scalar("lm loss", 2.0, 1)
+    assert out.finish_step()["lm_loss"] == 2.0
+    out.add_scalar("learning-rate", 1e-5, 2)
+    found = out.finish_step()
+    assert found["iteration"] == 2 and "lm_loss" not in found and "mfu" not in found
 
-        def add_scalar(self, *args: object) -> None:
-            self.seen.append(args)
 
-    inner = Inner()
-    writer = StepWriter(preset("tiny"), seq_length=1, global_batch_size=lambda: 1, devices=1, train_iters=None,
-                        lap=lambda iteration: 1.0, consumed_samples=lambda: 0, inner=inner)
-    writer.add_scalar("anything", 1, 7)
-    assert inner.seen == [("anything", 1, 7)]
+class Board:
+    """A TensorBoard writer."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple] = []
+
+    def add_scalar(self, *args: object) -> None:
+        self.seen.append(args)
+
+
+def test_tensorboard_gets_its_interval_and_whatever_is_not_of_every_step() -> None:
+    board = Board()
+    out = writer(tensorboard=board, tensorboard_interval=2)
+    for iteration in (1, 2):
+        out.add_scalar("lm loss", 3.0, iteration)
+        out.add_scalar("lm loss vs samples", 3.0, 128 * iteration)
+        out.add_scalar("lm loss validation", 2.5, iteration)
+        out.finish_step()
+    ours = [name for name, _, _ in board.seen if name == "tokens-per-second-per-device"]
+    assert [args for args in board.seen if args[0].startswith("lm loss")] == [
+        ("lm loss validation", 2.5, 1), ("lm loss", 3.0, 2), ("lm loss vs samples", 3.0, 256),
+        ("lm loss validation", 2.5, 2)]
+    assert len(ours) == 1
+
+
+@pytest.mark.parametrize(("tokens", "mean", "worst", "layer"), [
+    ([[5, 5], [5, 5]], 1.0, 1.0, 0), ([[5, 5], [10, 0]], 1.5, 2.0, 1), ([[0, 0], [1, 3]], 1.25, 1.5, 1),
+])
+def test_imbalance_is_the_busiest_expert_over_the_average(tokens: list, mean: float, worst: float, layer: int) -> None:
+    assert Imbalance.of(tokens) == Imbalance(mean, worst, layer)

@@ -36,6 +36,25 @@ def test_gpu_is_used_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.detect(4)
 
 
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.4), ("NVIDIA H20", 148.0),
+    ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA GB200", 2500.0), ("NVIDIA GeForce GTX 1080", None),
+])
+def test_the_peak_of_usual_gpus_is_known(name: str, peak: float | None) -> None:
+    assert backend.peak_tflops(name) == peak
+
+
+def test_memory_of_this_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = backend.memory_used()
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert backend.memory_used() - before > 32 * 2**20 and len(held)
+    assert backend.peak_tflops() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert backend.memory_used() == 7
+
+
 def test_stand_in_refuses_to_hide_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     replacements = Replacements()

@@ -57,6 +57,9 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
     (["--model", "huge"], 1, "--model huge: no such preset"),
     (["--model", "tiny", "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "3"], 2,
      "does not divide the 2 layers"),
+    (["--model", "tiny", "--moe-aux-loss-convention", "hf", "--pipeline-model-parallel-size", "2"], 2,
+     "convention megatron, where --moe-aux-loss-coeff 0.01 "),
+    (["--model", "tiny", "--log-expert-load"], 1, "give --save or --metrics-file"),
 ])
 def test_refusals(argv: list[str], world: int, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):

@@ -1,0 +1,207 @@
+"""Pictures of runs from what they wrote: loss, throughput, load of the experts. `tools/plot_run.py` calls `draw`.
+
+Several runs are drawn over one another, each in a colour that it keeps in all pictures. Only this module imports
+matplotlib (the extra `plot`).
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.errors import ConfigError, DataError
+
+try:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+except ImportError:
+    raise ConfigError('pictures need matplotlib: pip install "megatron-mixtral[plot]"') from None
+
+COLOURS = ("#1f5fa8", "#c8501e", "#2e8b57", "#7a4fa3", "#b8860b", "#c2185b", "#00838f", "#5d4037")
+GREY = "#777777"
+_RECENT = 20  # steps whose load of each expert is shown, and whose median smooths a curve
+_MANY = 60  # steps above which a curve is smoothed
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What one run wrote: the figures of its steps, and the tokens of each expert of each layer in its last steps."""
+
+    name: str
+    steps: list[dict[str, Any]]  # in order, each once
+    expert_tokens: list[list[int]] | None  # [layers][experts], summed; None without --log-expert-load
+
+    def column(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one figure, where it was written."""
+        pairs = [(step["iteration"], step[key]) for step in self.steps if key in step]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def read_run(path: Path, name: str) -> RunFigures:
+    """A run's folder, or its metrics file. Steps that were taken twice count as they were taken last. `DataError`."""
+    metrics = path / "metrics.jsonl" if path.is_dir() else path
+    steps = {line["iteration"]: line for line in _lines(metrics)}
+    if not steps:
+        raise DataError(f"{metrics}: it holds no step; expected what a run writes there, one JSON object a step")
+    load = metrics.with_name("expert_load.jsonl")
+    tokens = None
+    if load.is_file():
+        by_step = {line["iteration"]: line["expert_load"] for line in _lines(load)}
+        recent = [by_step[step] for step in sorted(by_step)[-_RECENT:]]
+        tokens = [[sum(cell) for cell in zip(*rows, strict=True)] for rows in zip(*recent, strict=True)] or None
+    return RunFigures(name, [steps[step] for step in sorted(steps)], tokens)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; expected the folder of a run (--save) or its "
+                        "metrics file") from None
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            value = json.loads(line)
+            found.append({**value, "iteration": int(value["iteration"])})
+        except (ValueError, KeyError, TypeError):
+            if number < len(text.splitlines()):  # the last line may have been cut by the end of the run
+                raise DataError(f"{path}, line {number}: expected the JSON object of a step") from None
+    return found
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ."""
+    parts = [path.absolute().parts for path in paths]
+    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 1)
+    return ["/".join(p[-length:]) for p in parts]
+
+
+def draw(paths: Sequence[Path], output: Path) -> list[Path]:
+    """Write loss.png, throughput.png and expert_load.png into `output`; returns their paths."""
+    runs = [read_run(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in (("loss", loss(runs)), ("throughput", throughput(runs)), ("expert_load", expert_load(runs))):
+        path = output / f"{name}.png"
+        figure.savefig(path)
+        written.append(path)
+    return written
+
+
+# -- the pictures ----------------------------------------------------------------------------------------
+
+
+def loss(runs: Sequence[RunFigures]) -> Figure:
+    """Language-model loss, and below it the balancing loss and the gradient norm."""
+    figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
+    _curves(top, runs, "lm_loss", "language model loss (nats per token)")
+    _curves(middle, runs, "aux_loss", "balancing loss")
+    _curves(bottom, runs, "grad_norm", "gradient norm")
+    top.set_title("Loss", loc="left", fontweight="bold")
+    bottom.set_xlabel("optimizer step")
+    ends = [_smooth(run.column("lm_loss")[1])[-1:] for run in runs]
+    _legend(top, [f"{run.name}: {end[0]:.3f}" if end else run.name for run, end in zip(runs, ends, strict=True)])
+    return figure
+
+
+def throughput(runs: Sequence[RunFigures]) -> Figure:
+    """Tokens per second and device of each step with the run's own (all tokens / all time), and the memory."""
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    _curves(top, runs, "tokens_per_second_per_device", "tokens / s / device")
+    labels = []
+    for number, run in enumerate(runs):
+        seconds = [step["step_seconds"] for step in run.steps]
+        whole = sum(step["tokens_per_second_per_device"] * step["step_seconds"] for step in run.steps) / sum(seconds)
+        top.axhline(whole, color=_colour(number), linestyle="--", linewidth=1)
+        labels.append(f"{run.name}: {whole:,.1f}")
+    gibibytes = [RunFigures(run.name, [{**step, "gib": step["memory_bytes"] / 2**30} for step in run.steps
+                                       if "memory_bytes" in step], None) for run in runs]
+    _curves(bottom, gibibytes, "gib", "memory of the\nfullest device (GiB)")
+    for axes in (top, bottom):
+        axes.set_ylim(bottom=0)
+    top.set_title("Throughput (dashed: all tokens / all time)", loc="left", fontweight="bold")
+    bottom.set_xlabel("optimizer step")
+    _legend(top, labels)
+    return figure
+
+
+def expert_load(runs: Sequence[RunFigures]) -> Figure:
+    """The busiest expert against the average one over the steps; below, each expert of each layer in the last steps."""
+    mapped = [run for run in runs if run.expert_tokens is not None]
+    rows = max((0.2 * len(run.expert_tokens) + 0.8 for run in mapped), default=0)
+    figure = Figure(figsize=(max(9, 4.5 * len(mapped)), 4 + rows), dpi=120, layout="constrained")
+    grid = figure.add_gridspec(2 if mapped else 1, max(len(mapped), 1), height_ratios=(4, rows) if mapped else None)
+    top = figure.add_subplot(grid[0, :])
+    _curves(top, runs, "expert_imbalance", "busiest / average expert")
+    for number, run in enumerate(runs):
+        steps, worst = run.column("expert_imbalance_worst")
+        top.plot(steps, _smooth(worst), color=_colour(number), linewidth=1, linestyle=":")
+    top.axhline(1, color=GREY, linewidth=1)
+    top.set_title("Load of the experts (mean over the layers; dotted: the worst layer; 1: balanced)", loc="left",
+                  fontweight="bold")
+    top.set_xlabel("optimizer step")
+    _legend(top, [run.name for run in runs])
+    places = [figure.add_subplot(grid[1, column]) for column in range(len(mapped))]
+    shown = [_load_map(place, run) for place, run in zip(places, mapped, strict=True)]
+    if shown:
+        figure.colorbar(shown[0], ax=places, pad=0.01, label="tokens / average")
+    return figure
+
+
+def _load_map(axes: Any, run: RunFigures) -> Any:
+    """Tokens of each expert of each layer, as a multiple of the average; returns the image, for its scale."""
+    relative = [[count * len(layer) / max(sum(layer), 1) for count in layer] for layer in run.expert_tokens]
+    shown = axes.imshow(relative, cmap=colormaps["RdBu_r"], vmin=0, vmax=2, aspect="auto")
+    if len(relative) <= 16:
+        for layer, row in enumerate(relative):
+            for expert, value in enumerate(row):
+                dark = abs(value - 1) > 0.6
+                axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                          color="white" if dark else "black")
+    axes.set_xticks(range(len(relative[0])))
+    axes.set_yticks(range(0, len(relative), 1 if len(relative) <= 16 else 4))
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_title(f"{run.name}, last {min(_RECENT, len(run.steps))} steps", loc="left", fontsize=10)
+    return shown
+
+
+# -- their parts -----------------------------------------------------------------------------------------
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The median of the `_RECENT` values around each, where there are many; else the values."""
+    if len(values) <= _MANY:
+        return list(values)
+    half = _RECENT // 2
+    return [statistics.median(values[max(0, at - half):at + half + 1]) for at in range(len(values))]
+
+
+def _curves(axes: Any, runs: Sequence[RunFigures], key: str, label: str) -> None:
+    """One curve a run; of long runs also every step, faintly."""
+    for number, run in enumerate(runs):
+        steps, values = run.column(key)
+        smooth = _smooth(values)
+        if smooth != values:
+            axes.plot(steps, values, color=_colour(number), linewidth=0.8, alpha=0.25)
+        axes.plot(steps, smooth, color=_colour(number), linewidth=1.8, label=run.name,
+                  marker="o" if len(steps) < 2 else None)
+    axes.set_ylabel(label)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _legend(axes: Any, labels: Sequence[str]) -> None:
+    """The runs, in the order in which their curves were drawn first."""
+    curves = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    axes.legend(curves, labels, frameon=False, loc="best")

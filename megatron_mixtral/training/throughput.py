@@ -1,0 +1,95 @@
+"""The throughput of a run, averaged over its steps, from whatever the run wrote. `tools/calc.py` prints it.
+
+Read are our `metrics.jsonl`, the output of the training program, and XTuner's log. The averages are tokens per second
+and device (TGS):
+
+- mean: of the steps' own figures, as published XTuner figures are made. Fast steps count as much as slow ones, so it is
+  never below the next, and far above it where steps differ (arithmetic against harmonic mean).
+- time-weighted mean: each step weighted by its seconds, which is all tokens / all time. This is the throughput.
+- median: of the steps' own figures; a few disturbed steps do not move it.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mixtral.errors import DataError
+
+EDGE = 5  # steps at either end that are left out where no range is given: warm-up, and the last save
+
+_OURS = re.compile(r"step (?P<step>\d+)(?:/\d+)? \|.*?TGS (?P<rate>[\d.]+) tokens/s/device.*?"
+                   r"\| (?P<seconds>[\d.]+) s\b")
+_XTUNER = re.compile(r"Iter\(train\) \[\s*(?P<step>\d+)/\d+\].*?\btime: (?P<seconds>[\d.]+).*?"
+                     r"tokens_per_sec: (?P<rate>[\d.]+)")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: tokens per second and device, and its seconds."""
+
+    rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Tokens per second and device over the steps from `first` to `last`, of which `steps` were logged."""
+
+    first: int
+    last: int
+    steps: int
+    mean: float
+    time_weighted_mean: float
+    median: float
+
+    def __str__(self) -> str:
+        return (f"steps {self.first} to {self.last}, {self.steps} logged, tokens/s/device:\n"
+                f"mean                {self.mean:.2f}\n"
+                f"time-weighted mean  {self.time_weighted_mean:.2f}\n"
+                f"median              {self.median:.2f}")
+
+
+def read(path: Path) -> dict[int, Step]:
+    """The steps of a log by number; of a step that a resumed run took again, the last. `DataError` if there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    steps = dict(found for found in map(_step_of, lines) if found is not None)
+    if not steps:
+        raise DataError(f"{path}: no line has the throughput of a step; expected a metrics.jsonl, the output of "
+                        "tools/pretrain_mixtral.py, or a log of XTuner with tokens_per_sec")
+    return steps
+
+
+def _step_of(line: str) -> tuple[int, Step] | None:
+    if line.startswith("{"):
+        try:
+            figures = json.loads(line)
+            return figures["iteration"], Step(figures["tokens_per_second_per_device"], figures["step_seconds"])
+        except (ValueError, KeyError):  # a line that a killed run left unfinished, or another program's
+            return None
+    found = _OURS.search(line) or _XTUNER.search(line)
+    return (int(found["step"]), Step(float(found["rate"]), float(found["seconds"]))) if found else None
+
+
+def average(steps: dict[int, Step], first: int | None = None, last: int | None = None) -> Averages:
+    """Over the steps with first <= number <= last; without these all but `EDGE` at either end. `DataError` if none."""
+    numbers = sorted(steps)
+    if first is None:
+        first = numbers[min(EDGE, len(numbers) - 1)]
+    if last is None:
+        last = numbers[max(-1 - EDGE, -len(numbers))]
+    chosen = [steps[number] for number in numbers if first <= number <= last]
+    if not chosen:
+        raise DataError(f"no step from {first} to {last}: the log has {len(numbers)} steps, from {numbers[0]} to "
+                        f"{numbers[-1]}; give START and END (without them {EDGE} at either end are left out)")
+    return Averages(first, last, len(chosen), statistics.fmean(step.rate for step in chosen), _time_weighted(chosen),
+                    statistics.median(step.rate for step in chosen))
+
+
+def _time_weighted(steps: Sequence[Step]) -> float:
+    return sum(step.rate * step.seconds for step in steps) / sum(step.seconds for step in steps)
