@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.runtime import optimizer_state
+from megatron_mixtral.runtime import nonfinite, optimizer_state
 from megatron_mixtral.runtime.replacements import Replacements
 
 
@@ -135,6 +135,15 @@ FIXES: tuple[Fix, ...] = (
         remove_when="sharded_param_state_fully_reshardable subtracts the padding of the buckets before a parameter",
         needed=optimizer_state.slices_forget_the_padding,
         apply=optimizer_state.count_the_padding,
+    ),
+    Fix(
+        name="nan-norm",
+        symptom="a gradient with NaN is applied, whatever grad_norm_skip_threshold says, and every weight is lost",
+        cause="the norm is compared by `norm > threshold`, which is false for NaN",
+        versions="0.19.2",
+        remove_when="ChainedOptimizer.step skips a norm that is not finite",
+        needed=nonfinite.nan_passes_the_threshold,
+        apply=nonfinite.count_nan_as_infinite,
     ),
 )
 

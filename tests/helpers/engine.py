@@ -3,6 +3,7 @@
 They use the engine's own schedules, DDP, optimizer and file names, as `megatron.training` does, without its flags.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -109,7 +110,8 @@ def logits(rank: int, checkpoint: str, layout: dict[str, int], batch_bs: torch.T
 
 
 def train(rank: int, checkpoint: str, layout: dict[str, int], batches: torch.Tensor, learning_rate: float,
-          clip: float = 1.0, overlap: bool = False) -> tuple[list[float], list[float]] | None:
+          clip: float = 1.0, overlap: bool = False,
+          skip_threshold: float = math.inf) -> tuple[list[float], list[float]] | None:
     """Train one step on each batch of `batches` [steps, B, S + 1] with the engine's DDP, distributed optimizer and
     schedule; the losses and gradient norms of the steps, from the last stage.
     """
@@ -124,7 +126,8 @@ def train(rank: int, checkpoint: str, layout: dict[str, int], batches: torch.Ten
               for index, chunk in enumerate(chunks)]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=learning_rate, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95,
-                        adam_eps=1e-8, clip_grad=clip, use_distributed_optimizer=True), chunks)
+                        adam_eps=1e-8, clip_grad=clip, use_distributed_optimizer=True,
+                        grad_norm_skip_threshold=skip_threshold), chunks)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     config.finalize_model_grads_func = finalize_model_grads
