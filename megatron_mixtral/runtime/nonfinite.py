@@ -1,6 +1,6 @@
 """A step whose gradient is not finite is skipped: the repair of the engine's threshold, which lets NaN through.
 
-`training/arguments.py` sets the engine's `grad_norm_skip_threshold` to the largest float, so that an infinite norm
+`training/pretrain.py` sets the engine's `grad_norm_skip_threshold` to the largest float, so that an infinite norm
 skips the step; with this repair a norm that is no number counts as infinite.
 """
 

@@ -100,6 +100,7 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
         # A process forked for each save has the weights as they were at that moment. The persistent one would get them
         # as shared memory, in which training goes on.
         args.use_persistent_ckpt_worker = False
+    args.grad_norm_skip_threshold = sys.float_info.max  # no flag of the engine's: skips what is not finite
     return args
 
 
