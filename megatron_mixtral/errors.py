@@ -21,5 +21,9 @@ class DataError(MixtralError):
     """A corpus, a tokenizer or a dataset that cannot be used as asked."""
 
 
+class DivergedError(MixtralError):
+    """Loss or gradient are not finite, step after step. Raised on the rank that writes the figures."""
+
+
 class RankLostError(MixtralError):
     """Another rank has ended, and this one cannot go on without it. Every rank that sees it says so."""

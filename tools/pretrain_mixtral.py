@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mixtral.errors import MixtralError, RankLostError
+from megatron_mixtral.errors import DivergedError, MixtralError, RankLostError
 from megatron_mixtral.training import pretrain
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     try:
         pretrain.run(argv)
     except MixtralError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLostError):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (DivergedError, RankLostError)):
             print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

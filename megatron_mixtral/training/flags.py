@@ -28,6 +28,8 @@ class Flags:
         "help": "write each step's tokens of each expert of each layer to expert_load.jsonl beside the metrics file"})
     device_peak_tflops: float | None = field(default=None, metadata={
         "help": "peak of one device in TFLOP/s, for the MFU (default: known for the usual GPUs, dense bf16)"})
+    max_nan_steps: int = field(default=5, metadata={
+        "help": "end the run when so many steps in a row had a loss or gradient that is not finite; each is skipped"})
     dry_run: bool = field(default=False, metadata={
         "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
     save_total_limit: int | None = field(default=None, metadata={

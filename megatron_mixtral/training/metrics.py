@@ -7,6 +7,7 @@ micro-batch, the optimizer and the communication, but not saving and evaluation.
 
 import json
 import logging
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_mixtral.training.divergence import Divergence
 from megatron_mixtral.training.imbalance import Imbalance
 
 logger = logging.getLogger(__name__)
@@ -65,11 +67,12 @@ class StepWriter:
     def __init__(self, facts: RunFacts, *, lap: Callable[[int], float], global_batch_size: Callable[[], int],
                  train_iters: Callable[[], int | None], consumed_samples: Callable[[], int], path: Path | None = None,
                  load_path: Path | None = None, tensorboard: Any = None, tensorboard_interval: int = 1,
-                 wandb: Any = None) -> None:
+                 wandb: Any = None, max_nan_steps: int | None = None) -> None:
         """`lap(iteration)` gives the step's seconds (`StepClock.lap`). The figures go to `path`, the tokens of each
         expert to `load_path`; `tensorboard` is a writer and gets every `tensorboard_interval`th step, `wandb` the
-        module or a run, which the engine made.
+        module or a run, which the engine made. `max_nan_steps` ends the run (`divergence.py`).
         """
+        self._divergence = Divergence(max_nan_steps)
         self._facts, self._lap, self._global_batch_size = facts, lap, global_batch_size
         self._train_iters, self._consumed_samples = train_iters, consumed_samples
         self._tensorboard, self._tensorboard_interval, self._wandb = tensorboard, tensorboard_interval, wandb
@@ -108,8 +111,14 @@ class StepWriter:
                             expert_imbalance_worst_layer=load.worst_layer)
 
     def finish_step(self) -> dict[str, Any]:
-        """Write the step's line and return its figures; called once after the engine has logged the step."""
+        """Write the step's line and return its figures; called once after the engine has logged the step.
+
+        `DivergedError` after too many steps that are not finite.
+        """
         figures = self._figures()
+        consumed = figures["consumed_samples"]
+        self._divergence.count(figures, range(consumed - self._global_batch_size(), consumed))
+        figures["skipped_steps"] = self._divergence.skipped
         if self._file is not None:
             _write_line(self._file, figures)
         if self._load_file is not None:
@@ -117,6 +126,7 @@ class StepWriter:
         self._chart(figures)
         logger.info("%s", _line(figures, self._train_iters()))
         self._values, self._expert_tokens = {}, []
+        self._divergence.check()
         return figures
 
     def _figures(self) -> dict[str, Any]:
@@ -156,7 +166,9 @@ def _appending(path: Path | None) -> TextIO | None:
 
 
 def _write_line(file: TextIO, value: dict[str, Any]) -> None:
-    file.write(json.dumps(value) + "\n")
+    """One JSON object; what is not finite is null, because JSON has no name for it."""
+    finite = {name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in value.items()}
+    file.write(json.dumps(finite, allow_nan=False) + "\n")
     file.flush()
 
 

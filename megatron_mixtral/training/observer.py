@@ -49,7 +49,7 @@ def install(run: Run, args: Namespace, device: str) -> ExpertLoad:
             train_iters=lambda: args.train_iters, consumed_samples=lambda: args.consumed_train_samples, path=metrics,
             load_path=metrics.with_name("expert_load.jsonl") if run.flags.log_expert_load and metrics else None,
             tensorboard=get_tensorboard_writer(), tensorboard_interval=args.tensorboard_log_interval,
-            wandb=get_wandb_writer())
+            wandb=get_wandb_writer(), max_nan_steps=run.flags.max_nan_steps)
     # The engine hands over its scalars at this interval; the writer keeps to the user's where TensorBoard is concerned.
     args.tensorboard_log_interval = 1
     return load

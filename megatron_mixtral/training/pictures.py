@@ -34,8 +34,8 @@ class RunFigures:
     expert_tokens: list[list[int]] | None  # [layers][experts], summed; None without --log-expert-load
 
     def column(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one figure, where it was written."""
-        pairs = [(step["iteration"], step[key]) for step in self.steps if key in step]
+        """(steps, values) of one figure, where it was written and finite."""
+        pairs = [(step["iteration"], step[key]) for step in self.steps if step.get(key) is not None]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 

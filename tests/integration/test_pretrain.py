@@ -1,8 +1,10 @@
 """The training program as a whole: starts, continues, learns what plain torch learns, refuses what cannot be right."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import datasets
 from helpers.models import tiny_hf_mixtral
@@ -159,3 +161,17 @@ def test_what_cannot_be_right_is_refused(flags: list[str], sentence: str, folder
     assert found.codes == [1] and not found.steps
     assert sentence in found.logs[0]
     assert "Traceback" not in found.logs[0]
+
+
+def test_a_run_that_stays_without_a_finite_loss_ends_with_its_samples(folder: Path, hf: Path, data: list[str]) -> None:
+    """Weights that give NaN: every step is skipped, and after `--max-nan-steps` the run says what it read."""
+    broken = folder / "broken"
+    shutil.copytree(hf, broken)
+    tensors = safetensors.torch.load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    safetensors.torch.save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    found = pretrain(2, ["--pipeline-model-parallel-size", "2", *RECIPE, *data, "--train-iters", "9", "--hf-checkpoint",
+                         str(broken), "--max-nan-steps", "2"], folder / "nan")
+    assert found.codes[1] == 1 and sorted(found.steps) == [1, 2]
+    assert [found.steps[step]["lm_loss"] for step in (1, 2)] == [None, None]
+    assert f"they read samples 0 to {2 * BATCH - 1} of the training set" in found.logs[1]

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_mixtral.errors import DivergedError
 from megatron_mixtral.training.imbalance import Imbalance
 from megatron_mixtral.training.metrics import RunFacts, StepClock, StepWriter
 
@@ -110,3 +112,22 @@ def test_tensorboard_gets_its_interval_and_whatever_is_not_of_every_step() -> No
 ])
 def test_imbalance_is_the_busiest_expert_over_the_average(tokens: list, mean: float, worst: float, layer: int) -> None:
     assert Imbalance.of(tokens) == Imbalance(mean, worst, layer)
+
+
+def test_steps_that_are_not_finite_are_counted_and_end_the_run(tmp_path: Path) -> None:
+    consumed = iter(range(128, 2000, 128))
+    out = writer(path=tmp_path / "metrics.jsonl", max_nan_steps=2, consumed_samples=lambda: next(consumed))
+
+    def step(iteration: int, loss: float, norm: float) -> None:
+        out.add_scalar("lm loss", loss, iteration)
+        out.add_scalar("grad-norm", norm, iteration)
+        out.finish_step()
+
+    step(1, math.nan, math.inf)
+    step(2, 2.0, 1.0)
+    step(3, 2.0, math.inf)
+    with pytest.raises(DivergedError, match=r"2 steps in a row .*-nan-steps 2\); they read samples 256 to 511 of"):
+        step(4, math.nan, math.inf)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [1, 1, 2, 3]
+    assert [line["lm_loss"] for line in lines] == [None, 2.0, 2.0, None]
