@@ -10,7 +10,7 @@
 namespace bpe {
 namespace {
 
-constexpr size_t kKeptText = size_t{1} << 24;  // bytes that are kept for the next document
+constexpr size_t kKeptBytes = size_t{1} << 24;  // of buffers, for the next document
 
 // In the vocabulary a space is written as U+2581. Here both are a space, in the vocabulary and in the text.
 constexpr std::string_view kMetaspace = "\xE2\x96\x81";
@@ -27,7 +27,7 @@ void Encoder::prepare(const char* text, size_t length) {
     std::string_view rest(text, length);
     const bool has_space = length > 0 && (text[0] == ' ' || rest.substr(0, kMetaspace.size()) == kMetaspace);
     const bool prefixed = length > 0 && (prefix_ == Prefix::kAlways || (prefix_ == Prefix::kUnlessSpace && !has_space));
-    if (text_.capacity() > kKeptText) std::vector<uint8_t>().swap(text_);
+    if (text_.capacity() > kKeptBytes) std::vector<uint8_t>().swap(text_);
     text_.clear();
     text_.reserve(length + 1 + kCachedBytes);
     if (prefixed) text_.push_back(' ');
@@ -79,7 +79,9 @@ Id* Encoder::append_word(const uint8_t* at, size_t length, Id* out) {
         slot->length = static_cast<uint8_t>(length);
         slot->count = static_cast<uint8_t>(ids_.size());
     }
-    return std::transform(ids_.begin(), ids_.end(), out, [](uint32_t id) { return static_cast<Id>(id); });
+    out = std::transform(ids_.begin(), ids_.end(), out, [](uint32_t id) { return static_cast<Id>(id); });
+    if (ids_.capacity() * sizeof ids_[0] > kKeptBytes) std::vector<uint32_t>().swap(ids_);
+    return out;
 }
 
 template <class Id>
