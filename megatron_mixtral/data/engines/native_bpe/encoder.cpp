@@ -29,7 +29,7 @@ void Encoder::prepare(const char* text, size_t length) {
     const bool prefixed = length > 0 && (prefix_ == Prefix::kAlways || (prefix_ == Prefix::kUnlessSpace && !has_space));
     if (text_.capacity() > kKeptBytes) std::vector<uint8_t>().swap(text_);
     text_.clear();
-    text_.reserve(length + 1 + kCachedBytes);
+    text_.reserve(length + 1);
     if (prefixed) text_.push_back(' ');
     for (size_t found; (found = rest.find(kMetaspace)) != std::string_view::npos;) {
         text_.insert(text_.end(), rest.begin(), rest.begin() + found);
@@ -37,7 +37,6 @@ void Encoder::prepare(const char* text, size_t length) {
         rest.remove_prefix(found + kMetaspace.size());
     }
     text_.insert(text_.end(), rest.begin(), rest.end());
-    text_.insert(text_.end(), kCachedBytes, 0);
 }
 
 const uint8_t* Encoder::end_of_word(const uint8_t* at, const uint8_t* end) const {
@@ -88,7 +87,7 @@ template <class Id>
 size_t Encoder::encode(const char* text, size_t length, Id* out) {
     prepare(text, length);
     const uint8_t* at = text_.data();
-    const uint8_t* const end = at + text_.size() - kCachedBytes;
+    const uint8_t* const end = at + text_.size();
     Id* const first = out;
     while (at < end) {
         const uint8_t* const word = at;

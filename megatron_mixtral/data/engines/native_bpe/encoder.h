@@ -53,9 +53,9 @@ private:
     Vocabulary vocabulary_;
     Merger merger_;
     Prefix prefix_;
-    std::vector<Slot> cache_;     // 4 MiB; a word takes the place of the one before it in its slot
-    std::vector<uint8_t> text_;   // the document as it is encoded, and kCachedBytes zeros
-    std::vector<uint32_t> ids_;   // of a word that was not in the cache
+    std::vector<Slot> cache_;    // 4 MiB; a word takes the place of the one before it in its slot
+    std::vector<uint8_t> text_;  // the document as it is encoded
+    std::vector<uint32_t> ids_;  // of a word that was not in the cache
 };
 
 }  // namespace bpe
