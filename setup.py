@@ -73,6 +73,7 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=[native_bpe()],
+    options={"bdist_wheel": {"py_limited_api": "cp312"}},  # one wheel for all later releases of Python
     # The sources lie beside the module in a checkout only, so a wheel has no reason to hold them.
     exclude_package_data={"": ["*.cpp", "*.h"]},
 )

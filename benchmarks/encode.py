@@ -125,6 +125,7 @@ def main() -> int:
         raise SystemExit(f"the encoders disagree on the number of ids: {counts}")
     rates = {key: [row[key][0] for row in rounds] for key in rounds[0]}
     base = statistics.median(rates["tokenizers, one by one"])
+    rates = {key: [round(value, 2) for value in values] for key, values in rates.items()}
     packages = ("sentencepiece", "tokenizers", "gigatoken", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     print(f"{len(texts)} documents, {size / 1e6:.1f} MB, {counts[1].pop() / 1e6:.2f} M ids; median of {flags.repeats}")
@@ -135,7 +136,7 @@ def main() -> int:
     print(json.dumps(versions))
     if flags.output:
         content = {"bytes": size, "documents": len(texts), "mb_per_cpu_second": rates, "versions": versions}
-        flags.output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        flags.output.write_text(json.dumps(content) + "\n", "utf-8")
     return 0
 
 
