@@ -48,19 +48,14 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     for name in ("load", "pretrained_checkpoint", "save"):
         parser.add_argument("--" + name.replace("_", "-"), type=str, default=None)
     parser.add_argument("--save-interval", type=int, default=None)
+    parser.add_argument("--cuda-graph-impl", default="none")
+    parser.add_argument("--cuda-graph-modules", nargs="+", default=[])
     known, _ = parser.parse_known_args(argv)
     flags = Flags(**{item.name: getattr(known, item.name) for item in dataclasses.fields(Flags)})
     _check_saving(flags, known)
     config = _one_config(flags, known)
     layout = _layout(known, config, int(environ.get("WORLD_SIZE", "1"))).validate(config)
-    if flags.log_expert_load and not (flags.metrics_file or known.save):
-        raise ConfigError("--log-expert-load writes beside the figures of each step, and there is no place for these: "
-                          "give --save or --metrics-file")
-    if flags.moe_aux_loss_convention == "hf" and layout.pp > 1:
-        raise ConfigError(
-            "--moe-aux-loss-convention hf pools the loss over all layers, and --pipeline-model-parallel-size "
-            f"{layout.pp} spreads them over ranks that work on different micro-batches: use the convention megatron, "
-            f"where --moe-aux-loss-coeff {aux_loss_coefficient(config, 'megatron'):g} (its default) is as strong")
+    _check_routers(flags, known, config, layout)
     if known.seq_length is not None and known.seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {known.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
@@ -77,6 +72,21 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     else:
         start = "random weights"
     return Run(flags, config, layout, start, load_hf)
+
+
+def _check_routers(flags: Flags, known: argparse.Namespace, config: MixtralConfig, layout: ParallelLayout) -> None:
+    if flags.log_expert_load and not (flags.metrics_file or known.save):
+        raise ConfigError("--log-expert-load writes beside the figures of each step, and there is no place for these: "
+                          "give --save or --metrics-file")
+    if flags.moe_aux_loss_convention == "hf" and layout.pp > 1:
+        raise ConfigError(
+            "--moe-aux-loss-convention hf pools the loss over all layers, and --pipeline-model-parallel-size "
+            f"{layout.pp} spreads them over ranks that work on different micro-batches: use the convention megatron, "
+            f"where --moe-aux-loss-coeff {aux_loss_coefficient(config, 'megatron'):g} (its default) is as strong")
+    if known.cuda_graph_impl != "none" and known.cuda_graph_modules != ["attn"]:
+        raise ConfigError(f"--cuda-graph-impl {known.cuda_graph_impl} would capture the routers, whose loads and "
+                          "losses are noted by Python code that a graph does not run again: add --cuda-graph-modules "
+                          "attn, or leave the flag out")
 
 
 def _check_saving(flags: Flags, known: argparse.Namespace) -> None:

@@ -87,7 +87,8 @@ class StepWriter:
         if name in _NAMES:
             if iteration != self._iteration:
                 self._iteration, self._seconds = iteration, self._lap(iteration)
-            self._values[_NAMES[name]] = float(value)
+            if _NAMES[name] != "aux_loss" or value != 0:  # the engine reports 0 where the coefficient is 0
+                self._values[_NAMES[name]] = float(value)
         every_step = name.removesuffix(" vs samples") in _NAMES  # others come when there is something to tell
         if self._tensorboard is not None and not (every_step and self._iteration % self._tensorboard_interval):
             self._tensorboard.add_scalar(name, value, iteration)

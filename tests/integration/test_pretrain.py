@@ -126,7 +126,7 @@ def test_figures_of_a_step(whole: Outcome, hf: Path) -> None:
         tokens = BATCH * SEQUENCE
         rate = tokens / figures["step_seconds"] / 4
         assert figures["tokens_per_second_per_device"] == pytest.approx(rate)
-        assert figures["aux_loss"] == 0.0, "the engine does not compute a loss whose coefficient is 0"
+        assert "aux_loss" not in figures, "a loss whose coefficient is 0 is not computed"
     config = MixtralConfig.from_hf_dir(hf)
     one = whole.steps[1]
     expected = one["tokens_per_second_per_device"] * config.training_flops_per_token(SEQUENCE) / 1e12

@@ -59,6 +59,7 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
      "does not divide the 2 layers"),
     (["--model", "tiny", "--moe-aux-loss-convention", "hf", "--pipeline-model-parallel-size", "2"], 2,
      "convention megatron, where --moe-aux-loss-coeff 0.01 "),
+    (["--model", "tiny", "--cuda-graph-impl", "local"], 1, "add --cuda-graph-modules attn"),
     (["--model", "tiny", "--log-expert-load"], 1, "give --save or --metrics-file"),
 ])
 def test_refusals(argv: list[str], world: int, sentence: str) -> None:
