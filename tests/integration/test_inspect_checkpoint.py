@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from helpers.models import TINY, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.weights import cli
-from megatron_mixtral.weights.convert import convert
+from megatron_mixtral.weights.convert import compare, convert, open_source
 from megatron_mixtral.weights.dist_sink import DistSink
 from megatron_mixtral.weights.hf import HFSource
 from megatron_mixtral.weights.inspection import inspect
@@ -58,30 +59,46 @@ def test_the_program_says_what_is_wrong(hf, tmp_path):
     assert "does not exist" in inspect(tmp_path / "absent").problem
 
 
+def whole_and_right(directory: Path, source: HFSource) -> bool:
+    """Whether a directory is called whole; then its weights must be the source's."""
+    if inspect(directory).problem is not None:
+        return False
+    compare(source, open_source(directory))
+    return True
+
+
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
-    """Never a directory that looks whole and is not; the next start always succeeds."""
+    """Never a directory that is called whole and has other weights than the source; the next start always succeeds.
+
+    Every other conversion replaces a whole result, and every other next start is told to resume.
+    """
     config = MixtralConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
                            num_key_value_heads=4, num_local_experts=4, vocab_size=1000)
-    hf = random_hf_directory(tmp_path / "hf", config, torch.bfloat16)
-    arguments = ["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"), "--verify",
-                 "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "4"]
-    code = ("import sys; from megatron_mixtral.weights import cli, dist_sink, rank_sink; print('go', flush=True); "
+    source = HFSource(random_hf_directory(tmp_path / "hf", config, torch.bfloat16))
+    target, partial = tmp_path / "mg", tmp_path / ".mg.partial"
+    arguments = ["--loader", "mixtral_hf", "--load-dir", str(tmp_path / "hf"), "--save-dir", str(target), "--verify",
+                 "--overwrite", "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "4"]
+    code = ("import sys; from megatron_mixtral.weights import cli, convert, rank_sink; print('go', flush=True); "
             "cli.util(sys.argv[1:])")
-    draw = random.Random(3)
+    draw, unfinished = random.Random(3), 0
+    started = time.monotonic()
+    cli.util(arguments)
+    longest = 1.2 * (time.monotonic() - started)
     for number in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments, "--resume"], stdout=subprocess.PIPE,
+        if number % 2:
+            shutil.rmtree(target)
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE,
                                    stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
         process.stdout.readline()
-        time.sleep(draw.uniform(0.0, 0.25))
+        time.sleep(draw.uniform(0.0, longest))
         process.kill()
         process.wait()
         process.stdout.close()
-        for directory in (tmp_path / "mg", tmp_path / ".mg.partial"):
-            found = inspect(directory, deep=directory.name == "mg")
-            assert found.problem is not None or (directory.name == "mg" and found.checksums), f"kill {number}: {found}"
-        if (tmp_path / "mg").exists():
-            (tmp_path / "mg").rename(tmp_path / f"whole{number}")
-    cli.util([*arguments, "--resume"])
-    assert inspect(tmp_path / "mg", deep=True).problem is None
-    assert not (tmp_path / ".mg.partial").exists()
+        unfinished += partial.exists()
+        assert not partial.exists() or not whole_and_right(partial, source)
+        assert not target.exists() or whole_and_right(target, source)
+        cli.util([*arguments, "--resume"] if number % 4 < 2 else arguments)
+        assert whole_and_right(target, source) and inspect(target, deep=True).checksums
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mg"]
+    assert unfinished >= kills // 4, "the kills came too early or too late"
