@@ -21,6 +21,7 @@ from megatron_mixtral.weights.rank_sink import RankDirSink
 BATCH, SEQUENCE = 4, 32
 COEFFICIENT, Z_COEFFICIENT = 0.5, 0.1  # large, so that a wrong share of the gradient shows
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+EXPERTS = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 LAYOUTS = {
     "one": ({}, 1), "tp2": ({"tp": 2}, 2), "ep2": ({"ep": 2}, 2), "dp2": ({}, 2), "tp2-dp2": ({"tp": 2}, 4),
     "pp2-vpp2": ({"pp": 2, "vpp": 2}, 2), "tp2-pp2-ep2-etp1": ({"tp": 2, "pp": 2, "ep": 2, "etp": 1}, 4),
@@ -92,9 +93,12 @@ def test_padding_is_left_out(name: str, pooled: bool, per_token: bool, checkpoin
     check(name, checkpoints, hf, padded, masks=True, pooled=pooled, per_token=per_token)
 
 
-@pytest.mark.parametrize(("name", "pooled"), [("pp2-vpp2", False), ("tp2", True)])
-def test_a_recomputed_layer_counts_once(name: str, pooled: bool, checkpoints: dict, hf: Path, padded: dict) -> None:
-    check(name, checkpoints, hf, padded, masks=True, pooled=pooled, per_token=True, **FULL)
+@pytest.mark.parametrize(("name", "pooled", "recomputed"), [
+    ("pp2-vpp2", False, FULL), ("pp2-vpp2", False, EXPERTS), ("tp2", True, FULL),
+])
+def test_a_recomputed_layer_counts_once(name: str, pooled: bool, recomputed: dict, checkpoints: dict, hf: Path,
+                                        padded: dict) -> None:
+    check(name, checkpoints, hf, padded, masks=True, pooled=pooled, per_token=True, **recomputed)
 
 
 def _engine_source(rank: int) -> str:
