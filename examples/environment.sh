@@ -134,6 +134,9 @@ env_build() {
         env_make_venv "$venv" "$python" "$uv" || return 1
     fi
     env_install "$venv" "$uv" || return 1
+    "$venv/bin/python" -c 'from megatron_mixtral.data.engines.native import load_extension; load_extension()' \
+        >/dev/null 2>&1 ||
+        env_say "no C++ compiler, or one without Python's headers: preprocessing takes a slower engine than its own"
     # Four ranks that start at once would each compile the same files otherwise.
     env_say "compiling bytecode"
     "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages/{torch,transformers,megatron} \

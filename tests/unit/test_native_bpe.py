@@ -13,6 +13,7 @@ from helpers.vocabularies import edit_json, edit_model, train_sentencepiece
 
 from megatron_mixtral.data.engines import native
 from megatron_mixtral.data.engines.base import EngineUnavailable, SpecialTokens
+from megatron_mixtral.data.engines.bpe_tables import bpe_tables
 from megatron_mixtral.data.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.data.tokenizer import NASTY_STRINGS, open_tokenizer
 from megatron_mixtral.errors import DataError
@@ -40,11 +41,9 @@ def small(tmp_path_factory):
     return train_sentencepiece(tmp_path_factory.mktemp("small") / "tokenizer.model")
 
 
-def check(path: Path, texts) -> native.NativeEngine:
+def check(path: Path, texts) -> None:
     tokenizer = open_tokenizer(path)
-    engine = native.NativeEngine(tokenizer)
-    assert first_difference(engine, tokenizer, texts) is None
-    return engine
+    assert first_difference(native.NativeEngine(tokenizer), tokenizer, texts) is None
 
 
 @pytest.mark.parametrize("name", MIXTRAL)
@@ -85,8 +84,8 @@ def test_pieces_added_with_equal_scores(small, tmp_path):
     path = edit_model(small, tmp_path / "tokenizer.model", add)
     draw = random.Random(3)
     texts = ["".join(draw.choices("ab\u7684\u4e2d\u2603\u2604 ", k=draw.randrange(60))) for _ in range(4000)]
-    engine = check(path, texts)
-    tables = engine._tables
+    check(path, texts)
+    tables = bpe_tables(open_tokenizer(path))
     assert (tables.characters[:, 1] >= tables.vocab_size).sum() >= 2  # the snowman and the comet are only parts
 
 
@@ -224,6 +223,13 @@ def test_what_cannot_be_text_is_an_error(mixtral):
     assert engine.encode(["a"], BARE)[0].tolist() == [264]
 
 
+@pytest.mark.slow
+def test_a_document_that_is_too_long_is_an_error(mixtral):
+    engine = native.NativeEngine(open_tokenizer(mixtral / "tokenizer.model"))
+    with pytest.raises(DataError, match="2\\^31 bytes or more. Cut it"):
+        engine.encode(["a" * 2**31], BARE)
+
+
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
@@ -235,7 +241,7 @@ def test_what_cannot_be_text_is_an_error(mixtral):
     ],
 )
 def test_tables_that_would_lead_out_of_memory_are_refused(mixtral, name, row, message):
-    tables = native.NativeEngine(open_tokenizer(mixtral / "tokenizer.model"))._tables
+    tables = bpe_tables(open_tokenizer(mixtral / "tokenizer.model"))
     values = dict(vars(tables))
     values[name] = np.vstack([values[name], np.array([row], dtype=np.uint32)])
     order = ("vocab_size", "characters", "merges", "joins", "byte_ids", "prefix")

@@ -57,6 +57,8 @@ class NativeEngine:
             ids, lengths = self._encoder.encode(texts, bos, eos, self._dtype.itemsize)
         except UnicodeEncodeError as error:
             raise DataError(f"A text has half of a surrogate pair in it: {error}") from error
+        except OverflowError as error:
+            raise DataError(f"A document cannot be encoded: {error}. Cut it.") from error
         return np.frombuffer(ids, dtype=self._dtype), np.frombuffer(lengths, dtype=np.int64)
 
 

@@ -5,12 +5,11 @@
 #include <string_view>
 #include <utility>
 
+#include "trim.h"
 #include "utf8.h"
 
 namespace bpe {
 namespace {
-
-constexpr size_t kKeptBytes = size_t{1} << 24;  // of buffers, for the next document
 
 // In the vocabulary a space is written as U+2581. Here both are a space, in the vocabulary and in the text.
 constexpr std::string_view kMetaspace = "\xE2\x96\x81";
@@ -22,25 +21,20 @@ Encoder::Encoder(Vocabulary vocabulary, Prefix prefix)
     static_assert(sizeof(Slot) == 64, "a slot is one cache line");
 }
 
-// Copies a document to `text_` as the tokenizer's normalizer would leave it.
-void Encoder::prepare(const char* text, size_t length) {
-    std::string_view rest(text, length);
-    const bool has_space = length > 0 && (text[0] == ' ' || rest.substr(0, kMetaspace.size()) == kMetaspace);
-    const bool prefixed = length > 0 && (prefix_ == Prefix::kAlways || (prefix_ == Prefix::kUnlessSpace && !has_space));
-    if (text_.capacity() > kKeptBytes) std::vector<uint8_t>().swap(text_);
+// The text with a space for every U+2581: itself where it has none, as nearly all texts, else a copy.
+std::string_view Encoder::with_spaces(std::string_view text) {
+    size_t found = text.find(kMetaspace);
+    if (found == std::string_view::npos) return text;
     text_.clear();
-    text_.reserve(length + 1);
-    if (prefixed) text_.push_back(' ');
-    for (size_t found; (found = rest.find(kMetaspace)) != std::string_view::npos;) {
-        text_.insert(text_.end(), rest.begin(), rest.begin() + found);
-        text_.push_back(' ');
-        rest.remove_prefix(found + kMetaspace.size());
+    for (; found != std::string_view::npos; found = text.find(kMetaspace)) {
+        text_.append(text.substr(0, found)).push_back(' ');
+        text.remove_prefix(found + kMetaspace.size());
     }
-    text_.insert(text_.end(), rest.begin(), rest.end());
+    return text_.append(text);
 }
 
-const uint8_t* Encoder::end_of_word(const uint8_t* at, const uint8_t* end) const {
-    uint32_t left = next_code_point(at, end);
+// The end of a word whose last character so far is `left`, before `at`.
+const uint8_t* Encoder::end_of_word(uint32_t left, const uint8_t* at, const uint8_t* end) const {
     while (at < end) {
         const uint8_t* behind = at;
         const uint32_t right = next_code_point(behind, end);
@@ -78,22 +72,32 @@ Id* Encoder::append_word(const uint8_t* at, size_t length, Id* out) {
         slot->length = static_cast<uint8_t>(length);
         slot->count = static_cast<uint8_t>(ids_.size());
     }
-    out = std::transform(ids_.begin(), ids_.end(), out, [](uint32_t id) { return static_cast<Id>(id); });
-    if (ids_.capacity() * sizeof ids_[0] > kKeptBytes) std::vector<uint32_t>().swap(ids_);
-    return out;
+    return std::transform(ids_.begin(), ids_.end(), out, [](uint32_t id) { return static_cast<Id>(id); });
 }
 
 template <class Id>
-size_t Encoder::encode(const char* text, size_t length, Id* out) {
-    prepare(text, length);
-    const uint8_t* at = text_.data();
-    const uint8_t* const end = at + text_.size();
+size_t Encoder::encode(const char* bytes, size_t length, Id* out) {
+    if (length == 0) return 0;
+    const std::string_view text = with_spaces(std::string_view(bytes, length));
+    const uint8_t* at = reinterpret_cast<const uint8_t*>(text.data());
+    const uint8_t* const end = at + text.size();
     Id* const first = out;
+    if (prefix_ == Prefix::kAlways || (prefix_ == Prefix::kUnlessSpace && *at != ' ')) {
+        const uint8_t* const behind = end_of_word(' ', at, end);
+        first_word_.assign(1, ' ');
+        first_word_.insert(first_word_.end(), at, behind);
+        out = append_word(first_word_.data(), first_word_.size(), out);
+        at = behind;
+    }
     while (at < end) {
         const uint8_t* const word = at;
-        at = end_of_word(at, end);
+        const uint32_t character = next_code_point(at, end);
+        at = end_of_word(character, at, end);
         out = append_word(word, static_cast<size_t>(at - word), out);
     }
+    trim(text_);
+    trim(first_word_);
+    trim(ids_);
     return static_cast<size_t>(out - first);
 }
 

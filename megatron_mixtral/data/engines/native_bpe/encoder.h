@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "merger.h"
@@ -25,7 +27,7 @@ public:
     // Writes the ids of a text (UTF-8, fewer than 2^31 bytes) to `out`; returns their number. `Id` is uint16_t, for
     // vocabularies of at most 65,536, or int32_t. What lies behind the ids in `out` up to `capacity` is overwritten.
     template <class Id>
-    size_t encode(const char* text, size_t length, Id* out);
+    size_t encode(const char* bytes, size_t length, Id* out);
 
     const Vocabulary& vocabulary() const { return vocabulary_; }
 
@@ -44,8 +46,8 @@ private:
         uint8_t count;   // of the ids
     };
 
-    void prepare(const char* text, size_t length);
-    const uint8_t* end_of_word(const uint8_t* at, const uint8_t* end) const;
+    std::string_view with_spaces(std::string_view text);
+    const uint8_t* end_of_word(uint32_t left, const uint8_t* at, const uint8_t* end) const;
     Slot& slot_of(const Word& word, size_t length);
     template <class Id>
     Id* append_word(const uint8_t* word, size_t length, Id* out);
@@ -53,9 +55,10 @@ private:
     Vocabulary vocabulary_;
     Merger merger_;
     Prefix prefix_;
-    std::vector<Slot> cache_;    // 4 MiB; a word takes the place of the one before it in its slot
-    std::vector<uint8_t> text_;  // the document as it is encoded
-    std::vector<uint32_t> ids_;  // of a word that was not in the cache
+    std::vector<Slot> cache_;          // 4 MiB; a word takes the place of the one before it in its slot
+    std::string text_;                 // a document that had to be copied
+    std::vector<uint8_t> first_word_;  // of a document, with the prefix
+    std::vector<uint32_t> ids_;        // of a word that was not in the cache
 };
 
 }  // namespace bpe

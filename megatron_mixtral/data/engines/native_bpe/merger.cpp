@@ -3,19 +3,13 @@
 #include <algorithm>
 #include <functional>
 
+#include "trim.h"
 #include "utf8.h"
 
 namespace bpe {
 namespace {
 
 constexpr uint32_t kNone = ~uint32_t{0};
-constexpr size_t kKeptSymbols = size_t{1} << 20;  // memory that is kept for the next word
-
-// Gives back the memory of an unusually long word.
-template <class T>
-void trim(std::vector<T>& vector) {
-    if (vector.capacity() > kKeptSymbols) std::vector<T>().swap(vector);
-}
 
 }  // namespace
 
@@ -25,7 +19,10 @@ void Merger::encode(const uint8_t* word, size_t length, std::vector<uint32_t>& i
     while (word < end) {
         const uint32_t code_point = next_code_point(word, end);
         const Symbol symbol = vocabulary_.character(code_point);
-        if (symbol == kNoSymbol) return vocabulary_.append_bytes(code_point, ids);  // the only character, see above
+        if (symbol == kNoSymbol) {  // then it is the only character
+            vocabulary_.append_bytes(code_point, ids);
+            return;
+        }
         symbols_.push_back(symbol);
     }
     if (symbols_.size() <= kShort) {

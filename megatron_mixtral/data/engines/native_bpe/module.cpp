@@ -47,6 +47,8 @@ PyObject* guarded(Body body) {
         PyErr_NoMemory();
     } catch (const std::length_error&) {
         PyErr_NoMemory();
+    } catch (const std::overflow_error& error) {
+        PyErr_SetString(PyExc_OverflowError, error.what());
     } catch (const std::invalid_argument& error) {
         PyErr_SetString(PyExc_ValueError, error.what());
     } catch (const std::exception& error) {
@@ -108,7 +110,7 @@ std::vector<Text> utf8_of(PyObject* tuple) {
         Py_ssize_t length;
         const char* const bytes = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(tuple, i), &length);
         if (!bytes) throw PythonError{};
-        if (length > kLongestText) throw std::invalid_argument("a text has 2^31 bytes or more");
+        if (length > kLongestText) throw std::overflow_error("a text has 2^31 bytes or more");
         texts.push_back(Text{bytes, static_cast<size_t>(length)});
     }
     return texts;
