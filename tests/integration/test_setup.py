@@ -54,6 +54,8 @@ class Box:
         for name in ("setup.py", "pyproject.toml", "constraints.txt", "examples/environment.sh",
                      "megatron_mixtral/__init__.py"):
             shutil.copy(ROOT / name, self.tree / name)
+        sources = "megatron_mixtral/data/engines/native_bpe"
+        shutil.copytree(ROOT / sources, self.tree / sources)
         for tool in TOOLS:
             found = shutil.which(tool)
             assert found, f"{tool} is not on PATH"
@@ -118,7 +120,7 @@ def test_an_interrupted_installation_is_started_again(box):
     assert [line.split()[0] for line in box.calls.read_text().splitlines()] == ["venv", "pip"] * 2
 
 
-def test_changed_pins_update_the_environment_and_a_moved_tree_makes_a_new_one(box):
+def test_changed_pins_or_sources_update_the_environment_and_a_moved_tree_makes_a_new_one(box):
     box.put("uv", UV)
     assert box.source().returncode == 0
     constraints = box.tree / "constraints.txt"
@@ -128,6 +130,9 @@ def test_changed_pins_update_the_environment_and_a_moved_tree_makes_a_new_one(bo
     pyproject = box.tree / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace("line-length = 120", "line-length = 121"))
     assert box.source().stderr == ""  # settings of tools install nothing
+    with open(box.tree / "megatron_mixtral/data/engines/native_bpe/encoder.cpp", "a") as source:
+        source.write("// changed\n")
+    assert "up to date" in box.source().stderr  # the extension is built again
     box.tree = box.tree.rename(box.tree.with_name("moved"))
     assert "this happens once" in box.source().stderr
 
