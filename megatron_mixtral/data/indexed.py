@@ -10,13 +10,17 @@ endian:
     int64     position of each sequence in the .bin, in bytes
     int64     first sequence of each document, then the number of sequences
 
-Here each document is one sequence. Lengths pass through a file, so memory does not grow with the corpus. Everything is
-written under temporary names, flushed to disk, and renamed only when whole.
+A document is one sequence, or several where it is split into sentences. Lengths pass through files, so memory does not
+grow with the corpus. Everything is written under temporary names, flushed to disk, and renamed only when whole; what a
+killed run wrote can be taken up again (`whole_parts`).
 """
 
 import os
 import shutil
 import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,84 +33,139 @@ DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 BLOCK = 1 << 20  # sequences per block of the index
 
 
+@dataclass(frozen=True)
+class PartSize:
+    """What a part adds to a dataset: ids, sequences, documents, and the CRC-32 of the ids."""
+
+    tokens: int
+    sequences: int
+    documents: int
+    checksum: int
+
+
 class IndexedWriter:
     """Collects documents in `scratch` and publishes `{prefix}.bin` and `{prefix}.idx`.
 
     `scratch` is an existing directory on the file system of the prefix; its files are the writer's until `publish`.
+    With `splits` a document may have several sequences.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype, scratch: str | Path) -> None:
+    def __init__(
+        self, prefix: str | Path, dtype: np.dtype, scratch: str | Path, splits: bool = False,
+        kept: Sequence[PartSize] = (),
+    ) -> None:  # fmt: skip
+        """`kept` are the parts that the files in `scratch` begin with (`whole_parts`); the rest of them is cut off."""
         self.dtype = np.dtype(dtype)
         self.code = DTYPE_CODES[self.dtype]
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        stem = Path(scratch) / self.bin_path.stem
-        self._bin_tmp, self._idx_tmp, self._lengths_tmp = (
-            stem.with_name(stem.name + end) for end in (".bin.tmp", ".idx.tmp", ".lengths.tmp")
-        )
-        self._bin: BinaryIO = open(self._bin_tmp, "wb")
-        self._lengths: BinaryIO = open(self._lengths_tmp, "wb")
-        self.documents = 0
-        self.tokens = 0
+        self._tmp = _Temporaries.of(prefix, scratch)
+        self.tokens = sum(part.tokens for part in kept)
+        self.sequences = sum(part.sequences for part in kept)
+        self.documents = sum(part.documents for part in kept)
+        self._bin = _open_at(self._tmp.bin, self.tokens * self.dtype.itemsize)
+        self._lengths = _open_at(self._tmp.lengths, 4 * self.sequences)
+        self._splits = _open_at(self._tmp.splits, 4 * self.documents) if splits else None
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: ids of `self.dtype` (total,), lengths int32 (documents,) with sum total, none of them 0."""
+    def add(self, ids: np.ndarray, lengths: np.ndarray, splits: np.ndarray | None = None) -> None:
+        """Append documents: ids of `self.dtype` (total,), lengths int32 (sequences,) with sum total, none of them 0,
+        and, where documents have several sequences, int32 (documents,) with sum sequences.
+        """
         assert ids.dtype == self.dtype and lengths.dtype == np.int32, "ids and lengths must have the dtypes of the file"
         assert int(lengths.sum(dtype=np.int64)) == ids.size, "the lengths must add up to the ids"
         self._bin.write(ids.tobytes())
-        self._lengths.write(lengths.tobytes())
-        self.documents += lengths.size
         self.tokens += ids.size
+        self.add_lengths(lengths, splits)
 
-    def add_part(self, ids_path: str | Path, lengths_path: str | Path) -> None:
-        """Append the documents of two files of raw ids (`self.dtype`) and raw lengths (int32); the ids are not read."""
+    def add_part(
+        self, ids_path: str | Path, lengths_path: str | Path, splits_path: str | Path | None = None
+    ) -> None:
+        """Append the documents of files of raw ids (`self.dtype`), raw lengths (int32) and, where
+        documents have several sequences, raw counts of these (int32). The ids are not read.
+        """
         lengths = np.fromfile(lengths_path, dtype="<i4")
         tokens = int(lengths.sum(dtype=np.int64))
         found = os.path.getsize(ids_path)
         if found != tokens * self.dtype.itemsize:
             raise DataError(f"{ids_path} has {found} bytes; its {tokens} ids need {tokens * self.dtype.itemsize}.")
+        self.add_ids(ids_path, tokens)
+        self.add_lengths(lengths, np.fromfile(splits_path, dtype="<i4") if splits_path else None)
+
+    def add_ids(self, ids_path: str | Path, tokens: int) -> None:
+        """Append `tokens` ids of a file, whose lengths the caller adds too (`add_lengths`)."""
         with open(ids_path, "rb") as part:
-            append_file(part, self._bin, found)
-        self._lengths.write(lengths.tobytes())
-        self.documents += lengths.size
+            append_file(part, self._bin, tokens * self.dtype.itemsize)
         self.tokens += tokens
 
-    def finish(self) -> None:
+    def add_lengths(self, lengths: np.ndarray, splits: np.ndarray | None) -> None:
+        """Append lengths int32 (sequences,), and int32 (documents,) where documents have several sequences."""
+        self._lengths.write(lengths.tobytes())
+        self.sequences += lengths.size
+        if self._splits is None:
+            assert splits is None, "each document is one sequence here"
+            self.documents += lengths.size
+            return
+        assert splits is not None and int(splits.sum(dtype=np.int64)) == lengths.size, "splits must add up to sequences"
+        self._splits.write(splits.tobytes())
+        self.documents += splits.size
+
+    def flush(self) -> None:
+        """Hand everything added so far to the system, so that it survives the end of this process."""
+        for stream in (self._bin, self._lengths, self._splits):
+            if stream is not None:
+                stream.flush()
+
+    def finish(self, may_be_empty: bool = False) -> None:
         """Write the index and flush both files to disk, still under their temporary names.
 
         Raises `DataError` when there is no token (the engine cannot open such a dataset) or the sizes do not fit.
         """
-        if self.tokens == 0:
+        if self.tokens == 0 and not may_be_empty:
             raise DataError(f"No document with text came out for {self.bin_path}: nothing is written.")
         _flush(self._bin)
-        _flush(self._lengths)
-        found, wanted = os.path.getsize(self._bin_tmp), self.tokens * self.dtype.itemsize
+        self._lengths.flush()
+        found, wanted = os.path.getsize(self._tmp.bin), self.tokens * self.dtype.itemsize
         if found != wanted:
             raise DataError(f"{self.bin_path} has {found} bytes; {self.tokens} ids need {wanted}. Is the disk full?")
-        with open(self._idx_tmp, "wb") as index:
-            index.write(HEADER + struct.pack("<QBQQ", 1, self.code, self.documents, self.documents + 1))
-            with open(self._lengths_tmp, "rb") as lengths:
+        with open(self._tmp.idx, "wb") as index:
+            index.write(HEADER + struct.pack("<QBQQ", 1, self.code, self.sequences, self.documents + 1))
+            with open(self._tmp.lengths, "rb") as lengths:
                 shutil.copyfileobj(lengths, index, 1 << 20)
                 self._write_pointers(lengths, index)
-            for start in range(0, self.documents + 1, BLOCK):
-                index.write(np.arange(start, min(start + BLOCK, self.documents + 1), dtype="<i8").tobytes())
+            self._write_documents(index)
             index.flush()
             os.fsync(index.fileno())
+
+    def _write_documents(self, index: BinaryIO) -> None:
+        """The first sequence of each document, and the number of sequences."""
+        if self._splits is None:
+            for start in range(0, self.documents + 1, BLOCK):
+                index.write(np.arange(start, min(start + BLOCK, self.documents + 1), dtype="<i8").tobytes())
+            return
+        self._splits.flush()
+        first = 0
+        index.write(struct.pack("<q", first))
+        with open(self._tmp.splits, "rb") as splits:
+            for block in _int32_blocks(splits):
+                ends = np.cumsum(block, dtype=np.int64) + first
+                index.write(ends.astype("<i8").tobytes())
+                first = int(ends[-1])
 
     def _write_pointers(self, lengths: BinaryIO, index: BinaryIO) -> None:
         """The byte position of each sequence: the sum of the lengths before it, times the size of an id."""
         position = 0
         lengths.seek(0)
-        while block := lengths.read(4 * BLOCK):
-            ends = np.cumsum(np.frombuffer(block, dtype="<i4"), dtype=np.int64) * self.dtype.itemsize + position
+        for block in _int32_blocks(lengths):
+            ends = np.cumsum(block, dtype=np.int64) * self.dtype.itemsize + position
             index.write(np.concatenate(([position], ends[:-1])).astype("<i8").tobytes())
             position = int(ends[-1])
 
     def publish(self) -> None:
         """Give both files their final names. An older pair goes first, so that a mixed pair is never seen."""
         self.idx_path.unlink(missing_ok=True)
-        os.replace(self._bin_tmp, self.bin_path)
-        os.replace(self._idx_tmp, self.idx_path)
-        self._lengths_tmp.unlink()
+        os.replace(self._tmp.bin, self.bin_path)
+        os.replace(self._tmp.idx, self.idx_path)
+        self._tmp.lengths.unlink()
+        self._tmp.splits.unlink(missing_ok=True)
         directory = os.open(self.bin_path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -115,8 +174,63 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Close the files; without `publish` nothing is left but what lies in the scratch directory."""
-        self._bin.close()
-        self._lengths.close()
+        for stream in (self._bin, self._lengths, self._splits):
+            if stream is not None:
+                stream.close()
+
+
+@dataclass(frozen=True)
+class _Temporaries:
+    """The files of a writer in its scratch directory."""
+
+    bin: Path
+    idx: Path
+    lengths: Path
+    splits: Path
+
+    @classmethod
+    def of(cls, prefix: str | Path, scratch: str | Path) -> "_Temporaries":
+        name = Path(f"{prefix}.bin").stem
+        return cls(*(Path(scratch) / f"{name}.{end}.tmp" for end in ("bin", "idx", "lengths", "splits")))
+
+
+def whole_parts(
+    prefix: str | Path, dtype: np.dtype, scratch: str | Path, splits: bool, parts: Sequence[PartSize]
+) -> int:
+    """How many of `parts`, the first ones of a dataset, are whole in the files that a killed writer left."""
+    files = _Temporaries.of(prefix, scratch)
+    sizes = [path.stat().st_size if path.exists() else 0 for path in (files.bin, files.lengths, files.splits)]
+    if not sizes[0]:
+        return 0
+    with open(files.bin, "rb") as ids:
+        for number, part in enumerate(parts):
+            sizes[0] -= part.tokens * np.dtype(dtype).itemsize
+            sizes[1] -= 4 * part.sequences
+            sizes[2] -= 4 * part.documents if splits else 0
+            if min(sizes) < 0 or _checksum(ids, part.tokens * np.dtype(dtype).itemsize) != part.checksum:
+                return number
+    return len(parts)
+
+
+def _checksum(stream: BinaryIO, size: int) -> int:
+    checksum = 0
+    while size and (block := stream.read(min(size, 1 << 20))):
+        checksum = zlib.crc32(block, checksum)
+        size -= len(block)
+    return checksum
+
+
+def _open_at(path: Path, size: int) -> BinaryIO:
+    """A file for writing after its first `size` bytes."""
+    stream = open(path, "r+b" if size else "wb")
+    stream.truncate(size)
+    stream.seek(size)
+    return stream
+
+
+def _int32_blocks(stream: BinaryIO) -> Iterator[np.ndarray]:
+    while block := stream.read(4 * BLOCK):
+        yield np.frombuffer(block, dtype="<i4")
 
 
 def append_file(source: BinaryIO, target: BinaryIO, size: int) -> None:

@@ -1,54 +1,46 @@
-"""Preprocessing: JSON lines to the `.bin/.idx` pairs that the engine trains on.
+"""Preprocessing: text to the `.bin/.idx` pairs that the engine trains on.
 
     inputs -> chunks -> workers: read, parse, encode, write parts -> parent: parts in order -> {prefix}_{key}_document
 
 `preprocess()` is the function, `main()` the command behind `tools/preprocess_data.py`. The output is the same, byte for
-byte, for any number of workers. Files get their final names after everything is encoded, counted and on disk; whatever
-ends a run earlier (an error, Ctrl-C, kill -9) leaves nothing under these names.
+byte, for any number of workers, and for a run that was killed and taken up again. Files get their final names after
+everything is encoded, counted and on disk; whatever ends a run earlier (an error, Ctrl-C, kill -9) leaves nothing under
+these names, and keeps the finished parts in a hidden folder for the next run.
 """
 
 import fcntl
 import itertools
 import logging
-import os
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_mixtral.data.encoding import DocumentEncoder, special_tokens, token_dtype
+from megatron_mixtral.data.assemble import Assembly, output_prefix
+from megatron_mixtral.data.encoding import DocumentEncoder, special_tokens
+from megatron_mixtral.data.engines.base import SpecialTokens, token_dtype
 from megatron_mixtral.data.engines.choose import EngineChoice, choose_engine
-from megatron_mixtral.data.indexed import IndexedWriter
+from megatron_mixtral.data.inputs import REPORT_SUFFIX, Chunk, InputFiles, cut_chunks, list_inputs, take_shard
+from megatron_mixtral.data.parts import FinishedParts
+from megatron_mixtral.data.pool import run_chunks
 from megatron_mixtral.data.preprocess_flags import Options, parse_flags
-from megatron_mixtral.data.readers import (
-    REPORT_SUFFIX,
-    BadRecord,
-    Chunk,
-    InputFiles,
-    LineCounts,
-    cut_chunks,
-    list_inputs,
-    parse_record,
-    read_lines,
-)
+from megatron_mixtral.data.readers import LineCounts, read_records
+from megatron_mixtral.data.records import BadRecord
 from megatron_mixtral.data.report import Account, Progress, versions, write_json
+from megatron_mixtral.data.sentences import open_splitter
 from megatron_mixtral.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_mixtral.data.workers import ChunkResult, Job, part_paths, run_chunks
+from megatron_mixtral.data.workers import Job
 from megatron_mixtral.errors import ConfigError, MixtralError
 
 logger = logging.getLogger(__name__)
 
 PROOF_LINES, PROOF_CHARACTERS = 200, 200_000  # of the corpus; the published tokenizers need up to 0.2 s for these
-
-
-def output_prefix(prefix: str, key: str) -> str:
-    """Where the documents of one key go: `{prefix}_{key}_document`, to which `.bin` and `.idx` are added."""
-    return f"{prefix}_{key}_document"
 
 
 def preprocess(options: Options) -> dict[str, Any]:
@@ -61,8 +53,13 @@ def preprocess(options: Options) -> dict[str, Any]:
     """
     tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_path)
     specials = special_tokens(tokenizer, options.prepend_bod, options.append_eod)
+    if options.sentences:
+        open_splitter(options.sentences)  # refuse before anything is read
     inputs = list_inputs(options.inputs)
-    total = sum(file.size for file in inputs.files)
+    chunks = cut_chunks(inputs.files, options.chunk_bytes)
+    if options.num_shards > 1:
+        chunks = take_shard(chunks, options.shard_index, options.num_shards)
+    total = sum(chunk.size for chunk in chunks)
     logger.info(
         "%d files, %.1f MB; tokenizer %s (%d ids, sha256 %s...)",
         len(inputs.files), total / 1e6, tokenizer.path, tokenizer.vocab_size, tokenizer.sha256[:12],
@@ -70,86 +67,67 @@ def preprocess(options: Options) -> dict[str, Any]:
     if inputs.ignored:
         shown = ", ".join(inputs.ignored[:3])
         logger.warning("%d files are not read because of their names: %s ...", len(inputs.ignored), shown)
-    # Small inputs are cut finer, so that every worker gets something; where the cuts lie does not show in the output.
-    chunk_bytes = max(min(options.chunk_bytes, total // (4 * options.workers)), min(options.chunk_bytes, 1 << 16))
-    chunks = cut_chunks(inputs.files, chunk_bytes)
     choice = choose_engine(options.tokenizer_engine, tokenizer, first_texts(chunks, options.keys))
     logger.info("encoding with %s %s: %s", choice.engine.name, choice.engine.version, choice.reason)
-    encoder = DocumentEncoder(tokenizer, specials, choice.engine, options.allow_special_in_text)
-    with scratch_directory(options.output_prefix) as scratch, ExitStack() as stack:
-        job = Job(encoder, options.keys, str(scratch), options.on_error == "skip")
-        writers = {
-            key: IndexedWriter(output_prefix(options.output_prefix, key), encoder.dtype, scratch)
-            for key in options.keys
-        }
-        for writer in writers.values():
-            stack.callback(writer.close)
+    added = SpecialTokens(None, None) if options.sentences else specials
+    encoder = DocumentEncoder(tokenizer, added, choice.engine, options.allow_special_in_text)
+    prefix = options.shard_prefix
+    with (
+        scratch_directory(prefix) as scratch,
+        closing(FinishedParts(scratch, made_with(options, tokenizer, choice))) as parts,
+    ):
+        job = Job(encoder, specials, options.keys, str(scratch), options.on_error == "skip", options.sentences)
         progress = Progress(total, options.log_interval)
-        # Closed at once on any error: the workers must be gone before the scratch directory goes.
-        with closing(run_chunks(chunks, job, options.workers)) as results:
-            account = collect(chunks, results, job, writers, progress)
-        account.check(inputs, {key: (writer.documents, writer.tokens) for key, writer in writers.items()})
-        for writer in writers.values():
-            writer.finish()
-        report_path = Path(options.output_prefix + REPORT_SUFFIX)
-        report_path.unlink(missing_ok=True)
-        for writer in writers.values():
-            writer.publish()
-        report = make_report(options, tokenizer, choice, inputs, account, progress)
+        with closing(Assembly(chunks, job, prefix, encoder.dtype, parts, progress)) as assembly:
+            # Closed at once on any error: the workers must be gone before their files go.
+            with closing(run_chunks(assembly.unfinished, job, options.workers)) as results:
+                assembly.collect(results)
+            assembly.finish(may_be_empty=options.num_shards > 1)
+            report_path = Path(prefix + REPORT_SUFFIX)
+            report_path.unlink(missing_ok=True)
+            assembly.publish()
+        report = make_report(options, tokenizer, choice, inputs, assembly, progress)
         write_json(report_path, report)
-    logger.info("done: %s", progress.line(account))
-    for writer in writers.values():
-        logger.info("wrote %s and .idx: %d documents, %d tokens", writer.bin_path, writer.documents, writer.tokens)
-    _log_left_out(account, report_path)
+    logger.info("done: %s", progress.line(assembly.account))
+    for key, counts in report["keys"].items():
+        logger.info("wrote %s.bin and .idx: %d documents, %d tokens",
+                    output_prefix(prefix, key, options.sentences), counts["documents"], counts["tokens"])  # fmt: skip
+    _log_left_out(assembly.account, report_path)
     return report
 
 
 def first_texts(chunks: Sequence[Chunk], keys: Sequence[str]) -> list[str]:
     """Texts from the beginning of the corpus, on which the engine of encoding is proved. Bad lines are passed over."""
     texts: list[str] = []
-    lines = itertools.chain.from_iterable(read_lines(chunk, LineCounts()) for chunk in chunks)
-    for line in itertools.islice(lines, PROOF_LINES):
-        try:
-            texts.extend(text[:PROOF_CHARACTERS] for text in parse_record(line, keys))
-        except BadRecord:
+    records = itertools.chain.from_iterable(read_records(chunk, keys, LineCounts()) for chunk in chunks)
+    for record in itertools.islice(records, PROOF_LINES):
+        if isinstance(record, BadRecord):
             continue  # the workers will come to it, with its place in the file
+        texts.extend(text[:PROOF_CHARACTERS] for text in record)
         if sum(map(len, texts)) >= PROOF_CHARACTERS:
             break
     return texts
 
 
-def collect(
-    chunks: Sequence[Chunk],
-    results: Iterator[ChunkResult],
-    job: Job,
-    writers: Mapping[str, IndexedWriter],
-    progress: Progress,
-) -> Account:
-    """Append the part files to the writers in the order of the chunks, whatever the order in which workers end.
-
-    Raises `DataError` at the first bad line of the corpus, which therefore does not depend on the number of workers.
-    """
-    account = Account(job.keys)
-    early: dict[int, ChunkResult] = {}
-    expected = 0
-    for result in results:
-        early[result.index] = result
-        while expected in early:
-            account.add(chunks[expected], early.pop(expected))
-            for number, key in enumerate(job.keys):
-                paths = part_paths(job.scratch, expected, number)
-                writers[key].add_part(*paths)
-                for path in paths:
-                    os.unlink(path)
-            progress.update(account, chunks[expected])
-            expected += 1
-    assert expected == len(chunks) and not early, "every chunk must be collected exactly once"
-    return account
+def made_with(options: Options, tokenizer: Tokenizer, choice: EngineChoice) -> dict[str, Any]:
+    """Everything besides its input that decides what a part holds: parts of a run with another are not taken up."""
+    return {
+        "format": 1,
+        "tokenizer": f"{tokenizer.name} {tokenizer.sha256}",
+        "--tokenizer-engine": f"{choice.engine.name} {choice.engine.version}",
+        "--allow-special-in-text": options.allow_special_in_text,
+        "--json-keys": list(options.keys),
+        "--append-eod": options.append_eod,
+        "--prepend-bod": options.prepend_bod,
+        "--split-sentences": options.sentences and asdict(options.sentences),
+        "versions": versions(),
+    }
 
 
 @contextmanager
 def scratch_directory(prefix: str) -> Iterator[Path]:
-    """A hidden directory beside the output, emptied of what a killed run left, locked, and removed at the end.
+    """A hidden directory beside the output, locked. It is removed at the end, but for a run that ended early and has
+    finished parts: the next run of this prefix takes these up.
 
     Raises `ConfigError` when another run is writing to the same prefix, or the place cannot be written.
     """
@@ -167,13 +145,17 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
             raise ConfigError(f"--output-prefix {prefix}: another run is writing there at this moment.") from error
         except OSError as error:  # a file system without locks: go on without this protection
             logger.warning("%s cannot be locked (%s): make sure that no other run uses this prefix", path, error)
-        for left in path.iterdir():
-            if left.name != "lock":
-                left.unlink()
         try:
             yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        except BaseException:
+            if any(path.glob("part-*.ids")) or any(path.glob("*.bin.tmp")):
+                logger.warning(
+                    "%s keeps what is finished: the same command goes on from there; without it, begin anew", path
+                )
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def make_report(
@@ -181,14 +163,15 @@ def make_report(
     tokenizer: Tokenizer,
     choice: EngineChoice,
     inputs: InputFiles,
-    account: Account,
+    assembly: Assembly,
     progress: Progress,
 ) -> dict[str, Any]:
     """Everything needed to know what is in the output: counts, inputs in order, tokenizer, flags, versions."""
     dtype = token_dtype(tokenizer.vocab_size)
+    account = assembly.account
     report = account.as_dict()
     for key, counts in report["keys"].items():
-        counts["output"] = output_prefix(options.output_prefix, key)
+        counts["output"] = output_prefix(options.shard_prefix, key, options.sentences)
         counts["dtype"] = dtype.name
         counts["bin_bytes"] = counts["tokens"] * dtype.itemsize
     return {
@@ -197,6 +180,9 @@ def make_report(
         "workers": options.workers,
         "append_eod": options.append_eod,
         "prepend_bod": options.prepend_bod,
+        "split_sentences": options.sentences and asdict(options.sentences),
+        "shard": {"index": options.shard_index, "count": options.num_shards} if options.num_shards > 1 else None,
+        "pieces": {"all": assembly.pieces, "from_an_earlier_run": assembly.taken_up},
         "on_error": options.on_error,
         "tokenizer": {
             "name": tokenizer.name,
@@ -209,7 +195,7 @@ def make_report(
             **choice.as_dict(),
         },
         "inputs": [
-            {"path": file.path, "bytes": file.size, "lines": account.lines_per_file.get(index, 0)}
+            {"path": file.path, "bytes": file.size, "lines": account.lines_of(index)}
             for index, file in enumerate(inputs.files)
         ],
         "ignored_files": list(inputs.ignored),
@@ -238,7 +224,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         logger.error("error: %s", error)
         return 1
     except KeyboardInterrupt:
-        logger.error("interrupted: this run leaves nothing under the output's name")
+        logger.error("interrupted: nothing is left under the output's name")
         return 130
     finally:
         if in_main_thread:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mixtral.data.engines.choose import ENGINES
+from megatron_mixtral.data.sentences import SentenceRule
 from megatron_mixtral.data.tokenizer import TOKENIZER_TYPES, mixtral_tokenizer_path
 from megatron_mixtral.errors import ConfigError
 
@@ -37,6 +38,16 @@ class Options:
     on_error: str = "stop"
     log_interval: int = 1000
     chunk_bytes: int = 4 << 20
+    sentences: SentenceRule | None = None
+    num_shards: int = 1
+    shard_index: int = 0
+
+    @property
+    def shard_prefix(self) -> str:
+        """The output prefix, with the number of the shard where there is more than one."""
+        if self.num_shards == 1:
+            return self.output_prefix
+        return f"{self.output_prefix}-{self.shard_index:05d}-of-{self.num_shards:05d}"
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for values that cannot work."""
@@ -49,6 +60,10 @@ class Options:
                 raise ConfigError(f"--json-keys {key!r} cannot be part of a file name ({{prefix}}_{{key}}_document).")
         if self.workers < 1 or self.log_interval < 1 or self.chunk_bytes < 1:
             raise ConfigError("--workers and --log-interval must be at least 1.")
+        if not 0 <= self.shard_index < self.num_shards:
+            raise ConfigError(
+                f"--shard-index {self.shard_index} must be from 0 to {self.num_shards - 1} (--num-shards - 1)."
+            )
         if self.on_error not in ("stop", "skip"):
             raise ConfigError(f"--on-error {self.on_error} is neither stop nor skip.")
 
@@ -91,10 +106,17 @@ def make_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--workers", type=int, default=default_workers(), help="processes (default here: %(default)s)")
     run.add_argument("--log-interval", type=int, default=1000, metavar="N", help="progress every N documents")
+    run.add_argument("--num-shards", type=int, default=1, metavar="N",
+                     help="split the corpus over N runs; tools/merge_datasets.py joins what they write")  # fmt: skip
+    run.add_argument("--shard-index", type=int, default=0, metavar="I", help="which of them this is: 0 to N - 1")
+    sentences = parser.add_argument_group("sentences")
+    sentences.add_argument("--split-sentences", action="store_true",
+                           help="each sentence is a sequence of its document (nltk's Punkt)")  # fmt: skip
+    sentences.add_argument("--keep-newlines", action="store_true",
+                           help="with --split-sentences: white space after a sentence stays with it")  # fmt: skip
+    sentences.add_argument("--lang", default="english", help="Punkt's language (default: %(default)s)")
     later = parser.add_argument_group("known, but not implemented: refused")
     later.add_argument("--handler-name", default="none", metavar="NAME", help="instruction data")
-    later.add_argument("--split-sentences", action="store_true", help=argparse.SUPPRESS)
-    later.add_argument("--keep-newlines", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -112,8 +134,6 @@ def parse_flags(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Optio
             f"--handler-name {flags.handler_name}: instruction data is not supported yet. Without this flag the texts "
             f"of --json-keys are tokenized for pretraining."
         )
-    if flags.split_sentences or flags.keep_newlines:
-        raise ConfigError("--split-sentences and --keep-newlines are not supported yet: a document is one sequence.")
     if flags.tokenizer_type not in TOKENIZER_TYPES:
         raise ConfigError(f"--tokenizer-type {flags.tokenizer_type} is not one of: {', '.join(TOKENIZER_TYPES)}.")
     return Options(
@@ -129,6 +149,9 @@ def parse_flags(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Optio
         workers=flags.workers,
         on_error=flags.on_error,
         log_interval=flags.log_interval,
+        sentences=SentenceRule(flags.lang, flags.keep_newlines) if flags.split_sentences else None,
+        num_shards=flags.num_shards,
+        shard_index=flags.shard_index,
     )
 
 

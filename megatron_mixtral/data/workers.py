@@ -1,27 +1,22 @@
-"""Processes that turn chunks of input into part files, and the parent's side of talking to them.
+"""What a worker does: a chunk of input becomes part files and an account of a few numbers.
 
-A task is a `Chunk`; its answer is a `ChunkResult` of a few numbers. Ids and lengths never travel between processes: a
-worker writes them to two raw files per key in the scratch directory, where `data/preprocess.py` picks them up in order.
-Workers are started fresh (spawn), so no thread or lock of the parent can be caught half-way in them.
+Ids and lengths never travel between processes: a worker writes them to raw files in the scratch directory, where
+`data/preprocess.py` picks them up in order. `pool.py` starts the processes.
 """
 
-import logging
-import multiprocessing
 import os
-import signal
-import traceback
-from collections.abc import Generator, Iterator, Sequence
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 
 import numpy as np
 
 from megatron_mixtral.data.encoding import DocumentEncoder
-from megatron_mixtral.data.readers import BadRecord, Chunk, LineCounts, parse_record, read_lines
-from megatron_mixtral.errors import DataError, MixtralError
-
-logger = logging.getLogger(__name__)
+from megatron_mixtral.data.engines.base import SpecialTokens
+from megatron_mixtral.data.inputs import Chunk
+from megatron_mixtral.data.readers import LineCounts, read_records
+from megatron_mixtral.data.records import BadRecord
+from megatron_mixtral.data.sentences import SentenceRule, open_splitter
 
 BATCH_CHARACTERS = 1 << 20  # text held before it is encoded and written
 BAD_LINES_KEPT = 50  # per chunk, for the report; the counts are always complete
@@ -29,22 +24,29 @@ BAD_LINES_KEPT = 50  # per chunk, for the report; the counts are always complete
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for every chunk of a run."""
+    """What is the same for every chunk of a run.
+
+    `sentences` is None where a document is one sequence, which the encoder frames; else the encoder is to add nothing,
+    and `specials` go around the documents.
+    """
 
     encoder: DocumentEncoder
+    specials: SpecialTokens
     keys: tuple[str, ...]
     scratch: str
     skip_bad_lines: bool
+    sentences: SentenceRule | None = None
 
 
 @dataclass
 class KeyCounts:
-    """One key of one chunk: documents written, empty texts dropped, ids written, UTF-8 bytes of the texts written.
+    """One key of one chunk: documents written, their sequences, empty texts dropped, ids, UTF-8 bytes of the texts.
 
     `control_documents` and `control_tokens`: see `encoding.ControlCounts`.
     """
 
     documents: int = 0
+    sequences: int = 0
     empty: int = 0
     tokens: int = 0
     text_bytes: int = 0
@@ -63,61 +65,86 @@ class BadLine:
 
 @dataclass
 class ChunkResult:
-    """The account of one chunk. `failed`: reading stopped at the (only) bad line, since bad lines are not skipped."""
+    """The account of one chunk. `checksums` are the CRC-32 of the ids, for each key. `failed`: reading stopped at the
+    (only) bad line, since bad lines are not skipped.
+    """
 
-    index: int
     counts: LineCounts = field(default_factory=LineCounts)
     keys: list[KeyCounts] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
     failed: bool = False
 
 
-def part_paths(scratch: str, chunk_index: int, key_index: int) -> tuple[str, str]:
-    """The files of a chunk's ids and lengths for one key."""
-    stem = os.path.join(scratch, f"part-{chunk_index:08d}-{key_index}")
-    return stem + ".ids", stem + ".lengths"
+@dataclass(frozen=True)
+class PartPaths:
+    """The files of a chunk for one key: ids, length of each sequence, and number of sequences of each document.
 
-
-def encode_chunk(chunk: Chunk, job: Job) -> ChunkResult:
-    """Read, encode and write one chunk. Memory is bounded by one batch of text and its ids, whatever the chunk's size.
-
-    Raises `DataError` when the file cannot be read or the tokenizer misbehaves; a bad line is in the result instead.
+    The last exists only where documents are split into sentences.
     """
-    result = ChunkResult(chunk.index, keys=[KeyCounts() for _ in job.keys])
-    parts = [
-        _PartWriter(part_paths(job.scratch, chunk.index, n), job.encoder, result.keys[n]) for n in range(len(job.keys))
-    ]
-    try:
-        for line in read_lines(chunk, result.counts):
-            try:
-                texts = parse_record(line, job.keys)
-            except BadRecord as error:
-                skipped = result.counts.skipped
-                skipped[error.reason] = skipped.get(error.reason, 0) + 1
-                if len(result.bad) < BAD_LINES_KEPT:
-                    result.bad.append(BadLine(result.counts.lines, error.reason, str(error)))
-                if not job.skip_bad_lines:
-                    result.failed = True
-                    return result
-                continue
-            for part, text in zip(parts, texts, strict=True):
-                part.add(text)
-        for part in parts:
-            part.write_batch()
-    finally:
-        for part in parts:
-            part.close()
-    return result
+
+    ids: str
+    lengths: str
+    splits: str
+
+    @classmethod
+    def of(cls, scratch: str, chunk_name: str, key_index: int) -> "PartPaths":
+        stem = os.path.join(scratch, f"{chunk_name}-{key_index}")
+        return cls(stem + ".ids", stem + ".lengths", stem + ".splits")
+
+
+class ChunkEncoder:
+    """Encodes chunk after chunk of one run."""
+
+    def __init__(self, job: Job) -> None:
+        """Raises `ConfigError` when the sentence splitter cannot be opened."""
+        self.job = job
+        self._split = open_splitter(job.sentences) if job.sentences else None
+
+    def encode(self, chunk: Chunk) -> ChunkResult:
+        """Read, encode and write one chunk. Memory is bounded by a batch of text and its ids, whatever its size.
+
+        Raises `DataError` when the file cannot be read or the tokenizer misbehaves; a bad line is in the result.
+        """
+        job = self.job
+        result = ChunkResult(keys=[KeyCounts() for _ in job.keys])
+        parts = [self._part(PartPaths.of(job.scratch, chunk.name, n), counts) for n, counts in enumerate(result.keys)]
+        try:
+            for record in read_records(chunk, job.keys, result.counts):
+                if isinstance(record, BadRecord):
+                    skipped = result.counts.skipped
+                    skipped[record.reason] = skipped.get(record.reason, 0) + 1
+                    if len(result.bad) < BAD_LINES_KEPT:
+                        result.bad.append(BadLine(result.counts.lines, record.reason, str(record)))
+                    if not job.skip_bad_lines:
+                        result.failed = True
+                        return result
+                    continue
+                for part, text in zip(parts, record, strict=True):
+                    part.add(text)
+            for part in parts:
+                part.write_batch()
+        finally:
+            for part in parts:
+                part.close()
+        result.checksums = [part.checksum for part in parts]
+        return result
+
+    def _part(self, paths: PartPaths, counts: KeyCounts) -> "_PartWriter":
+        if self._split is None:
+            return _PartWriter(paths, self.job.encoder, counts)
+        return _SentencePartWriter(paths, self.job.encoder, counts, self._split, self.job.specials)
 
 
 class _PartWriter:
     """Gathers the texts of one key and writes their ids and lengths batch by batch."""
 
-    def __init__(self, paths: tuple[str, str], encoder: DocumentEncoder, counts: KeyCounts) -> None:
-        self._ids, self._lengths = open(paths[0], "wb"), open(paths[1], "wb")
+    def __init__(self, paths: PartPaths, encoder: DocumentEncoder, counts: KeyCounts) -> None:
+        self._ids, self._lengths = open(paths.ids, "wb", buffering=0), open(paths.lengths, "wb", buffering=0)
         self._encoder, self._counts = encoder, counts
         self._texts: list[str] = []
         self._characters = 0
+        self.checksum = 0
 
     def add(self, text: str) -> None:
         if not text:
@@ -129,127 +156,98 @@ class _PartWriter:
             self.write_batch()
 
     def write_batch(self) -> None:
-        ids, lengths = self._encoder.encode_documents(self._texts)
-        controls = self._encoder.take_control_counts()
-        self._counts.control_documents += controls.documents
-        self._counts.control_tokens += controls.tokens
+        if not self._texts:
+            return
+        texts, self._texts, self._characters = self._texts, [], 0
+        ids, lengths = self._encode(texts, texts)
         kept = lengths[lengths > 0]
         self._counts.documents += kept.size
         self._counts.empty += lengths.size - kept.size
+        self._write(ids, kept)
+
+    def _encode(self, documents: list[str], pieces: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and lengths of all pieces of the documents."""
+        ids, lengths = self._encoder.encode_documents(pieces)
+        controls = self._encoder.take_control_counts()
+        self._counts.control_documents += controls.documents
+        self._counts.control_tokens += controls.tokens
+        # An ASCII text has as many bytes as characters; only others are encoded to be counted.
+        self._counts.text_bytes += sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in documents)
+        return ids, lengths
+
+    def _write(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        self._counts.sequences += lengths.size
         self._counts.tokens += ids.size
-        self._counts.text_bytes += sum(len(text.encode("utf-8")) for text in self._texts)
-        self._ids.write(np.ascontiguousarray(ids).data)
-        self._lengths.write(kept.astype("<i4").tobytes())
-        self._texts, self._characters = [], 0
+        data = np.ascontiguousarray(ids).data.cast("B") if ids.size else b""
+        self.checksum = zlib.crc32(data, self.checksum)
+        _write_all(self._ids, data)
+        _write_all(self._lengths, lengths.astype("<i4").tobytes())
 
     def close(self) -> None:
         self._ids.close()
         self._lengths.close()
 
 
-def run_chunks(chunks: Sequence[Chunk], job: Job, workers: int) -> Generator[ChunkResult, None, None]:
-    """The result of every chunk, in the order in which they end; in this process when `workers` is 1.
+class _SentencePartWriter(_PartWriter):
+    """The same for documents of several sentences, each a sequence. Sentences without ids are dropped."""
 
-    Raises:
-        DataError: what a worker raised, or a worker that died, at once and with the chunk it was at.
+    def __init__(
+        self, paths: PartPaths, encoder: DocumentEncoder, counts: KeyCounts, split: Callable[[str], list[str]],
+        specials: SpecialTokens,
+    ) -> None:  # fmt: skip
+        super().__init__(paths, encoder, counts)
+        self._splits = open(paths.splits, "wb", buffering=0)
+        self._split, self._specials = split, specials
+
+    def write_batch(self) -> None:
+        if not self._texts:
+            return
+        texts, self._texts, self._characters = self._texts, [], 0
+        sentences = [self._split(text) for text in texts]
+        ids, lengths = self._encode(texts, [one for of_document in sentences for one in of_document])
+        document_of = np.repeat(np.arange(len(texts)), [len(of_document) for of_document in sentences])[lengths > 0]
+        ids, lengths = frame_documents(ids, lengths[lengths > 0], document_of, self._specials)
+        splits = np.bincount(document_of, minlength=len(texts))
+        splits = splits[splits > 0]
+        self._counts.documents += splits.size
+        self._counts.empty += len(texts) - splits.size
+        self._write(ids, lengths)
+        _write_all(self._splits, splits.astype("<i4").tobytes())
+
+    def close(self) -> None:
+        super().close()
+        self._splits.close()
+
+
+def frame_documents(
+    ids: np.ndarray, lengths: np.ndarray, document_of: np.ndarray, specials: SpecialTokens
+) -> tuple[np.ndarray, np.ndarray]:
+    """BOS before the first sequence of each document and EOS after its last: new (ids, lengths).
+
+    `lengths` (sequences,), none of them 0, and `document_of` (sequences,), not decreasing, belong together.
     """
-    workers = min(workers, len(chunks))
-    if workers <= 1:
-        for chunk in chunks:
-            yield encode_chunk(chunk, job)
-        return
-    pool = _Pool()
-    try:
-        pool.start(job, workers)
-        yield from pool.run(chunks)
-    finally:
-        pool.stop()
+    changes = np.flatnonzero(np.diff(document_of))
+    firsts = np.concatenate(([0], changes + 1)) if document_of.size else changes
+    lasts = np.concatenate((changes, [document_of.size - 1])) if document_of.size else changes
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    lengths = lengths.copy()
+    places, values = [], []
+    if specials.eos_id is not None:
+        places.append(ends[lasts])
+        values.append(np.full(lasts.size, specials.eos_id))
+        lengths[lasts] += 1
+    if specials.bos_id is not None:
+        places.append(starts[firsts])
+        values.append(np.full(firsts.size, specials.bos_id))
+        lengths[firsts] += 1
+    if places:  # of two values at one place the EOS, given first, stays first
+        ids = np.insert(ids, np.concatenate(places), np.concatenate(values).astype(ids.dtype))
+    return ids, lengths
 
 
-class _Pool:
-    """Processes, each with a pipe; a process gets its next chunk when it has answered the last."""
-
-    def __init__(self) -> None:
-        self._processes: dict[Connection, BaseProcess] = {}
-        self._busy: dict[Connection, Chunk] = {}
-
-    def start(self, job: Job, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        for number in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, job), name=f"preprocess-{number}", daemon=True)
-            process.start()
-            theirs.close()
-            self._processes[ours] = process
-
-    def run(self, chunks: Sequence[Chunk]) -> Iterator[ChunkResult]:
-        waiting = iter(chunks)
-        for connection in self._processes:
-            self._hand_out(connection, next(waiting, None))
-        while self._busy:
-            for connection in wait(list(self._busy)):
-                result = self._receive(connection)
-                del self._busy[connection]
-                self._hand_out(connection, next(waiting, None))
-                yield result
-
-    def _hand_out(self, connection: Connection, chunk: Chunk | None) -> None:
-        if chunk is None:
-            return
-        self._busy[connection] = chunk
-        try:
-            connection.send(chunk)
-        except OSError as error:
-            raise self._death(connection) from error
-
-    def _receive(self, connection: Connection) -> ChunkResult:
-        # A pipe whose other end is gone counts as readable, so a worker that dies is noticed without a time limit.
-        try:
-            result = connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._death(connection) from error
-        if isinstance(result, str):
-            raise DataError(result)
-        return result
-
-    def _death(self, connection: Connection) -> DataError:
-        process, chunk = self._processes[connection], self._busy[connection]
-        process.join(5)
-        code = process.exitcode
-        cause = f"status {code}" if code is None or code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
-        return DataError(
-            f"A worker process died ({cause}) at bytes {chunk.start} to {chunk.end} of {chunk.file.path}. If the "
-            f"machine ran out of memory (SIGKILL), use fewer --workers."
-        )
-
-    def stop(self) -> None:
-        """End the workers; none outlives the run, whatever ended it."""
-        for process in self._processes.values():
-            process.terminate()
-        for connection, process in self._processes.items():
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            connection.close()
-
-
-def _serve(connection: Connection, job: Job) -> None:
-    """A worker's life: answer chunks until the parent is gone. An answer that is a string is an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    while True:
-        try:
-            chunk = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            answer: ChunkResult | str = encode_chunk(chunk, job)
-        except MixtralError as error:
-            answer = str(error)
-        except Exception:  # noqa: BLE001 - the parent must hear of anything, or it would wait for ever
-            answer = f"A worker failed at {chunk.file.path}:\n{traceback.format_exc()}"
-        try:
-            connection.send(answer)
-        except OSError:
-            return
+def _write_all(stream, data: bytes | memoryview) -> None:
+    """Write all of it; an unbuffered file may take less at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
