@@ -184,7 +184,7 @@ def children(pid):
         except OSError:
             continue
         # multiprocessing's resource tracker is a child too; workers are the ones that run our code.
-        if int(fields[1]) == pid and b"spawn_main" in (entry.parent / "cmdline").read_bytes():
+        if int(fields[1]) == pid and True:
             found.append(int(entry.parent.name))
     return found
 
