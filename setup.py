@@ -27,8 +27,12 @@ EXTRAS = {
     "te": ["transformer-engine[core_cu13,pytorch]>=2.8,<3"],
     # Weights & Biases for the engine's --wandb-project.
     "wandb": ["wandb>=0.20"],
-    # A faster encoder for vocabularies of byte-level BPE, which our own extension does not serve.
-    "fast": ["gigatoken>=0.10,<0.11"],
+    # Preprocessing: an encoder for vocabularies of byte-level BPE, which our own extension does not serve, and a parser.
+    "fast": ["gigatoken>=0.10,<0.11", "orjson>=3.10,<4"],
+    # Preprocessing of .zst and .parquet files.
+    "formats": ["zstandard>=0.22,<1", "pyarrow>=16"],
+    # Preprocessing with --split-sentences.
+    "sentences": ["nltk>=3.9,<4"],
     # The pictures of tools/plot_run.py.
     "plot": ["matplotlib>=3.9,<4"],
     # The tests, the linters, and what the quickstart shows: the published tokenizer and the loss curve.
@@ -40,6 +44,10 @@ EXTRAS = {
         "mistral-common>=1.8,<2",
         "matplotlib>=3.9,<4",
         "gigatoken>=0.10,<0.11",
+        "orjson>=3.10,<4",
+        "zstandard>=0.22,<1",
+        "pyarrow>=16",
+        "nltk>=3.9,<4",
     ],
 }
 

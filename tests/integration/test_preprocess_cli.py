@@ -160,14 +160,19 @@ def test_a_bad_line_ends_the_run_with_its_place(tmp_path, workers, line):
     flags = ["--input", path, "--output-prefix", tmp_path / "out" / "set", "--workers", workers]
     done = tool(*flags, "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod")
     assert done.returncode == 1 and f"error: {path}:212: " in done.stderr and "Traceback" not in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert visible(tmp_path / "out") == []
+
+
+def visible(folder):
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def start(tmp_path, workers=2):
     """A run that takes a while, and its process after the workers have begun to write."""
     path = write_jsonl(tmp_path / "x.jsonl", python_sources(600))
     command = [sys.executable, "tools/preprocess_data.py", "--input", path, "--output-prefix", tmp_path / "out" / "set",
-               "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod", "--workers", str(workers)]  # fmt: skip
+               "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod", "--workers", str(workers),
+               "--tokenizer-engine", "sentencepiece"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + TIME_LIMIT
     while not list((tmp_path / "out").glob(".set.preprocess/part-*")) and time.monotonic() < deadline:
@@ -183,8 +188,8 @@ def children(pid):
             fields = entry.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
-        # multiprocessing's resource tracker is a child too; workers are the ones that run our code.
-        if int(fields[1]) == pid and True:
+        # With the start method spawn, the resource tracker of multiprocessing is a child too.
+        if int(fields[1]) == pid and b"resource_tracker" not in (entry.parent / "cmdline").read_bytes():
             found.append(int(entry.parent.name))
     return found
 
@@ -198,7 +203,7 @@ def test_a_worker_that_dies_is_an_error_at_once(tmp_path):
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == 1 and "A worker process died (signal 9 (SIGKILL))" in errors
-    assert list((tmp_path / "out").iterdir()) == []
+    assert visible(tmp_path / "out") == []
 
 
 @needs_proc
@@ -209,8 +214,7 @@ def test_a_run_that_is_ended_leaves_nothing_under_the_final_name(tmp_path, how):
     process.send_signal(how)
     process.communicate(timeout=TIME_LIMIT)
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
-    visible = [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
-    assert visible == []
+    assert visible(tmp_path / "out") == []
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{helper}").exists() for helper in helpers) and time.monotonic() < deadline:
         time.sleep(0.05)
