@@ -27,7 +27,7 @@ EXTRAS = {
     "te": ["transformer-engine[core_cu13,pytorch]>=2.8,<3"],
     # Weights & Biases for the engine's --wandb-project.
     "wandb": ["wandb>=0.20"],
-    # Preprocessing: an encoder for vocabularies of byte-level BPE, which our own extension does not serve, and a parser.
+    # Preprocessing: an encoder for byte-level BPE, which our own extension does not serve, and a fast parser of JSON.
     "fast": ["gigatoken>=0.10,<0.11", "orjson>=3.10,<4"],
     # Preprocessing of .zst and .parquet files.
     "formats": ["zstandard>=0.22,<1", "pyarrow>=16"],
