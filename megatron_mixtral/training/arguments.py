@@ -64,11 +64,11 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     if load_hf and known.pretrained_checkpoint:
         raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")
     if has_checkpoint:
-        start = f"checkpoint {known.load}"
+        start = _start(known.load)
     elif load_hf:
         start = f"Hugging Face weights {flags.hf_checkpoint}"
     elif known.pretrained_checkpoint:
-        start = f"checkpoint {known.pretrained_checkpoint}"
+        start = _start(known.pretrained_checkpoint)
     else:
         start = "random weights"
     return Run(flags, config, layout, start, load_hf)
@@ -98,6 +98,14 @@ def _check_saving(flags: Flags, known: argparse.Namespace) -> None:
     if export is not None and (export < 1 or export % every):
         raise ConfigError(f"--export-hf-interval {export} is not a multiple of --save-interval {every}; an export is "
                           "made of a checkpoint that is saved at the same step")
+
+
+def _start(directory: str) -> str:
+    """What a run takes from a checkpoint directory: the engine loads converted weights without being told to."""
+    tracker = Path(directory) / TRACKER
+    if tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == "release":
+        return f"weights of {directory}, converted, without an optimizer: begins at step 0"
+    return f"checkpoint {directory}"
 
 
 _NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")

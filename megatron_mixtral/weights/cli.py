@@ -17,7 +17,7 @@ from megatron_mixtral.weights.plan import all_plans, check_complete, describe, h
 from megatron_mixtral.weights.staging import is_empty
 
 if TYPE_CHECKING:
-    from megatron_mixtral.weights.fragments import TensorSource
+    from megatron_mixtral.weights.fragments import TensorSink, TensorSource
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,14 @@ def util_parser() -> argparse.ArgumentParser:
     parser.add_argument(TARGET_FLAGS["vpp"], type=int, dest="vpp", default=1, help="model chunks of a pipeline rank")
     parser.add_argument(TARGET_FLAGS["first"], type=int, dest="first", help="layers of an uneven first stage")
     parser.add_argument(TARGET_FLAGS["last"], type=int, dest="last", help="layers of an uneven last stage")
-    parser.add_argument("--make-vocab-size-divisible-by", "--target-vocab-padding", type=int, default=1,
-                        help="pad the vocabulary with zero rows to a multiple of this x tensor parallel size")
+    parser.add_argument("--make-vocab-size-divisible-by", "--target-vocab-padding", type=int,
+                        help="pad the vocabulary with zero rows to a multiple of this (1) x tensor parallel size")
     _add_common(parser)
     parser.add_argument("--target-ckpt-format", choices=["torch", "torch_dist"], default="torch",
                         help="rank directories, for the layout given; or a distributed checkpoint, for any layout")
+    parser.add_argument("--no-load-optim", action="store_true",
+                        help="leave the optimizer and the counters of a run's distributed checkpoint behind; else a "
+                             "distributed checkpoint made of it takes them over")
     parser.add_argument("--overwrite", action="store_true", help="replace a --save-dir that is not empty")
     parser.add_argument("--max-queue-size", type=int, help="ignored: there is no queue")
     parser.add_argument("--megatron-path", help="ignored: megatron is not needed to convert")
@@ -80,15 +83,10 @@ def util(argv: Sequence[str] | None = None) -> str:
         template = args.save_dir if (args.save_dir / "config.json").exists() else None
         return _export(source, target, template, args, tokenizer, replace=True)
 
-    from megatron_mixtral.weights.dist_sink import DistSink
-    from megatron_mixtral.weights.rank_sink import RankDirSink
-
     layout = _layout(args, getattr(source, "layout", None)).validate(source.config, TARGET_FLAGS)
+    sink = _megatron_sink(source, layout, args)
     if args.dry_run:
         return _describe(source.config, layout, args)
-    kind = DistSink if args.target_ckpt_format == "torch_dist" else RankDirSink
-    sink = kind(args.save_dir, source.config, layout, vocab_divisible_by=args.make_vocab_size_divisible_by,
-                replace=args.overwrite)
     return str(convert(source, sink, companions=tokenizer, **_options(args)))
 
 
@@ -168,6 +166,27 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 # -- Parts -------------------------------------------------------------------------------------------------
 
 
+def _megatron_sink(source: "TensorSource", layout: ParallelLayout, args: argparse.Namespace) -> "TensorSink":
+    from megatron_mixtral.weights.dist_ckpt import DistSource
+    from megatron_mixtral.weights.dist_sink import DistSink
+    from megatron_mixtral.weights.rank_sink import RankDirSink
+    from megatron_mixtral.weights.run_state import run_state
+
+    common = {"vocab_divisible_by": args.make_vocab_size_divisible_by or 1, "replace": args.overwrite}
+    if args.target_ckpt_format == "torch":
+        return RankDirSink(args.save_dir, source.config, layout, **common)
+    run = run_state(source) if isinstance(source, DistSource) and not args.no_load_optim else None
+    if run is not None:
+        rows = padded_vocabulary(source.config, layout, common["vocab_divisible_by"])
+        asked = args.make_vocab_size_divisible_by is not None and rows != run.vocab_rows
+        if asked or args.params_dtype is not None:
+            flag = "--params-dtype" if args.params_dtype is not None else "--make-vocab-size-divisible-by"
+            raise ConfigError(f"{flag} changes weights that the optimizer's state of {source.where} belongs to (it has "
+                              f"{run.vocab_rows} vocabulary rows); leave the flag out, or give --no-load-optim to "
+                              "convert the weights alone")
+    return DistSink(args.save_dir, source.config, layout, run=run, **common)
+
+
 def _export(source: "TensorSource", target: Path, template: Path | None, args: argparse.Namespace,
             tokenizer: list[Path], *, replace: bool) -> str:
     from megatron_mixtral.weights.convert import convert
@@ -195,7 +214,7 @@ def _layout(args: argparse.Namespace, source: ParallelLayout | None) -> Parallel
     """The target layout; sizes that are not given are the source's, or 1 where there is none (yet)."""
     sizes = {axis: getattr(args, axis) if getattr(args, axis) is not None else getattr(source, axis, 1)
              for axis in ("tp", "pp", "ep")}
-    if args.make_vocab_size_divisible_by < 1:
+    if args.make_vocab_size_divisible_by is not None and args.make_vocab_size_divisible_by < 1:
         raise ConfigError(f"--make-vocab-size-divisible-by must be positive, found {args.make_vocab_size_divisible_by}")
     if source is None and args.loader == "mixtral_mg":  # not known yet: check only what is given
         return ParallelLayout(**sizes, etp=args.etp)
@@ -203,7 +222,7 @@ def _layout(args: argparse.Namespace, source: ParallelLayout | None) -> Parallel
 
 
 def _describe(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace) -> str:
-    padded = padded_vocabulary(config, layout, args.make_vocab_size_divisible_by)
+    padded = padded_vocabulary(config, layout, args.make_vocab_size_divisible_by or 1)
     plans = all_plans(config, layout, padded)
     check_complete(plans, config)
     return (f"{config.total_parameters:,} parameters, layout {layout}, vocabulary {config.vocab_size} "

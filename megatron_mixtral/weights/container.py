@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mixtral.weights.dist_metadata import Region
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.pickling import Call, Global, Persistent, dumps
 from megatron_mixtral.weights.plan import TensorSlice
@@ -56,6 +57,19 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Copied:
+    """Bytes of the source that go to byte `offset` of a file as they are."""
+
+    region: Region
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.region.length
+
+
+@dataclass(frozen=True)
 class Container:
     """A file laid out: its size, its tensors, and `end`, which gives the bytes from `end_at` on.
 
@@ -66,6 +80,12 @@ class Container:
     placed: tuple[Placed, ...]
     end_at: int
     end: Callable[[Sequence[int]], bytes]
+    copied: tuple[Copied, ...] = ()
+
+    @property
+    def moved(self) -> int:
+        """Bytes that come from the source."""
+        return sum(part.size for part in (*self.placed, *self.copied))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.container import Container
 from megatron_mixtral.weights.dist_ckpt import METADATA_FILE, DistSource
+from megatron_mixtral.weights.dist_metadata import Region
 from megatron_mixtral.weights.dtypes import type_name
 from megatron_mixtral.weights.fragments import OutputFile, TensorSink, TensorSource
 from megatron_mixtral.weights.hf import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, HFSource
@@ -24,7 +25,7 @@ from megatron_mixtral.weights.plan import human_size, whole
 from megatron_mixtral.weights.rank_dirs import TRACKER, RankDirSource, iteration_directory
 from megatron_mixtral.weights.rules import hf_tensors
 from megatron_mixtral.weights.staging import Stage, need_space, refuse_existing, staged
-from megatron_mixtral.weights.streaming import checksum
+from megatron_mixtral.weights.streaming import checksum, region_checksum
 from megatron_mixtral.weights.writing import FileWriter, Meter, total_bytes, workers, write_files
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Report:
     seconds: float = 0.0
     files: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     not_finite: list[str] | None = None
     checksums: dict[str, int] | None = None
@@ -60,7 +62,12 @@ class Report:
             text += f"; verified, {len(self.checksums)} checksums equal the source's"
         if self.not_finite:
             text += f"; NaN or Inf in {', '.join(self.not_finite)}"
-        return text + (f"; left behind: {', '.join(self.left_behind)}" if self.left_behind else "")
+        if self.carried:
+            text += f"; carried along: {', '.join(self.carried)}"
+        if self.left_behind:
+            text += (f"; left behind, because only weights are converted here: {', '.join(self.left_behind)}. A run "
+                     "started from the result begins at step 0 with a new optimizer")
+        return text
 
     def to_json(self) -> str:
         """Contents of `conversion.json`."""
@@ -85,12 +92,13 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     dtypes = {key: name or source.dtype(tensor) for key, tensor in hf_tensors(source.config).items()}
     planned = [(file, sink.container(file, dtypes)) for file in sink.plan(dtypes)]
     companions = _unique([*companions, *source.companions()])
-    report = Report(source.where, sink.target, left_behind=list(source.left_behind),
+    report = Report(source.where, sink.target, carried=list(sink.carried),
+                    left_behind=[name for name in source.left_behind if name not in sink.carried],
                     not_finite=[] if check_finite else None)
     for file, container in planned:
         report.files.append(file.path)
         report.tensors += len(container.placed)
-        report.bytes += sum(placed.size for placed in container.placed)
+        report.bytes += container.moved
     need_space(sink.target, total_bytes(container for _, container in planned)
                + sum(path.stat().st_size for path in companions))
     with staged(sink.target, sink.replace, resume=resume) as stage:
@@ -99,6 +107,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
         sink.finish(stage.root, companions)
         if verify:
             report.checksums = compare(source, open_source(stage.root), name, jobs)
+            _compare_copied(stage.root, planned)
         report.seconds = time.monotonic() - started
         (stage.root / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -124,7 +133,7 @@ def _write_all(stage: Stage, planned: Sequence[tuple[OutputFile, Container]], so
         else:
             report.resumed.append(file.path)
             not_finite[file.path] = notes
-    total = sum(placed.size for _, container in due for placed in container.placed)
+    total = sum(container.moved for _, container in due)
     meter = Meter(source.release, None if progress is None else lambda done: progress(done, total))
 
     def writer(path: str, container: Container) -> FileWriter:
@@ -157,6 +166,17 @@ def compare(source: TensorSource, written: TensorSource, dtype: str | None = Non
     names = list(hf_tensors(source.config))
     with ThreadPoolExecutor(workers(jobs, len(names))) as pool:
         return dict(pool.map(one, names))
+
+
+def _compare_copied(root: Path, planned: Sequence[tuple[OutputFile, Container]]) -> None:
+    """Read back what was taken over byte for byte. Raises `CheckpointError` naming the file."""
+    for file, container in planned:
+        for copied in container.copied:
+            written = Region(root / file.path, copied.offset, copied.region.length)
+            if region_checksum(written) != region_checksum(copied.region):
+                raise CheckpointError(f"{written.file}: bytes {written.offset} to {written.offset + written.length} "
+                                      f"are not those of {copied.region.file} when read back; the disk or the memory "
+                                      "of this machine is at fault")
 
 
 def _fingerprint(source: TensorSource, planned: Sequence[tuple[OutputFile, Container]]) -> str:

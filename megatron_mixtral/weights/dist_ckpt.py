@@ -6,10 +6,11 @@
 
 Tensors are stored as boxes ("chunks") of global tensors that have the layers, and for experts the experts, as leading
 dims. A chunk is a small `torch.save` archive inside a .distcp file; its bytes are memory-mapped where they lie.
-Optimizer state is not carried by a conversion; `left_behind` names it. Format: `torch.distributed.checkpoint` and
-`megatron.core.dist_checkpointing` of the pinned versions.
+What a run keeps beside the weights is named by `left_behind`; `run_state` takes it over.
+Format: `torch.distributed.checkpoint` and `megatron.core.dist_checkpointing` of the pinned versions.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,30 +96,33 @@ def spans(rule: WeightRule, config: MixtralConfig, offset: Shape, sizes: Shape) 
     return found
 
 
+def state_names(keys: Iterable[str]) -> list[str]:
+    """What keys hold beside weights, for a report: "optimizer.state.exp_avg" rather than each of its tensors."""
+    found = set()
+    for key in keys:
+        if key.startswith(STATE_PREFIXES) and not key.startswith("common_state"):
+            parts = key.split("/")[0].split(".")
+            model = [parts.index(part) for part in ("embedding", "decoder", "output_layer") if part in parts]
+            found.add(".".join(parts[:min(model, default=4)]))
+    return sorted(found)
+
+
 class DistSource:
     """A distributed checkpoint. Raises `CheckpointError` naming tensor and file."""
 
     def __init__(self, directory: str | Path) -> None:
         self.root, self.where = iteration_directory(Path(directory))
-        self._contents = read_contents(self.where)
+        self.contents = read_contents(self.where)
         self._maps: dict[Path, MappedFile] = {}
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         self.config = self._find_config()
         self._places: dict[str, list[_Place]] = {}
-        self.left_behind = sorted({self._state_name(key) for key in (*self._contents.tensors, *self._contents.objects)
-                                   if key.startswith(STATE_PREFIXES) and not key.startswith("common_state")})
-
-    @staticmethod
-    def _state_name(key: str) -> str:
-        """A short name for the report: "optimizer.state.exp_avg" rather than each of its tensors."""
-        parts = key.split("/")[0].split(".")
-        model = [parts.index(part) for part in ("embedding", "decoder", "output_layer") if part in parts]
-        return ".".join(parts[:min(model, default=4)])
+        self.left_behind = state_names((*self.contents.tensors, *self.contents.objects))
 
     def _find_config(self) -> MixtralConfig:
         if (self.root / CONFIG_FILE).exists():
             return MixtralConfig.from_checkpoint(self.root)
-        region = self._contents.objects.get(COMMON)
+        region = self.contents.objects.get(COMMON)
         path = self.where / COMMON_FILE
         if region is not None:
             where = f"{region.file} ({COMMON})"
@@ -143,6 +147,7 @@ class DistSource:
         places: dict[str, list[_Place]] = {name: [] for name in hf_tensors(self.config)}
         used: set[str] = set()
         for rule in dict.fromkeys(tensor.rule for tensor in hf_tensors(self.config).values()):
+            used.update(rule.dist_keys)
             for key, layers in self._keys_of(rule).items():
                 used.add(key)
                 self._index(rule, key, layers, places)
@@ -153,8 +158,8 @@ class DistSource:
 
     def _keys_of(self, rule: WeightRule) -> dict[str, int | None]:
         """Keys that hold a rule's tensors, each with its layer, or None where layers are a leading dim (or absent)."""
-        stacked = [key for key in rule.dist_keys if key in self._contents.tensors]
-        if len(stacked) > 1:
+        stacked = [key for key in rule.dist_keys if key in self.contents.tensors]
+        if len({self.contents.tensors[key] for key in stacked}) > 1:  # two names of the same bytes are one tensor
             raise CheckpointError(f"{self.where}: {rule.name} is stored twice, as {' and '.join(stacked)}")
         if stacked or rule.owner != "layer":
             if not stacked:
@@ -163,7 +168,7 @@ class DistSource:
         found: dict[str, int | None] = {}
         for layer in range(self.config.num_hidden_layers):  # models of unlike layers are stored layer by layer
             single = [key.replace(_LAYERS, f"{_LAYERS}{layer}.", 1) for key in rule.dist_keys]
-            key = next((key for key in single if key in self._contents.tensors), None)
+            key = next((key for key in single if key in self.contents.tensors), None)
             if key is None:
                 raise CheckpointError(f"{self.where / METADATA_FILE}: {rule.dist_keys[0]} is missing")
             found[key] = layer
@@ -171,7 +176,7 @@ class DistSource:
 
     def _index(self, rule: WeightRule, key: str, layer: int | None, places: dict[str, list[_Place]]) -> None:
         """Note where the chunks of one stored tensor put which pieces."""
-        stored = self._contents.tensors[key]
+        stored = self.contents.tensors[key]
         lead = self._leading(rule, key, layer, stored)
         for number, chunk in enumerate(stored.chunks):
             found = spans(rule, self.config, chunk.offsets[lead:], chunk.sizes[lead:])
@@ -211,7 +216,7 @@ class DistSource:
             raise CheckpointError(f"{self.where / METADATA_FILE}: {tensor.name}: {at} of {size} units are stored")
 
     def _check_left_over(self, used: set[str]) -> None:
-        keys = (*self._contents.tensors, *self._contents.objects)
+        keys = (*self.contents.tensors, *self.contents.objects)
         extra = [key for key in keys if key not in used and "_extra_state" not in key
                  and not key.startswith(STATE_PREFIXES)]
         if extra:
@@ -223,7 +228,7 @@ class DistSource:
     def dtype(self, tensor: HFTensor) -> str:
         """The name of the type a tensor is stored in."""
         self.check()
-        return self._contents.tensors[self._places[tensor.name][0].key].dtype
+        return self.contents.tensors[self._places[tensor.name][0].key].dtype
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """One memory-mapped fragment for each stored chunk."""
@@ -235,7 +240,7 @@ class DistSource:
             if len(rule.pieces) > 1:
                 data = narrow(data, rule.join_dim, span.at, span.size)
             data = narrow(data, rule.shard_dim, span.skip, span.length)
-            stored = self._contents.tensors[place.key]
+            stored = self.contents.tensors[place.key]
             where = stored.chunks[place.chunk].region.file
             found.append(Fragment(span.start, span.length, data, stored.dtype, f"{where} ({place.key})"))
         return tiled(tensor, found)
@@ -248,7 +253,7 @@ class DistSource:
     def _read(self, key: str, number: int) -> numpy.ndarray:
         """One chunk over the mapped file. Its archive is checked against the metadata."""
         if (key, number) not in self._chunks:
-            stored = self._contents.tensors[key]
+            stored = self.contents.tensors[key]
             chunk = stored.chunks[number]
             where = f"{chunk.region.file} ({key} at {chunk.offsets})"
             found = load(self._map(chunk.region.file), where, chunk.region.offset, chunk.region.length,

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.rules import Shape
+from megatron_mixtral.weights.rules import Shape, dist_names
 from megatron_mixtral.weights.unpickling import UNPICKLING_ERRORS, TypeRecord, unpickle
 
 METADATA_FILE = ".metadata"
@@ -85,9 +85,12 @@ def read_contents(directory: Path) -> Contents:
 
 
 def _check_apart(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Raise `CheckpointError` where two chunks share bytes: one of them is not where it should be."""
-    found = sorted((str(chunk.region.file), chunk.region.offset, chunk.region.length, key, chunk.offsets)
-                   for key, tensor in tensors.items() for chunk in tensor.chunks)
+    """Raise `CheckpointError` where two chunks share bytes: one of them is not where it should be.
+
+    One tensor under two names of its own is none.
+    """
+    found = sorted({(str(chunk.region.file), chunk.region.offset, chunk.region.length, dist_names(key)[0],
+                     chunk.offsets) for key, tensor in tensors.items() for chunk in tensor.chunks})
     for (file, offset, length, key, at), (other_file, other_offset, _, other, other_at) in pairwise(found):
         if file == other_file and offset + length > other_offset:
             raise CheckpointError(f"{path}: {key} at {at} and {other} at {other_at} share bytes of {file}; "

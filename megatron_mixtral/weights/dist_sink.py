@@ -1,11 +1,12 @@
 """Writing the engine's distributed checkpoints (`--ckpt-format torch_dist`), which a run loads in any layout.
 
-    DIR/latest_checkpointed_iteration.txt        "release"
-    DIR/release/.metadata  metadata.json  __N_0.distcp
+    DIR/latest_checkpointed_iteration.txt        "release", or the iteration of the run whose state is taken over
+    DIR/release/.metadata  metadata.json  __N_0.distcp       (iter_NNNNNNN/ with a run's state)
     DIR/mixtral_config.json
 
 Every tensor is stored whole for each layer (and expert): one chunk of the global tensor, a `torch.save` archive of its
-own inside a .distcp file. The engine's reader takes from it what a rank of any layout needs. The `.metadata` pickle
+own inside a .distcp file. The engine's reader takes from it what a rank of any layout needs. It is listed under every
+key that a layer specification of the engine asks for, though stored once. The `.metadata` pickle
 names classes of `torch.distributed.checkpoint` without importing them. `dist_ckpt` reads such directories; formats as
 there, and what `GPTModel.sharded_state_dict` of megatron-core 0.19 asks for.
 """
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
-from megatron_mixtral.weights.container import ALIGNMENT, Container, Placed, tensor_reference, torch_archive
+from megatron_mixtral.weights.container import ALIGNMENT, Container, Copied, Placed, tensor_reference, torch_archive
 from megatron_mixtral.weights.dist_ckpt import COMMON, chunk_label
-from megatron_mixtral.weights.dist_metadata import METADATA_FILE
+from megatron_mixtral.weights.dist_metadata import METADATA_FILE, Region
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.engine_args import make_args
 from megatron_mixtral.weights.fragments import OutputFile, stored_type
@@ -29,7 +30,8 @@ from megatron_mixtral.weights.pickling import Call, Global, dumps
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete, padded_vocabulary
 from megatron_mixtral.weights.rank_dirs import TRACKER
 from megatron_mixtral.weights.rank_sink import RELEASE, main_type
-from megatron_mixtral.weights.rules import Shape
+from megatron_mixtral.weights.rules import Shape, dist_names
+from megatron_mixtral.weights.run_state import RunState
 
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
 FILE_BYTES, MOST_FILES = 1 << 28, 16  # files are written, and can be read, side by side
@@ -40,34 +42,37 @@ class DistSink:
     """A distributed checkpoint to be written at `target`.
 
     `layout` matters only for what the stored arguments say and for the padding of the vocabulary; any layout loads it.
+    With `run`, the state of the source's run is taken over, with its arguments and its padding.
     """
 
     def __init__(self, target: str | Path, config: MixtralConfig, layout: ParallelLayout | None = None, *,
-                 vocab_divisible_by: int = 1, replace: bool = False) -> None:
+                 vocab_divisible_by: int = 1, replace: bool = False, run: RunState | None = None) -> None:
         self.target, self.config, self.replace = Path(target), config, replace
         self.layout = (layout or ParallelLayout()).validate(config, TARGET_FLAGS)
         self.divisible_by = vocab_divisible_by
+        self.run = run
+        self.carried: tuple[str, ...] = () if run is None else run.names
+        self.folder = RELEASE if run is None else f"iter_{run.iteration:07d}"
         self.padded_vocab = padded_vocabulary(config, self.layout, vocab_divisible_by)
         self._tensors: dict[str, Any] = {}  # key -> (global shape, type, [(offsets, sizes)])
         self._regions: list[tuple[str, Shape | None, str, int, int]] = []  # key, offsets, file, offset, length
 
     def plan(self, dtypes: dict[str, str]) -> list[OutputFile]:
-        """Files of about equal size, each with consecutive tensors of the model."""
+        """Files of about equal size, each with consecutive tensors of the model; a run's state has its own."""
         plan = ShardPlan(self.config, ParallelLayout(), Coord(), padded_vocab=self.padded_vocab)
         check_complete([plan], self.config)
-        sizes = [(tensor, tensor.elements * FLOATS[stored_type(tensor, dtypes)].itemsize) for tensor in plan.tensors()]
-        total = sum(size for _, size in sizes)
-        share = max(FILE_BYTES, -(-total // MOST_FILES))
-        groups: dict[int, list[TensorSlice]] = {}
-        at = 0
-        for tensor, size in sizes:
-            groups.setdefault(at // share, []).append(tensor)
-            at += size
-        return [OutputFile(f"{RELEASE}/__{number}_0.distcp", {"": group}) for number, group in
-                enumerate(groups.values())]
+        tensors = [tensor for tensor in plan.tensors() if self.run is None or not tensor.rule.padded]
+        weights = _shares([(tensor, tensor.elements * FLOATS[stored_type(tensor, dtypes)].itemsize)
+                           for tensor in tensors])
+        state = _shares(self.run.sizes() if self.run is not None else [])
+        return [OutputFile(f"{self.folder}/__{number}_0.distcp", {"": group}) for number, group in enumerate(weights)] \
+            + [OutputFile(f"{self.folder}/__{number}_0.distcp", {}, carried=tuple(group))
+               for number, group in enumerate(state, len(weights))]
 
     def container(self, file: OutputFile, dtypes: dict[str, str]) -> Container:
         """A .distcp file: archives one behind the other; the first file holds the common state, too."""
+        if file.carried:
+            return self._copies(file)
         parts: list[tuple[int, Container]] = []
         name, at = Path(file.path).name, 0
 
@@ -84,9 +89,31 @@ class DistSink:
             add(key, offsets, tensor_reference(0, kind, sizes), [(tensor, kind)])
             if tensor.rule.owner == "layer" and tensor.rule.extra_state:
                 add(_extra_state(key, offsets, self._tensors[key][0]), None, [None], [])
-        if name == "__0_0.distcp":
+        if name == "__0_0.distcp" and self.run is None:
             add(COMMON, None, [self._common(dtypes)], [])
         return _joined(parts)
+
+    def _copies(self, file: OutputFile) -> Container:
+        """A .distcp file of what is taken over: the archives of the source, one behind the other."""
+        assert self.run is not None, "only a run's state is taken over"
+        copies: list[Copied] = []
+        at = 0
+
+        def add(key: str, offsets: Shape | None, region: Region) -> None:
+            nonlocal at
+            self._regions.append((key, offsets, Path(file.path).name, at, region.length))
+            copies.append(Copied(region, at))
+            at += region.length + -region.length % ALIGNMENT
+
+        for key in file.carried:
+            if key in self.run.objects:
+                add(key, None, self.run.objects[key])
+                continue
+            stored = self.run.tensors[key]
+            self._tensors[key] = (stored.size, stored.dtype, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks])
+            for chunk in stored.chunks:
+                add(key, chunk.offsets, chunk.region)
+        return Container(at, (), at, lambda crcs: b"", tuple(copies))
 
     def _place(self, tensor: TensorSlice, kind: str) -> tuple[str, Shape, Shape]:
         """Key of a tensor, and offsets and sizes of its chunk in the global tensor."""
@@ -112,12 +139,14 @@ class DistSink:
 
     def finish(self, root: Path, companions: Iterable[Path]) -> None:
         """Write the metadata, the configuration, the companion files and, last, the tracker."""
-        (root / RELEASE / METADATA_FILE).write_bytes(dumps(self._metadata()))
-        (root / RELEASE / "metadata.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        (root / self.folder / METADATA_FILE).write_bytes(dumps(self._metadata()))
+        (root / self.folder / "metadata.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        if self.run is not None and self.run.common_file is not None:
+            shutil.copyfile(self.run.common_file, root / self.folder / self.run.common_file.name)
         (root / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
         for path in companions:
             shutil.copyfile(path, root / path.name)
-        (root / TRACKER).write_text(RELEASE, encoding="utf-8")
+        (root / TRACKER).write_text(RELEASE if self.run is None else str(self.run.iteration), encoding="utf-8")
 
     def _metadata(self) -> Call:
         entries: dict[str, Any] = {}
@@ -127,15 +156,16 @@ class DistSink:
                 Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)), False))
             boxes = [_object("ChunkStorageMetadata", offsets=_size(offsets), sizes=_size(sizes))
                      for offsets, sizes in chunks]
-            entries[key] = _object("TensorStorageMetadata", properties=properties, size=_size(whole), chunks=boxes)
+            for name in dist_names(key):
+                entries[name] = _object("TensorStorageMetadata", properties=properties, size=_size(whole), chunks=boxes)
         for key, offsets, *_ in self._regions:
             if offsets is None:
                 entries[key] = _object("BytesStorageMetadata")
         storage = _Pairs([(
-            _object("MetadataIndex", fqn=key, offset=None if offsets is None else _size(offsets), index=None),
+            _object("MetadataIndex", fqn=name, offset=None if offsets is None else _size(offsets), index=None),
             Call(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), (), new=True, state={
                 "relative_path": file, "offset": at, "length": length, "transform_descriptors": None}))
-            for key, offsets, file, at, length in self._regions])
+            for key, offsets, file, at, length in self._regions for name in dist_names(key)])
         return _object("Metadata", state_dict_metadata=entries, planner_data=None, storage_data=storage,
                        storage_meta=None, version="1.0.0")
 
@@ -173,6 +203,17 @@ class _Pairs(dict):
 
     def items(self) -> Any:
         return self.pairs
+
+
+def _shares(sized: Sequence[tuple[Any, int]]) -> list[list[Any]]:
+    """Consecutive things in groups of about equal size: at most `MOST_FILES`, and none without need."""
+    share = max(FILE_BYTES, -(-sum(size for _, size in sized) // MOST_FILES))
+    groups: dict[int, list[Any]] = {}
+    at = 0
+    for thing, size in sized:
+        groups.setdefault(at // share, []).append(thing)
+        at += size
+    return list(groups.values())
 
 
 def _object(name: str, **state: Any) -> Call:

@@ -71,6 +71,7 @@ class OutputFile:
     path: str
     groups: dict[str, list[TensorSlice]]
     coord: Coord | None = None  # of a rank file
+    carried: tuple[str, ...] = ()  # entries of the source that a distributed checkpoint takes over as they are
 
     def tensors(self) -> Iterator[TensorSlice]:
         """All slices of the file."""
@@ -84,6 +85,7 @@ class TensorSink(Protocol):
     config: MixtralConfig
     target: Path
     replace: bool  # whether a directory already at `target` is replaced
+    carried: tuple[str, ...]  # what of the source's state beside the weights it takes over
 
     def plan(self, dtypes: dict[str, str]) -> list[OutputFile]:
         """The files to write; `dtypes` are those to be stored, by Hugging Face name."""

@@ -46,6 +46,8 @@ class HFSink:
     `template` is a directory whose config.json is kept (its dtype aside); without one, it is made from the config.
     """
 
+    carried: tuple[str, ...] = ()
+
     def __init__(self, target: str | Path, config: MixtralConfig, *, template: str | Path | None = None,
                  max_shard_size: str = "5GB", replace: bool = False) -> None:
         self.target, self.config, self.replace = Path(target), config, replace

@@ -24,6 +24,8 @@ RELEASE = "release"
 class RankDirSink:
     """Rank directories of a layout, to be written at `target`. Raises `ConfigError` for a layout that cannot be."""
 
+    carried: tuple[str, ...] = ()
+
     def __init__(self, target: str | Path, config: MixtralConfig, layout: ParallelLayout, *,
                  vocab_divisible_by: int = 1, replace: bool = False) -> None:
         self.target, self.config, self.replace = Path(target), config, replace

@@ -179,6 +179,20 @@ OUTPUT = WeightRule(
 RULES: tuple[WeightRule, ...] = (
     EMBEDDING, INPUT_NORM, QKV, PROJ, PRE_MLP_NORM, ROUTER, FC1, FC2, FINAL_NORM, OUTPUT)
 
+
+
+def dist_names(key: str) -> tuple[str, ...]:
+    """The keys, ours first, under which layer specifications of the engine know the tensor of a distributed checkpoint.
+
+    `key` is one of them: of a weight, or of an optimizer's tensor of it (`optimizer.state.exp_avg.` in front).
+    """
+    for rule in RULES:
+        for name in rule.dist_keys:
+            if key == name or key.endswith(f".{name}"):
+                return tuple(key.removesuffix(name) + other for other in rule.dist_keys)
+    return (key,)
+
+
 # Tensors that some checkpoints carry and no Mixtral needs: recomputed from the config.
 IGNORABLE_HF_SUFFIXES: tuple[str, ...] = ("rotary_emb.inv_freq",)
 

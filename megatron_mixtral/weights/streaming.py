@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import numpy
 
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.dist_metadata import Region
 from megatron_mixtral.weights.dtypes import FLOATS, cast
 from megatron_mixtral.weights.fragments import Fragment, TensorSource
 from megatron_mixtral.weights.plan import TensorSlice
@@ -84,5 +86,27 @@ def checksum(target: TensorSlice, source: TensorSource, dtype: str | None = None
     """CRC-32 of the stored bytes of a slice."""
     crc = 0
     for block in blocks(target, source, dtype):
+        crc = zlib.crc32(block, crc)
+    return crc
+
+
+def region_blocks(region: Region) -> Iterator[bytes]:
+    """The bytes of a part of a file. Raises `CheckpointError` when the file ends before it does."""
+    with open(region.file, "rb", buffering=0) as file:
+        file.seek(region.offset)
+        left = region.length
+        while left:
+            block = file.read(min(BLOCK, left))
+            if not block:
+                raise CheckpointError(f"{region.file} ends {left} bytes before byte {region.offset + region.length}; "
+                                      "is it being written?")
+            left -= len(block)
+            yield block
+
+
+def region_checksum(region: Region) -> int:
+    """CRC-32 of a part of a file."""
+    crc = 0
+    for block in region_blocks(region):
         crc = zlib.crc32(block, crc)
     return crc

@@ -13,10 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.container import Container, Placed
+from megatron_mixtral.weights.container import Container, Copied, Placed
 from megatron_mixtral.weights.dtypes import finite
 from megatron_mixtral.weights.fragments import TensorSource
-from megatron_mixtral.weights.streaming import blocks
+from megatron_mixtral.weights.streaming import blocks, region_blocks
 
 RELEASE = 1 << 26  # bytes moved between two releases of mapped pages
 PART = 1 << 27  # bytes of a file that a thread writes at a time
@@ -59,18 +59,22 @@ class FileWriter:
         self._crcs, self._bad = [0] * len(container.placed), set[int]()
         self._handle: int | None = None
         self._lock = threading.Lock()
-        self.parts = _parts(container.placed)
+        self._items: tuple[Placed | Copied, ...] = (*container.placed, *container.copied)
+        self.parts = _parts(self._items)
         self._left = len(self.parts)
 
     def write(self, part: range) -> None:
-        """Write the tensors with these numbers. Raises `CheckpointError` naming one, `OSError` where the disk is full.
+        """Write what has these numbers. Raises `CheckpointError` naming a tensor, `OSError` where the disk is full.
 
         After an exception the file is not completed; `close` it.
         """
         handle = self._open()
-        flusher = _Flusher(handle, self.container.placed[part[0]].offset if part else 0)
+        flusher = _Flusher(handle, self._items[part[0]].offset if part else 0)
         for number in part:
-            placed = self.container.placed[number]
+            placed = self._items[number]
+            if isinstance(placed, Copied):
+                self._copy(handle, placed, flusher)
+                continue
             at, crc, good = placed.offset, 0, True
             _write(handle, placed.before, at - len(placed.before))
             for block in blocks(placed.tensor, self._source, placed.dtype):
@@ -92,6 +96,14 @@ class FileWriter:
             last = self._left == 0
         if last:
             self._complete(handle)
+
+    def _copy(self, handle: int, copied: Copied, flusher: "_Flusher") -> None:
+        at = copied.offset
+        for block in region_blocks(copied.region):
+            _write(handle, block, at)
+            at += len(block)
+            self._meter.add(len(block))
+            flusher.reached(at)
 
     def _open(self) -> int:
         """The file, created with all of its room at the first call."""
@@ -117,8 +129,8 @@ class FileWriter:
                 self._handle = None
 
 
-def _parts(placed: Sequence[Placed]) -> list[range]:
-    """Runs of consecutive tensors of about `PART` bytes together; one empty run for a file without tensors."""
+def _parts(placed: Sequence[Placed | Copied]) -> list[range]:
+    """Runs of consecutive tensors (or copies) of about `PART` bytes together; one empty run for a file without any."""
     starts, size = [0], 0
     for number, one in enumerate(placed):
         if size >= PART:

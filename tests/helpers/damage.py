@@ -26,7 +26,7 @@ CANARY = "canary"
 def split_distcp(directory: Path) -> None:
     data = (directory / "__0_0.distcp").read_bytes()
     with metadata(directory) as contents:
-        regions = sorted((info.offset, info.length) for info in contents.storage_data.values())
+        regions = sorted({(info.offset, info.length) for info in contents.storage_data.values()})
         middle = len(regions) // 2
         end, cut = sum(regions[middle - 1]), regions[middle][0]
         for info in contents.storage_data.values():
@@ -211,10 +211,9 @@ def structure(path: Path) -> Iterator[int]:
         yield from range(8 + int.from_bytes(data[:8], "little"))
     elif path.suffix == ".distcp":
         regions = pickle.loads((path.parent / ".metadata").read_bytes()).storage_data.values()
-        for region in regions:
-            if region.relative_path == path.name:
-                archive = data[region.offset:region.offset + region.length]
-                yield from (region.offset + at for at in outside_storages(archive))
+        # A tensor with two keys is listed twice.
+        for offset, length in dict.fromkeys((r.offset, r.length) for r in regions if r.relative_path == path.name):
+            yield from (offset + at for at in outside_storages(data[offset:offset + length]))
     elif path.suffix in (".pt", ".bin"):
         yield from outside_storages(data)
     else:

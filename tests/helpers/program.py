@@ -5,6 +5,7 @@ the engine's global state is that of a new program.
 """
 
 import faulthandler
+import importlib
 import json
 import multiprocessing
 import os
@@ -41,8 +42,9 @@ class Outcome:
 class Running:
     """A run that goes on in the background: its rank processes, and its end."""
 
-    def __init__(self, world: int, argv: list[str], folder: Path, prepare: Callable[[], None] | None = None) -> None:
-        """Start `tools/pretrain_mixtral.py ARGV` on `world` ranks; each first calls `prepare`, which can be pickled."""
+    def __init__(self, world: int, argv: list[str], folder: Path, prepare: Callable[[], None] | None = None,
+                 module: str = "tools.pretrain_mixtral") -> None:
+        """Start `module.main(ARGV)` on `world` ranks; each first calls `prepare`, which can be pickled."""
         folder.mkdir(parents=True, exist_ok=True)
         context = prepare_fork_server()
         with socket.socket() as probe:
@@ -53,8 +55,8 @@ class Running:
             file.unlink(missing_ok=True)
         argv = [*argv, "--metrics-file", str(self.metrics)]
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
-        self.ranks = [context.Process(target=_rank, args=(rank, world, port, argv, str(self.logs[rank]), prepare),
-                                      daemon=False) for rank in range(world)]
+        self.ranks = [context.Process(target=_rank, args=(rank, world, port, module, argv, str(self.logs[rank]),
+                                                           prepare), daemon=False) for rank in range(world)]
         for process in self.ranks:
             process.start()
 
@@ -115,20 +117,19 @@ def _record_samples(folder: Path) -> None:
     MegatronPretrainingSampler.__iter__ = noted
 
 
-def _rank(rank: int, world: int, port: int, argv: list[str], log: str, prepare: Callable[[], None] | None) -> None:
+def _rank(rank: int, world: int, port: int, module: str, argv: list[str], log: str,
+          prepare: Callable[[], None] | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     faulthandler.enable()
-    from tools import pretrain_mixtral
-
     _record_samples(Path(log).parent)
     if prepare is not None:
         prepare()
     try:
-        code = pretrain_mixtral.main(argv)
+        code = importlib.import_module(module).main(argv)
     except SystemExit as end:  # the engine's way out at --exit-interval
         code = int(end.code or 0)
     except BaseException:  # noqa: BLE001 - as the interpreter would: print it, end with 1

@@ -32,7 +32,10 @@ def test_preset_gives_the_model() -> None:
 
 def test_checkpoint_gives_the_model(tmp_path: Path) -> None:
     run = resolve(["--load", checkpoint(tmp_path / "run", preset("tiny"))], {})
-    assert run.config == preset("tiny") and run.start == f"checkpoint {tmp_path / 'run'}"
+    assert run.config == preset("tiny")
+    assert run.start == f"weights of {tmp_path / 'run'}, converted, without an optimizer: begins at step 0"
+    (tmp_path / "run" / TRACKER).write_text("7")
+    assert resolve(["--load", str(tmp_path / "run")], {}).start == f"checkpoint {tmp_path / 'run'}"
 
 
 def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
