@@ -4,12 +4,13 @@ Run by `helpers.program.Running`. Only the stand-in for CUDA is active where no 
 of dataset helpers, which the wheel has compiled already, is skipped. Every sample is made of its index. After the run
 `rank{N}.pt` of a last stage holds (iteration, tokens [S + 1], losses of each token [S]) of every micro-batch.
 
-Flags of its own: --metrics-file, beside which these files are written, and --house-model for the engine's GPTModel with
+Flags of its own: --metrics-file, beside which these files are written, and --house-norm for the engine's GPTModel with
 this library's norm, since the engine's own norm refuses tensor parallelism.
 """
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,21 @@ def forward_step(seen: list[Any], iterator: Any, model: Any) -> tuple[Any, Any]:
 
 def house_model(args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
                 config: Any = None, pg_collection: Any = None) -> Any:
-    """The engine's model provider, with this library's layer specification."""
+    """The engine's model provider: its local layers with the norm of this library."""
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_mixtral.model.spec import block_spec
+    from megatron_mixtral.model.norm import RMSNorm
 
     config = config or core_transformer_config_from_args(args)
-    return GPTModel(config=config, transformer_layer_spec=block_spec(config, vp_stage), pre_process=pre_process,
+    parts = get_gpt_layer_local_submodules(num_experts=config.num_moe_experts, normalization="RMSNorm")
+    layer = ModuleSpec(TransformerLayer, submodules=replace(parts, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm))
+    spec = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+    return GPTModel(config=config, transformer_layer_spec=spec, pre_process=pre_process,
                     vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings,
                     post_process=post_process, position_embedding_type="rope", rotary_base=args.rotary_base,
                     share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
@@ -106,14 +114,14 @@ def main(argv: list[str]) -> int:
 
     def extra(parser: Any) -> Any:
         parser.add_argument("--metrics-file", type=Path, required=True)
-        parser.add_argument("--house-model", action="store_true")
+        parser.add_argument("--house-norm", action="store_true")
         return parser
 
     sys.argv = ["stock", *argv]
     args = parse_and_validate_args(extra)
     seen: list[Any] = []
-    own = {"model_provider": partial(house_model, args)} if args.house_model else {}
-    container = pretrain_cfg_container_from_args(args, None if args.house_model else gpt_config_from_args(args))
+    own = {"model_provider": partial(house_model, args)} if args.house_norm else {}
+    container = pretrain_cfg_container_from_args(args, None if args.house_norm else gpt_config_from_args(args))
     pretrain(container, datasets, ModelType.encoder_or_decoder, partial(forward_step, seen), **own)
     if seen:
         torch.save(seen, args.metrics_file.parent / f"rank{args.rank}.pt")

@@ -59,8 +59,8 @@ def differs(hf: Path, folder: Path, step: int) -> float:
     ("torch", 4, {"pp": 2, "ep": 2}, ARCHITECTURE),
     ("torch_dist", 4, {"pp": 2, "ep": 2}, ["--use-checkpoint-args", "--dist-ckpt-strictness", "raise_unexpected"]),
     ("torch", 2, {"tp": 2, "ep": 2}, ["--use-checkpoint-args", "--expert-tensor-parallel-size", "1",
-                                      "--sequence-parallel", "--house-model"]),
-    ("torch_dist", 2, {"tp": 2}, [*ARCHITECTURE, "--sequence-parallel", "--house-model"]),
+                                      "--sequence-parallel", "--house-norm"]),
+    ("torch_dist", 2, {"tp": 2}, [*ARCHITECTURE, "--sequence-parallel", "--house-norm"]),
 ])
 def test_the_stock_engine_loads_ours_and_we_read_what_it_saves(form, world, layout, more, hf, tmp_path) -> None:
     size = [*flags_of(layout, "target-", "parallel-size")] if form == "torch" else []
