@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_mixtral
-from megatron_mixtral.data.inputs import PLAIN, Chunk
+from megatron_mixtral.data.inputs import PLAIN, REPORT_SUFFIX, Chunk
 from megatron_mixtral.data.readers import LineCounts, lines_before
 from megatron_mixtral.data.workers import ChunkResult, KeyCounts
 from megatron_mixtral.errors import DataError
@@ -202,6 +202,30 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def find_report(dataset: str) -> dict[str, Any] | None:
+    """The report of the run that wrote a dataset (a prefix), or None. It lies beside it, one for all keys of a run.
+
+    Raises `DataError` for a report that cannot be read.
+    """
+    prefix = Path(dataset.removesuffix(".bin").removesuffix(".idx"))
+    candidates = [prefix.with_name(prefix.name + REPORT_SUFFIX), *sorted(prefix.parent.glob("*" + REPORT_SUFFIX))]
+    for path in candidates:
+        stem = path.name.removesuffix(REPORT_SUFFIX)
+        if not path.is_file() or not (prefix.name == stem or prefix.name.startswith(stem + "_")):
+            continue
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if "merged" in report:
+                names = {stem}
+            else:
+                names = {Path(counts["output"]).name for counts in report["keys"].values()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a report of preprocessing: {error!r}. Remove it.") from error
+        if prefix.name in names:
+            return report
+    return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
