@@ -51,8 +51,7 @@ def run(argv: list[str]) -> None:
         checkpoint.write_identity(Path(args.save), resolved.config)
     keeper = Keeper(args)
     runtime.lead_checkpoints_through(keeper)
-    for number in (signal.SIGTERM, signal.SIGINT):  # the engine's handler, which saves and ends, knows one signal
-        signal.signal(number, signal.getsignal(args.exit_signal))
+    _save_and_end_at_signals(args)
     load = observer.install(resolved, args, backend.device)
     datasets = partial(_datasets, args)
     datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
@@ -61,7 +60,7 @@ def run(argv: list[str]) -> None:
         container = pretrain_cfg_container_from_args(args)
     try:
         pretrain(container, datasets, ModelType.encoder_or_decoder, _forward_step,
-                 model_provider=partial(_model, resolved, args, load))
+                 model_provider=partial(_model, resolved, args, load), store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
             keeper.close()
@@ -102,6 +101,23 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
         args.use_persistent_ckpt_worker = False
     args.grad_norm_skip_threshold = sys.float_info.max  # no flag of the engine's: skips what is not finite
     return args
+
+
+def _save_and_end_at_signals(args: Namespace) -> None:
+    """Have SIGTERM and SIGINT do what the engine does at `--exit-signal`: save after the step under way, and end.
+    Before the first step there is nothing to save, and a signal ends the process at once.
+    """
+    save_and_end = signal.getsignal(args.exit_signal)
+
+    def handle(number: int, frame: Any) -> None:
+        if hasattr(args, "curr_iteration"):  # the engine sets it at every step
+            save_and_end(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in (args.exit_signal, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
 
 
 # -- providers -------------------------------------------------------------------------------------------

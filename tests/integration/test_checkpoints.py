@@ -164,6 +164,14 @@ def test_a_signal_saves_and_ends(number: int, start: list[str], tmp_path: Path) 
     assert f"iter_{last:07d}" in names(tmp_path / "save")
 
 
+def test_a_signal_before_the_first_step_ends_at_once(start: list[str], tmp_path: Path) -> None:
+    running = Running(2, [*LAYOUT, *start, *saving(tmp_path / "save"), "--train-iters", "1000"], tmp_path)
+    until(lambda: running.logs[0].exists() and "initializing torch distributed" in running.logs[0].read_text())
+    running.signal(signal.SIGTERM)
+    outcome = running.finish(60)
+    assert outcome.codes == [-signal.SIGTERM, -signal.SIGTERM] and not outcome.steps
+
+
 def test_the_duration_saves_and_ends(start: list[str], tmp_path: Path) -> None:
     argv = [*start, *saving(tmp_path / "save", 1000), "--train-iters", "1000"]
     outcome = pretrain(1, [*argv, "--exit-duration-in-mins=-1"], tmp_path)  # over when the first step ends

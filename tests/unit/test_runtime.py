@@ -144,6 +144,35 @@ def test_bucket_padding_is_where_the_buffer_has_it() -> None:
     assert with_bucket_padding(None, []) is None
 
 
+# -- restarts ----------------------------------------------------------------------------------------------
+
+
+def test_a_restarted_rank_reads_nothing_of_the_last_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore
+
+    from megatron_mixtral.runtime import store_of_this_start
+
+    for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    assert store_of_this_start() is None
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agents.set("address of rank 1", "gone")
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agents.port), "WORLD_SIZE": "1",
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    store = store_of_this_start()
+    assert not store.check(["address of rank 1"])
+    store.set("address of rank 1", "here")
+    assert store.get("address of rank 1") == b"here" and agents.get("address of rank 1") == b"gone"
+
+
+def test_torch_still_keeps_one_store_over_restarts() -> None:
+    from torch.distributed import rendezvous
+
+    assert "RESTART_COUNT" not in Path(rendezvous.__file__).read_text(), "remove runtime/restarts.py"
+
+
 # -- the CPU stand-in ------------------------------------------------------------------------------------
 
 
