@@ -167,10 +167,15 @@ def _appending(path: Path | None) -> TextIO | None:
 
 
 def _write_line(file: TextIO, value: dict[str, Any]) -> None:
-    """One JSON object; what is not finite is null, because JSON has no name for it."""
+    """One JSON object; what is not finite is null, because JSON has no name for it. A full disk does not end the run:
+    the line stays in the file's buffer, and the next one writes both.
+    """
     finite = {name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in value.items()}
-    file.write(json.dumps(finite, allow_nan=False) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
+        file.flush()
+    except OSError as error:
+        logger.warning("%s cannot be written now: %s", file.name, error)
 
 
 def _line(figures: dict[str, Any], last: int | None) -> str:

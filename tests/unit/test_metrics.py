@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_mixtral.errors import DivergedError
+from megatron_mixtral.training import metrics
 from megatron_mixtral.training.imbalance import Imbalance
 from megatron_mixtral.training.metrics import RunFacts, StepClock, StepWriter
 
@@ -131,3 +132,11 @@ def test_steps_that_are_not_finite_are_counted_and_end_the_run(tmp_path: Path) -
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1, 1, 2, 3]
     assert [line["lm_loss"] for line in lines] == [None, 2.0, 2.0, None]
+
+
+def test_a_full_disk_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    full = open("/dev/full", "a", encoding="utf-8")
+    metrics._write_line(full, {"iteration": 1})
+    assert "/dev/full cannot be written now: [Errno 28]" in caplog.text
+    with pytest.raises(OSError):  # the line is still there
+        full.close()
