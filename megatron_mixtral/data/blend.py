@@ -13,10 +13,11 @@ Blend = tuple[list[str], list[float] | None]
 DOCUMENTS_CHECKED = 64  # of each data set, for its vocabulary: a wrong tokenizer shows at once
 
 
-def blend_of(words: Sequence[str] | None) -> Blend | None:
+def blend_of(words: Sequence[str] | None, endings: Sequence[str] = ("",)) -> Blend | None:
     """`--data-path` as (prefixes, weights or None), read as the engine reads it: `0.6 A 0.4 B`, or `A B`.
 
-    `DataError` where a file of a pair is missing, or only some prefixes have a weight.
+    Each prefix stands for the pairs `{prefix}{ending}.bin` and `.idx`. `DataError` where a file of a pair is missing,
+    or only some prefixes have a weight.
     """
     if not words:
         return None
@@ -29,7 +30,8 @@ def blend_of(words: Sequence[str] | None) -> Blend | None:
     else:
         prefixes = [word.strip() for word in words[1::2]]
     for prefix in prefixes:
-        _check_pair(prefix)
+        for ending in endings:
+            _check_pair(prefix, ending)
     if weights is not None and any(weight < 0 for weight in weights):
         raise DataError(f"--data-path: negative weight in {weights}")
     return prefixes, weights
@@ -42,14 +44,16 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _check_pair(prefix: str) -> None:
+def _check_pair(prefix: str, ending: str) -> None:
     for suffix in (".bin", ".idx"):
-        if not Path(prefix + suffix).is_file():
+        if not Path(prefix + ending + suffix).is_file():
             hint = ""
             if Path(f"{prefix}_text_document.idx").is_file():
                 hint = f"; did you mean {prefix}_text_document?"
-            raise DataError(f"--data-path: {prefix}{suffix} does not exist (a data set is named by its prefix, without "
-                            f".bin or .idx){hint}")
+            elif Path(f"{prefix}_packed_input_ids_document.idx").is_file() and not ending:
+                hint = "; instruction data is read with --is-instruction-dataset"
+            raise DataError(f"--data-path: {prefix}{ending}{suffix} does not exist (a data set is named by its prefix, "
+                            f"without .bin or .idx){hint}")
 
 
 def check(blends: Iterable[Blend | None], vocab_size: int, seq_length: int) -> None:

@@ -5,18 +5,17 @@
 `preprocess()` is the function, `main()` the command behind `tools/preprocess_data.py`. The output is the same, byte for
 byte, for any number of workers, and for a run that was killed and taken up again. Files get their final names after
 everything is encoded, counted and on disk; whatever ends a run earlier (an error, Ctrl-C, kill -9) leaves nothing under
-these names, and keeps the finished parts in a hidden folder for the next run.
+these names, and keeps the finished parts in a hidden folder for the next run. Instruction data go another way,
+`data/instruction.py`.
 """
 
-import fcntl
 import itertools
 import logging
-import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -27,16 +26,18 @@ from megatron_mixtral.data.encoding import DocumentEncoder, special_tokens
 from megatron_mixtral.data.engines.base import SpecialTokens, token_dtype
 from megatron_mixtral.data.engines.choose import EngineChoice, choose_engine
 from megatron_mixtral.data.inputs import REPORT_SUFFIX, Chunk, InputFiles, cut_chunks, list_inputs, take_shard
+from megatron_mixtral.data.instruction import preprocess_instructions
 from megatron_mixtral.data.parts import FinishedParts
 from megatron_mixtral.data.pool import run_chunks
 from megatron_mixtral.data.preprocess_flags import Options, parse_flags
 from megatron_mixtral.data.readers import LineCounts, read_records
 from megatron_mixtral.data.records import BadRecord
 from megatron_mixtral.data.report import Account, Progress, versions, write_json
+from megatron_mixtral.data.scratch import scratch_directory
 from megatron_mixtral.data.sentences import open_splitter
 from megatron_mixtral.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixtral.data.workers import Job
-from megatron_mixtral.errors import ConfigError, MixtralError
+from megatron_mixtral.errors import MixtralError
 
 logger = logging.getLogger(__name__)
 
@@ -124,40 +125,6 @@ def made_with(options: Options, tokenizer: Tokenizer, choice: EngineChoice) -> d
     }
 
 
-@contextmanager
-def scratch_directory(prefix: str) -> Iterator[Path]:
-    """A hidden directory beside the output, locked. It is removed at the end, but for a run that ended early and has
-    finished parts: the next run of this prefix takes these up.
-
-    Raises `ConfigError` when another run is writing to the same prefix, or the place cannot be written.
-    """
-    target = Path(prefix)
-    path = target.parent / f".{target.name}.preprocess"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "w", encoding="ascii")
-    except OSError as error:
-        raise ConfigError(f"--output-prefix {prefix}: cannot write in {target.parent}: {error}.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"--output-prefix {prefix}: another run is writing there at this moment.") from error
-        except OSError as error:  # a file system without locks: go on without this protection
-            logger.warning("%s cannot be locked (%s): make sure that no other run uses this prefix", path, error)
-        try:
-            yield path
-        except BaseException:
-            if any(path.glob("part-*.ids")) or any(path.glob("*.bin.tmp")):
-                logger.warning(
-                    "%s keeps what is finished: the same command goes on from there; without it, begin anew", path
-                )
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def make_report(
     options: Options,
     tokenizer: Tokenizer,
@@ -219,7 +186,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
-        preprocess(parse_flags(argv, environ or {}))
+        options = parse_flags(argv, environ or {})
+        run = preprocess if options.handler == "none" else preprocess_instructions
+        run(options)
     except (MixtralError, OSError) as error:
         logger.error("error: %s", error)
         return 1

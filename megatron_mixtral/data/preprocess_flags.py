@@ -11,19 +11,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mixtral.data.chat import TEMPLATES
 from megatron_mixtral.data.engines.choose import ENGINES
+from megatron_mixtral.data.instruction_formats import HANDLERS
 from megatron_mixtral.data.sentences import SentenceRule
 from megatron_mixtral.data.tokenizer import TOKENIZER_TYPES, mixtral_tokenizer_path
 from megatron_mixtral.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+HANDLER_NAMES = ("none", "auto", *HANDLERS)
+# The form in which ModelLink's handler writes a sample, plain text as it stands, and Mixtral's for all others.
+DEFAULT_PROMPT_TYPES = {"GeneralInstructionHandler": "modellink", "pretrain": "raw"}
 FALLBACK_TYPES = ("PretrainedTokenizerFromHF", "PretrainedFromHF")
 
 
 @dataclass(frozen=True)
 class Options:
-    """A preprocessing run, validated. `chunk_bytes` bounds the input that a worker takes at a time."""
+    """A preprocessing run, validated. `chunk_bytes` bounds the input that a worker takes at a time.
+
+    With a `handler` other than none the records are instruction data, written as `prompt_type` says; `seq_length` drops
+    longer samples and is the size of a pack (`pack`).
+    """
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -41,6 +50,10 @@ class Options:
     sentences: SentenceRule | None = None
     num_shards: int = 1
     shard_index: int = 0
+    handler: str = "none"
+    prompt_type: str = "mixtral"
+    seq_length: int | None = None
+    pack: bool = False
 
     @property
     def shard_prefix(self) -> str:
@@ -66,6 +79,25 @@ class Options:
             )
         if self.on_error not in ("stop", "skip"):
             raise ConfigError(f"--on-error {self.on_error} is neither stop nor skip.")
+        self._check_instruction()
+
+    def _check_instruction(self) -> None:
+        if self.handler not in HANDLER_NAMES:
+            raise ConfigError(f"--handler-name {self.handler} is not one of: {', '.join(HANDLER_NAMES)}.")
+        if self.prompt_type not in TEMPLATES:
+            raise ConfigError(f"--prompt-type {self.prompt_type} is not one of: {', '.join(TEMPLATES)}.")
+        if self.handler == "none" and (self.seq_length is not None or self.pack):
+            raise ConfigError("--seq-length and --pack are for instruction data: give --handler-name too.")
+        if self.pack and self.seq_length is None:
+            raise ConfigError("--pack needs --seq-length, the length of a row in training.")
+        if self.seq_length is not None and self.seq_length < 1:
+            raise ConfigError(f"--seq-length {self.seq_length} must be at least 1.")
+        plain = {"--split-sentences": self.sentences, "--num-shards": self.num_shards > 1,
+                 "--allow-special-in-text": self.allow_special_in_text}
+        for flag, given in plain.items():
+            if given and self.handler != "none":
+                raise ConfigError(f"{flag} is for plain text; with --handler-name {self.handler} it has no meaning.")
+
 
 
 def default_workers() -> int:
@@ -115,8 +147,15 @@ def make_parser() -> argparse.ArgumentParser:
     sentences.add_argument("--keep-newlines", action="store_true",
                            help="with --split-sentences: white space after a sentence stays with it")  # fmt: skip
     sentences.add_argument("--lang", default="english", help="Punkt's language (default: %(default)s)")
-    later = parser.add_argument_group("known, but not implemented: refused")
-    later.add_argument("--handler-name", default="none", metavar="NAME", help="instruction data")
+    instruction = parser.add_argument_group("instruction data (docs/instruction_data.md)")
+    instruction.add_argument("--handler-name", default="none", metavar="NAME",
+                             help=f"form of the records: {', '.join(HANDLER_NAMES)}")  # fmt: skip
+    instruction.add_argument("--prompt-type", metavar="TYPE",
+                             help=f"how a conversation is written: {', '.join(TEMPLATES)} (default: modellink with "
+                             "GeneralInstructionHandler, raw with pretrain, else mixtral)")  # fmt: skip
+    instruction.add_argument("--seq-length", type=int, metavar="N",
+                             help="length of a row in training; longer samples are left out and counted")  # fmt: skip
+    instruction.add_argument("--pack", action="store_true", help="put several samples into a row of --seq-length")
     return parser
 
 
@@ -129,11 +168,9 @@ def parse_flags(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Optio
     flags = make_parser().parse_args(argv)
     if flags.dataset_impl != "mmap":
         raise ConfigError(f"--dataset-impl {flags.dataset_impl}: only mmap is written; the engine reads nothing else.")
-    if flags.handler_name.lower() != "none":
-        raise ConfigError(
-            f"--handler-name {flags.handler_name}: instruction data is not supported yet. Without this flag the texts "
-            f"of --json-keys are tokenized for pretraining."
-        )
+    handler = "none" if flags.handler_name.lower() == "none" else flags.handler_name
+    if handler == "none" and flags.prompt_type is not None:
+        raise ConfigError("--prompt-type is for instruction data: give --handler-name too.")
     if flags.tokenizer_type not in TOKENIZER_TYPES:
         raise ConfigError(f"--tokenizer-type {flags.tokenizer_type} is not one of: {', '.join(TOKENIZER_TYPES)}.")
     return Options(
@@ -152,6 +189,10 @@ def parse_flags(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Optio
         sentences=SentenceRule(flags.lang, flags.keep_newlines) if flags.split_sentences else None,
         num_shards=flags.num_shards,
         shard_index=flags.shard_index,
+        handler=handler,
+        prompt_type=flags.prompt_type or DEFAULT_PROMPT_TYPES.get(handler, "mixtral"),
+        seq_length=flags.seq_length,
+        pack=flags.pack,
     )
 
 

@@ -29,6 +29,18 @@ class BadRecord(Exception):
         self.reason = reason
 
 
+def parse_object(line: bytes) -> dict[str, Any]:
+    """One line of JSON that holds an object. Raises `BadRecord` as `parse_record` does.
+
+    Where `orjson` does not parse a line, integers come as floats and strings may hold halves of surrogate pairs.
+    """
+    try:
+        record = _fast_loads(line) if _fast_loads else _loads(line)
+    except ValueError:
+        record = _loads(line)
+    return _object(record, line)
+
+
 def parse_record(line: bytes, keys: Sequence[str]) -> list[str]:
     """The texts of `keys` in one line of JSON.
 
@@ -52,10 +64,7 @@ def parse_record(line: bytes, keys: Sequence[str]) -> list[str]:
 
 def _slow_texts(line: bytes, keys: Sequence[str]) -> list[str]:
     """The texts by way of the standard library, which also finds what is wrong and where."""
-    record = _loads(line)
-    if not isinstance(record, dict):
-        hint = " (a JSON array of records: write one record per line)" if isinstance(record, list) else ""
-        raise BadRecord("not_an_object", f"expected an object, found {_kind(record)}{hint}: {_piece(line)}")
+    record = _object(_loads(line), line)
     texts = []
     for key in keys:
         if key not in record:
@@ -70,6 +79,13 @@ def _slow_texts(line: bytes, keys: Sequence[str]) -> list[str]:
             raise BadRecord("lone_surrogate", f"half of a surrogate pair in the value of {key!r}, near {shown}")
         texts.append(value)
     return texts
+
+
+def _object(record: object, line: bytes) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        hint = " (a JSON array of records: write one record per line)" if isinstance(record, list) else ""
+        raise BadRecord("not_an_object", f"expected an object, found {_kind(record)}{hint}: {_piece(line)}")
+    return record
 
 
 def _loads(line: bytes) -> object:

@@ -82,6 +82,11 @@ class SentencePieceTokenizer:
         """The model as sentencepiece's own protocol buffer."""
         return self._model.serialized_model_proto()
 
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token (which text never becomes); None where there is none of this name."""
+        token_id = self._model.piece_to_id(token)
+        return token_id if self._model.is_control(token_id) else None
+
 
 class JsonTokenizer:
     """A `tokenizer.json`, by the `tokenizers` library. The attributes are those of `SentencePieceTokenizer`.
@@ -98,6 +103,8 @@ class JsonTokenizer:
         self.sha256 = _sha256(self.path)
         self.name = f"tokenizers:{self.path.name}"
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._model.get_added_tokens_decoder()
+        self._controls = {token.content: number for number, token in added.items() if token.special}
         declared = _declared_specials(self.path.parent)
         self.bos_id = self._special_id(declared, "bos_token", "<s>")
         self.eos_id = self._special_id(declared, "eos_token", "</s>")
@@ -136,12 +143,15 @@ class JsonTokenizer:
 
     def control_tokens(self) -> dict[str, int]:
         """The special tokens as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
-        added = self._model.get_added_tokens_decoder()
-        return {token.content: token_id for token_id, token in added.items() if token.special}
+        return dict(self._controls)
 
     def serialized(self) -> str:
         """The tokenizer as JSON, in the form of the library's present release, whatever the form of the file."""
         return self._model.to_str()
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token (which text never becomes); None where there is none of this name."""
+        return self._controls.get(token)
 
     def _special_id(self, declared: dict[str, str | None], key: str, usual: str) -> int | None:
         if key not in declared:

@@ -203,6 +203,8 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
     config, has_te = run.config, transformer_impl == "transformer_engine"
     defaults = {
         **architecture_args(config),
+        # Answers differ in length: every trained token of a global batch counts the same, in whichever micro-batch.
+        "calculate_per_token_loss": run.flags.is_instruction_dataset,
         "init_method_std": config.initializer_range,
         "make_vocab_size_divisible_by": 1,
         "moe_aux_loss_coeff": aux_loss_coefficient(config, run.flags.moe_aux_loss_convention),

@@ -40,6 +40,8 @@ class Flags:
                 "checkpoint saved then: a multiple of --save-interval"})
     verify_checkpoint: bool = field(default=False, metadata={
         "help": "compare every file of the checkpoint with its sum in integrity.json before it is loaded"})
+    is_instruction_dataset: bool = field(default=False, metadata={
+        "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={
         "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
 

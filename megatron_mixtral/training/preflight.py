@@ -8,8 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from megatron_mixtral.config import MixtralConfig
-from megatron_mixtral.data import blend
+from megatron_mixtral.data import blend, instruction_files
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RunShape
 from megatron_mixtral.planning.memory import fullest_stage, stage_memory
@@ -50,15 +49,27 @@ def shape_of(run: Run, argv: list[str]) -> RunShape | None:
         weight_bytes=2 if given.bf16 or given.fp16 else 4, distributed_optimizer=given.use_distributed_optimizer)
 
 
-def check_data(config: MixtralConfig, argv: list[str]) -> None:
+def check_data(run: Run, argv: list[str]) -> None:
     """`DataError` for data sets that are missing, damaged, too short for one sample, or of another vocabulary."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
         parser.add_argument(f"--{name}", nargs="*")
-    parser.add_argument("--seq-length", type=int, default=1)
     given = vars(parser.parse_known_args(argv)[0])
-    seq_length = given.pop("seq_length")
-    blend.check([blend.blend_of(words) for words in given.values()], config.vocab_size, seq_length)
+    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("seq-length", "micro-batch-size", "eval-micro-batch-size"):
+        sizes.add_argument(f"--{name}", type=int, default=1)
+    size, _ = sizes.parse_known_args(argv)
+    if run.flags.is_instruction_dataset:
+        if not any(given.values()):
+            raise ConfigError("--is-instruction-dataset needs --data-path PREFIX, as tools/preprocess_data.py wrote it")
+        if run.layout.cp > 1:
+            raise ConfigError(f"--is-instruction-dataset with --context-parallel-size {run.layout.cp}: samples are not "
+                              "cut over devices; set it to 1")
+        instruction_files.check([instruction_files.instruction_blend(words) for words in given.values()],
+                                run.config.vocab_size, size.seq_length,
+                                max(size.micro_batch_size, size.eval_micro_batch_size))
+    else:
+        blend.check([blend.blend_of(words) for words in given.values()], run.config.vocab_size, size.seq_length)
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:

@@ -31,7 +31,7 @@ def run(argv: list[str]) -> None:
         return
     from megatron_mixtral import runtime
 
-    preflight.check_data(resolved.config, argv)
+    preflight.check_data(resolved, argv)
     if shape is not None:
         preflight.check_disk(shape, argv)
         preflight.check_memory(shape, runtime.device_memory())
@@ -53,13 +53,17 @@ def run(argv: list[str]) -> None:
     runtime.lead_checkpoints_through(keeper)
     _save_and_end_at_signals(args)
     load = observer.install(resolved, args, backend.device)
-    datasets = partial(_datasets, args)
+    datasets, forward_step = partial(_datasets, args), _forward_step
+    if args.is_instruction_dataset:
+        from megatron_mixtral.training import instruction
+
+        datasets, forward_step = partial(instruction.datasets, args), instruction.forward_step
     datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
     try:
-        pretrain(container, datasets, ModelType.encoder_or_decoder, _forward_step,
+        pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step,
                  model_provider=partial(_model, resolved, args, load), store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:

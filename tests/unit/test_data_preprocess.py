@@ -229,7 +229,7 @@ def test_flags_that_are_refused(tmp_path):
         (llama, "needs --tokenizer-model"),
         ([*llama, "--tokenizer-model"], "needs --tokenizer-model"),
         ([*given, "--dataset-impl", "lazy"], "only mmap"),
-        ([*given, "--handler-name", "GeneralInstructionHandler"], "not supported yet"),
+        ([*given, "--handler-name", "Nobody"], "is not one of: none, auto"),
         ([*given, "--num-shards", "2", "--shard-index", "2"], "from 0 to 1"),
         ([*given, "--workers", "0"], "at least 1"),
         ([*given, "--json-keys", "a", "a"], "each once"),

@@ -1,0 +1,46 @@
+"""The hidden directory beside an output in which a preprocessing run keeps its unfinished files."""
+
+import fcntl
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_mixtral.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def scratch_directory(prefix: str) -> Iterator[Path]:
+    """A hidden directory beside the output, locked. It is removed at the end, but for a run that ended early and has
+    finished parts: the next run of this prefix takes these up.
+
+    Raises `ConfigError` when another run is writing to the same prefix, or the place cannot be written.
+    """
+    target = Path(prefix)
+    path = target.parent / f".{target.name}.preprocess"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "w", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"--output-prefix {prefix}: cannot write in {target.parent}: {error}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--output-prefix {prefix}: another run is writing there at this moment.") from error
+        except OSError as error:  # a file system without locks: go on without this protection
+            logger.warning("%s cannot be locked (%s): make sure that no other run uses this prefix", path, error)
+        try:
+            yield path
+        except BaseException:
+            if any(path.glob("part-*.ids")) or any(path.glob("*.bin.tmp")):
+                logger.warning(
+                    "%s keeps what is finished: the same command goes on from there; without it, begin anew", path
+                )
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
