@@ -21,9 +21,10 @@ from megatron_mixtral.weights.archive import Stored, load
 from megatron_mixtral.weights.engine_args import config_from_args, layout_from_args
 from megatron_mixtral.weights.fragments import Fragment, tiled
 from megatron_mixtral.weights.hf import companions_of
+from megatron_mixtral.weights.legacy_names import today
 from megatron_mixtral.weights.mapped import MappedFile
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete
-from megatron_mixtral.weights.rules import HFTensor
+from megatron_mixtral.weights.rules import HFTensor, Shape, collapse
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE_NAME = "model_optim_rng.pt"
@@ -128,8 +129,7 @@ class RankDirSource:
 
     def _padded_vocab(self, contents: dict[str, Any], first: Path) -> int:
         name = "embedding.word_embeddings.weight"
-        group = contents.get("model0" if self.layout.vpp > 1 else "model")
-        weight = group.get(name) if isinstance(group, dict) else None
+        weight = self._model(contents, Coord(), 0, first).get(name)
         if not isinstance(weight, Stored) or len(weight.shape) != 2:
             raise CheckpointError(f"{first}: {name} is missing")
         rows = weight.shape[0] * self.layout.tp
@@ -137,6 +137,14 @@ class RankDirSource:
             raise CheckpointError(f"{first}: {name} has {weight.shape[0]} rows, x tp {self.layout.tp} = {rows}, fewer "
                                   f"than the vocabulary of {self.config.vocab_size}")
         return rows
+
+    def _model(self, contents: dict[str, Any], coord: Coord, chunk: int, path: Path) -> dict[str, Any]:
+        """The state dict of a model chunk, under the names of the local specification."""
+        key = f"model{chunk}" if self.layout.vpp > 1 else "model"
+        if not isinstance(contents.get(key), dict):
+            raise CheckpointError(f"{path}: has no {key}")
+        experts = len(self.layout.experts_of(coord.ep, self.config.num_local_experts))
+        return today(contents[key], experts, contents.get("checkpoint_version"), str(path))
 
     # -- What is there -----------------------------------------------------------------------------------
 
@@ -153,10 +161,7 @@ class RankDirSource:
             self._check_label(contents, coord, path)
             for chunk in range(self.layout.vpp):
                 plan = ShardPlan(self.config, self.layout, coord, chunk, self.padded_vocab)
-                key = f"model{chunk}" if self.layout.vpp > 1 else "model"
-                if not isinstance(contents.get(key), dict):
-                    raise CheckpointError(f"{path}: has no {key}")
-                self._take(plan, contents[key], path)
+                self._take(plan, self._model(contents, coord, chunk, path), path)
                 plans.append(plan)
         check_complete(plans, self.config)
 
@@ -178,24 +183,31 @@ class RankDirSource:
             if name is None:
                 raise CheckpointError(f"{path}: {planned.name} is missing")
             left.discard(name)
-            stored = group[name]
-            if not isinstance(stored, Stored) or stored.shape != planned.shape:
-                found = stored.shape if isinstance(stored, Stored) else type(stored).__name__
-                raise CheckpointError(f"{path}: {name} has shape {found}, expected {planned.shape} in layout "
-                                      f"{self.layout}")
-            if stored.data is None:
-                raise CheckpointError(f"{path}: {name} is {stored.dtype}, expected floating point weights")
-            self._index(planned, stored, f"{path} ({name})")
+            parts = group[name] if isinstance(group[name], tuple) else (group[name],)
+            views = [planned.view] if len(parts) == 1 else [
+                _narrowed(piece.view, planned.rule.shard_dim, planned.length) for piece in planned.pieces]
+            for stored, view in zip(parts, views, strict=True):
+                shape = collapse(view)
+                if not isinstance(stored, Stored) or stored.shape != shape:
+                    found = stored.shape if isinstance(stored, Stored) else type(stored).__name__
+                    raise CheckpointError(f"{path}: {name} has shape {found}, expected {shape} in layout {self.layout}")
+                if stored.data is None:
+                    raise CheckpointError(f"{path}: {name} is {stored.dtype}, expected floating point weights")
+            self._index(planned, parts, views, f"{path} ({name})")
         if left:
             raise CheckpointError(f"{path}: {len(left)} tensors that this shard does not have, first {min(left)}")
 
-    def _index(self, planned: TensorSlice, stored: Stored, where: str) -> None:
+    def _index(self, planned: TensorSlice, parts: tuple[Stored, ...], views: list[Shape], where: str) -> None:
+        """Note the pieces of a tensor, which is stored whole or as one part for each piece."""
         length = planned.length - planned.padding
         if length <= 0:
             return
-        local = narrow(stored.data.reshape(planned.view), planned.rule.shard_dim, 0, length)
-        for piece, at, size in planned.piece_spans():
-            part = local if len(planned.pieces) == 1 else narrow(local, planned.rule.join_dim, at, size)
+        local = [narrow(stored.data.reshape(view), planned.rule.shard_dim, 0, length)
+                 for stored, view in zip(parts, views, strict=True)]
+        for number, (piece, at, size) in enumerate(planned.piece_spans()):
+            stored, part = (parts[0], local[0]) if len(parts) == 1 else (parts[number], local[number])
+            if len(parts) < len(planned.pieces):
+                part = narrow(part, planned.rule.join_dim, at, size)
             copies = self._stored.setdefault(piece.name, {}).setdefault((planned.start, length), [])
             copies.append(_Copy(part, stored.dtype, where))
 
@@ -232,6 +244,10 @@ class RankDirSource:
         """Give mapped pages back to the system."""
         for file in self._maps:
             file.release()
+
+
+def _narrowed(view: Shape, dim: int, length: int) -> Shape:
+    return (*view[:dim], length, *view[dim + 1:])
 
 
 def narrow(data: numpy.ndarray, dim: int, start: int, length: int) -> numpy.ndarray:
