@@ -1,4 +1,4 @@
-"""Rank files under older namings: built from files that equal the engine's by the formulas of those times, read back."""
+"""Rank files under older namings: built from files that equal the engine's by the old formulas, read back."""
 
 from collections.abc import Callable
 from pathlib import Path
