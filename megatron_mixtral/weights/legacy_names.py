@@ -42,7 +42,7 @@ def today(group: dict[str, Any], experts: int, version: Any, where: str) -> dict
             raise CheckpointError(f"{where}: has names of two kinds, {mixed[0]} and {LEGACY}...; which are the model's "
                                   "cannot be known")
         if not isinstance(version, float | int) or version < VERSION:
-            raise CheckpointError(f"{where}: has checkpoint_version {version}, expected {VERSION}: older versions store "
+            raise CheckpointError(f"{where}: has checkpoint_version {version}, expected {VERSION}: older ones store "
                                   "query, key and value rows in another order")
         flat = {_renamed(name): value for name, value in flat.items()}
     found: dict[str, Any] = {}
