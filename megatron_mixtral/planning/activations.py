@@ -7,33 +7,41 @@ a real run against them.
 
 from megatron_mixtral.planning.shape import RunShape
 
+# What an expert keeps of a token, in widths of the expert: the two halves of fc1's output and, without recomputation of
+# the activation, SwiGLU's factors and its output before and after the router's probability.
+WIDTHS, WIDTHS_RECOMPUTED = 6, 2
+
 
 def layer(shape: RunShape, recompute: str | None = None) -> float:
     """Bytes that one transformer layer keeps of one micro-batch on one device."""
     recompute = recompute or shape.recompute
     if recompute == "full":
         return shape.tokens_per_micro_batch * shape.config.hidden_size / shape.layout.tp * shape.weight_bytes
-    return _attention(shape) + _experts(shape, recompute)
+    return _attention(shape, recompute) + _experts(shape, recompute)
 
 
-def _attention(shape: RunShape) -> float:
+def _attention(shape: RunShape, recompute: str) -> float:
     config, tp = shape.config, shape.layout.tp
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    numbers = 2 * config.hidden_size  # input of the norm, input of the projections
-    numbers += 2 * query + 2 * key_value  # rotated queries and keys, values, attention's output
+    numbers = config.hidden_size  # input of the norm
+    numbers += config.hidden_size if recompute == "none" else 0  # its output, input of the projections
+    numbers += query + 2 * key_value  # their output, kept whole because the values are a part of it
+    numbers += query + key_value  # rotated queries and keys
+    numbers += query  # attention's output
     statistics = 4 * config.num_attention_heads  # log-sum-exp of each row, fp32
     return shape.tokens_per_micro_batch / tp * (numbers * shape.weight_bytes + statistics)
 
 
 def _experts(shape: RunShape, recompute: str) -> float:
     config, layout = shape.config, shape.layout
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    local = 2 * hidden  # input of the norm, input of the router
-    # Every device of an expert-tensor-parallel group holds the tokens of the whole group.
-    routed = config.num_experts_per_tok * (hidden + 2 * ffn / layout.etp * layout.etp + hidden)
-    if recompute == "none":
-        routed += config.num_experts_per_tok * ffn  # SwiGLU's output
-    return shape.tokens_per_micro_batch / layout.tp * (local + routed) * shape.weight_bytes
+    hidden, width = config.hidden_size, config.intermediate_size / layout.etp
+    local = hidden + (hidden if recompute == "none" else 0)  # input of the norm; its output, which the router reads
+    # Every rank of an expert-tensor-parallel group holds the tokens of the whole group, and a part of each expert.
+    arriving = config.num_experts_per_tok * layout.etp
+    order = 8 * config.num_local_experts + 28 * config.num_experts_per_tok  # bytes: which token goes where, how much
+    kept = WIDTHS if recompute == "none" else WIDTHS_RECOMPUTED
+    routed = arriving * (hidden + kept * width)
+    return shape.tokens_per_micro_batch / layout.tp * ((local + routed) * shape.weight_bytes + order)
 
 
 def embedding(shape: RunShape) -> float:
@@ -42,6 +50,5 @@ def embedding(shape: RunShape) -> float:
 
 
 def logits(shape: RunShape) -> float:
-    """Logits of one micro-batch and the softmax of the cross entropy, fp32."""
-    vocabulary = shape.config.vocab_size / shape.layout.tp
-    return shape.tokens_per_micro_batch * vocabulary * (shape.weight_bytes + 4)
+    """The softmax that the cross entropy of one micro-batch keeps, fp32."""
+    return shape.tokens_per_micro_batch * shape.config.vocab_size / shape.layout.tp * 4.0

@@ -54,8 +54,10 @@ def _optimizer(shape: RunShape, parameters: StageParameters) -> float:
 
 def _activations(shape: RunShape, stage: int) -> float:
     kept = layers_in_flight(shape, stage) * activations.layer(shape)
-    if shape.recompute == "full":  # and the layer that is being computed again has all of its own
-        kept += activations.layer(shape, recompute="none")
+    if shape.recompute != "none":  # one layer at a time has what is computed again; there are no logits by then
+        again = activations.layer(shape, recompute="none")
+        again -= activations.layer(shape) if shape.recompute == "selective" else 0.0
+        kept += max(0.0, again - (activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0))
     if stage == 0:
         kept += chunks_in_flight(shape, stage) / shape.layout.vpp * activations.embedding(shape)
     return kept

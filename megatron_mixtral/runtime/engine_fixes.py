@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.runtime import nonfinite, optimizer_state
+from megatron_mixtral.runtime import nonfinite, optimizer_state, recompute
 from megatron_mixtral.runtime.replacements import Replacements
 
 
@@ -144,6 +144,16 @@ FIXES: tuple[Fix, ...] = (
         remove_when="ChainedOptimizer.step skips a norm that is not finite",
         needed=nonfinite.nan_passes_the_threshold,
         apply=nonfinite.count_nan_as_infinite,
+    ),
+    Fix(
+        name="selective-recompute",
+        symptom="--recompute-modules moe_act or layernorm: NameError 'FP8GlobalStateManager' in the first step",
+        cause="CheckpointWithoutOutput takes its default fp8=False for a wish and asks transformer-engine, which is "
+              "not there; then it needs a compiler and ninja on every rank",
+        versions="0.19.2",
+        remove_when="CheckpointWithoutOutput() works without transformer-engine and without a compiler",
+        needed=recompute.fp8_is_assumed,
+        apply=recompute.do_without,
     ),
 )
 

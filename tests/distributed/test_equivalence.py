@@ -107,3 +107,21 @@ def test_ten_steps_equal_plain_torch(name: str, checkpoints: dict, batches: torc
     for losses, norms in results:
         assert losses == pytest.approx(reference["losses"], abs=1e-4)
         assert norms == pytest.approx(reference["norms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tp1-pp1-ep1", "pp2-ep2", "tp2-ep2-etp1"])
+@pytest.mark.parametrize("modules", [["moe_act", "layernorm"], ["moe"]], ids=["activation", "experts"])
+def test_recomputed_parts_change_nothing(name: str, modules: list[str], checkpoints: dict,
+                                         batches: torch.Tensor) -> None:
+    """The same operations on the same numbers; gradients of tokens may be summed in another order."""
+    sizes, world = LAYOUTS[name]
+    arguments = (checkpoints[name], sizes, batches[:3], LEARNING_RATE)
+    again, plain = ([one for one in run_ranks(world, *call) if one is not None]
+                    for call in ((_train_recomputing, *arguments, modules), (engine.train, *arguments)))
+    for (losses, norms), (expected, expected_norms) in zip(again, plain, strict=True):
+        assert losses == pytest.approx(expected, rel=1e-6) and norms == pytest.approx(expected_norms, rel=1e-6)
+
+
+def _train_recomputing(rank: int, *arguments: object) -> object:
+    *rest, modules = arguments
+    return engine.train(rank, *rest, recompute_granularity="selective", recompute_modules=modules)

@@ -111,7 +111,7 @@ def logits(rank: int, checkpoint: str, layout: dict[str, int], batch_bs: torch.T
 
 def train(rank: int, checkpoint: str, layout: dict[str, int], batches: torch.Tensor, learning_rate: float,
           clip: float = 1.0, overlap: bool = False,
-          skip_threshold: float = math.inf) -> tuple[list[float], list[float]] | None:
+          skip_threshold: float = math.inf, **overrides: Any) -> tuple[list[float], list[float]] | None:
     """Train one step on each batch of `batches` [steps, B, S + 1] with the engine's DDP, distributed optimizer and
     schedule; the losses and gradient norms of the steps, from the last stage.
     """
@@ -119,7 +119,7 @@ def train(rank: int, checkpoint: str, layout: dict[str, int], batches: torch.Ten
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    chunks = load_stages(checkpoint, layout)
+    chunks = load_stages(checkpoint, layout, **overrides)
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=overlap)
     chunks = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)

@@ -11,46 +11,48 @@ from helpers.engine import _forward_loss, _schedule, set_up
 
 
 class SavedBytes:
-    """The most bytes that autograd held at once, parameters excluded. Each storage counts once."""
+    """The most bytes that autograd held at once, parameters excluded. Each storage counts once, with the size that it
+    has at the moment: a recomputed output is saved, and then its storage is given back.
+    """
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         self._known = {tensor.untyped_storage().data_ptr() for tensor in parameters}
         self._holders: Counter[int] = Counter()
-        self._now = self.peak = 0
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self.peak = 0
 
     def hooks(self) -> Any:
         return torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Saved(self, tensor), lambda one: one.tensor)
 
-    def take(self, key: int, size: int) -> None:
-        self._holders[key] += 1
-        if self._holders[key] == 1 and key not in self._known:
-            self._now += size
-            self.peak = max(self.peak, self._now)
+    def take(self, storage: torch.UntypedStorage) -> None:
+        self._holders[storage._cdata] += 1
+        if storage.data_ptr() not in self._known:
+            self._storages[storage._cdata] = storage
+            self.peak = max(self.peak, sum(one.nbytes() for one in self._storages.values()))
 
-    def leave(self, key: int, size: int) -> None:
-        self._holders[key] -= 1
-        if self._holders[key] == 0 and key not in self._known:
-            self._now -= size
+    def leave(self, storage: torch.UntypedStorage) -> None:
+        self._holders[storage._cdata] -= 1
+        if self._holders[storage._cdata] == 0:
+            self._storages.pop(storage._cdata, None)
 
 
 class _Saved:
     """One saved tensor; its end is the end of the graph's need for it."""
 
     def __init__(self, account: SavedBytes, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.tensor, self._account, self._key, self._size = tensor, account, storage.data_ptr(), storage.nbytes()
-        account.take(self._key, self._size)
+        self.tensor, self._account, self._storage = tensor, account, tensor.untyped_storage()
+        account.take(self._storage)
 
     def __del__(self) -> None:
-        self._account.leave(self._key, self._size)
+        self._account.leave(self._storage)
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes that this rank would send in each process group if every collective were a ring, by the group's ranks."""
+    """Bytes that this rank would send if every collective were a ring, by operation and ranks of its group."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_group: Counter[tuple[int, ...]] = Counter()
+        self.by_group: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
@@ -63,16 +65,15 @@ class SentBytes(TorchDispatchMode):
             "allgather_": lambda n: (n - 1) / n, "_reduce_scatter_base_": lambda n: (n - 1) / n,
             "alltoall_base_": lambda n: (n - 1) / n, "send": lambda n: 1.0}
         share["allgather_into_tensor_coalesced_"] = share["reduce_scatter_tensor_coalesced_"] = lambda n: (n - 1) / n
-        share["reduce_scatter_"]=lambda n: (n - 1) / n
+        share["reduce_scatter_"] = lambda n: (n - 1) / n
         if name not in share:
-            self.by_group["skip "+name]+=1
             return
         group = next(torch.distributed.ProcessGroup.unbox(one) for one in args if isinstance(one, torch.ScriptObject))
         whole = args[1] if name in ("_reduce_scatter_base_", "alltoall_base_",
-                                    "reduce_scatter_tensor_coalesced_","reduce_scatter_") else args[0]
+                                    "reduce_scatter_tensor_coalesced_", "reduce_scatter_") else args[0]
         size = sum(tensor.nbytes for tensor in _tensors(whole))
         ranks = tuple(torch.distributed.get_process_group_ranks(group))
-        self.by_group[ranks,name] += size * share[name](len(ranks))
+        self.by_group[name, ranks] += size * share[name](len(ranks))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
