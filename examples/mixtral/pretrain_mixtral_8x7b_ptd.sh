@@ -7,7 +7,8 @@
 #
 # DATA_PATH may be a weighted blend ('0.6 A 0.4 B'). CKPT_LOAD_DIR is a converted checkpoint (empty: random weights).
 # The run saves in CKPT_SAVE_DIR and goes on from there when started again. DRY_RUN=1 prints the command; MODEL=tiny
-# tries it on 4 CPU processes; launch.sh lists the other variables.
+# tries it on 4 CPU processes; launch.sh lists the other variables. Flags after the script's name go to the training
+# program: --is-instruction-dataset, with DATA_PATH=./dataset/Mixtral-8x7B/alpaca, tunes on instructions.
 set -euo pipefail
 MODEL="${MODEL:-mixtral-8x7b}"
 # shellcheck source=examples/mixtral/launch.sh
