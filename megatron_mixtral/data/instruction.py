@@ -15,7 +15,7 @@ n - 1 <= S, and a pack holds samples of together at most S positions.
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,7 @@ def preprocess_instructions(options: Options) -> dict[str, Any]:
     logger.info("%d files; handler %s, template %s, tokenizer %s", len(inputs.files), options.handler,
                 options.prompt_type, tokenizer.path)
     counts, lines = Counts(), Lines()
-    with _emptied_scratch(options.output_prefix) as scratch:
-        samples = _Samples(scratch)
+    with _emptied_scratch(options.output_prefix) as scratch, closing(_Samples(scratch)) as samples:
         for file in inputs.files:
             for where, raw in read_file(file, options.chunk_bytes, lines):
                 if (sample := renderer.sample(where, raw, counts)) is not None:
@@ -127,7 +126,7 @@ class _Renderer:
         check_template(self._template, tokenizer)
 
     def sample(self, where: str, raw: Any, counts: Counts) -> tuple[np.ndarray, np.ndarray] | None:
-        """(ids int32, trained bool), or None for a record that is counted and left out. `DataError`: see the module."""
+        """(ids int32, trained bool), or None for a record that is counted and left out; `DataError` where it is not."""
         counts.records += 1
         try:
             ids, trained = self._render(raw, counts)
@@ -181,8 +180,7 @@ class _Samples:
 
     def lengths(self) -> np.ndarray:
         """int64 (samples,), in ids. Nothing can be added afterwards."""
-        for file in self._files:
-            file.close()
+        self.close()
         self._sizes = np.array(self._lengths, dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
         self._ids, self._trained = (np.memmap(path, dtype=kind, mode="r")
@@ -194,6 +192,10 @@ class _Samples:
         spans = [slice(int(self._ends[n] - self._sizes[n]), int(self._ends[n])) for n in samples]
         ids, trained = (np.concatenate([values[span] for span in spans]) for values in (self._ids, self._trained))
         return ids, trained, self._sizes[samples].astype(np.int32)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
 
 def _write(prefix: str, samples: _Samples, rows: list[list[int]], scratch: Path) -> None:

@@ -155,9 +155,8 @@ def test_places_of_lines_are_those_of_the_file_whatever_the_chunks(tmp_path):
     lines[2000] = "broken"
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))
-    assert path.stat().st_size > 2 * 65536
     with pytest.raises(DataError, match=r"a\.jsonl:2001: bad_json"):
-        preprocess_instructions(options(tmp_path, str(path), chunk_bytes=1))
+        preprocess_instructions(options(tmp_path, str(path), chunk_bytes=5000))
     assert [one.name for one in tmp_path.iterdir()] == ["a.jsonl"]
 
 
