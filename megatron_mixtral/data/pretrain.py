@@ -8,6 +8,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from megatron_mixtral.data.blend import Blend
+from megatron_mixtral.data.index_cache import cache_folder
 from megatron_mixtral.data.index_file import IndexFile
 from megatron_mixtral.errors import DataError
 
@@ -34,11 +35,12 @@ def build(
     if blend_per_split is not None:
         # A split of which no sample is wanted is not built: the engine would look for one in it for ever.
         blend_per_split = [one if size != 0 else None for one, size in zip(blend_per_split, samples, strict=True)]
-    given = blend_per_split if blend_per_split is not None else [blend]
-    kind = GPTDataset if any(given) else MockGPTDataset
+    given = [one for one in (blend_per_split if blend_per_split is not None else [blend]) if one is not None]
+    kind = GPTDataset if given else MockGPTDataset
+    folder = cache_folder(cache, [prefix for one in given for prefix in one[0]])
     config = GPTDatasetConfig(
         random_seed=seed, sequence_length=seq_length, blend=blend,
-        blend_per_split=blend_per_split, split=split, path_to_cache=cache, tokenizer=tokenizer,
+        blend_per_split=blend_per_split, split=split, path_to_cache=folder, tokenizer=tokenizer,
         create_attention_mask=False, **options)
     if config.split_matrix is not None:
         config.split_matrix = [part if size != 0 else None

@@ -77,6 +77,30 @@ def run(argv: list[str]) -> None:
     keeper.close()
 
 
+def build_index_cache(argv: list[str]) -> None:
+    """Build the index cache that a run with this command line looks for, in one process and without a model.
+
+    WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
+    """
+    resolved = arguments.resolve(argv, os.environ)
+    preflight.check_data(resolved, argv)
+    from megatron_mixtral import runtime
+
+    args = _engine_args(resolved, argv, runtime.ready(training=True))
+    if args.is_instruction_dataset:
+        raise ConfigError("--is-instruction-dataset needs no index cache: packed samples are read in their order")
+    if not any((args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)):
+        raise ConfigError("without --data-path (or --train-data-path ...) there is nothing to build a cache for")
+    from megatron.training import get_train_valid_test_num_samples
+    from megatron.training.training import update_train_iters
+
+    update_train_iters(args)
+    built = _datasets(args, get_train_valid_test_num_samples())
+    for name, dataset in zip(("training", "validation", "test"), built, strict=True):
+        if dataset is not None:
+            logger.info("%s: %d samples, index in %s", name, len(dataset), dataset.config.path_to_cache)
+
+
 def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
     """The engine's arguments, parsed, validated and made the engine's global ones."""
     from megatron.training.arguments import parse_and_validate_args
