@@ -96,8 +96,7 @@ class Keeper:
         if self._args.rank == 0:
             whole = retention.iterations(self._save)
             left = f"the last whole checkpoint is that of step {whole[-1]}" if whole else "nothing is saved yet"
-            logger.error("%s (%s free on the disk). Training goes on; %s", self.unsaved,
-                         size(shutil.disk_usage(self._save).free), left)
+            logger.error("%s (%s). Training goes on; %s", self.unsaved, _space(self._save), left)
 
     def close(self) -> None:
         """The run is over: wait for exports. `CheckpointError` where its last state is not saved."""
@@ -134,6 +133,13 @@ class Keeper:
         if self._args.rank == 0:
             for sentence in sentences:
                 logger.info("resume: %s", sentence)
+
+
+def _space(directory: Path) -> str:
+    try:
+        return f"{size(shutil.disk_usage(directory).free)} free on the disk"
+    except OSError as error:
+        return str(error)
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -31,7 +31,9 @@ def name_of(iteration: int) -> str:
 
 
 def iterations(save: Path) -> list[int]:
-    """Iterations of the checkpoints below `save`, ascending."""
+    """Iterations of the checkpoints below `save`, ascending; none where there is no such directory."""
+    if not save.is_dir():
+        return []
     found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in save.iterdir())
     return sorted(int(match[1]) for match in found if match)
 
@@ -43,13 +45,14 @@ def tidy(save: Path) -> None:
             path.rename(save / path.name.removeprefix(_REPLACED))  # killed between the two renames of `publish`
         elif path.name.startswith((_SAVING, _REPLACED, _REMOVED)):
             logger.info("removing %s, which an interrupted run left", path)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # a background writer that outlived its run may still add to it
 
 
 def draft(save: Path, iteration: int) -> Path:
     """A new hidden directory for one save, with the iteration's directory in it. Its name is of its own: a background
     writer that outlives a killed run must not write among the files of the next one. Raises `OSError`.
     """
+    save.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=_SAVING, dir=save))
     (folder / name_of(iteration)).mkdir()
     return folder

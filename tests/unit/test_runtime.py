@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import os
+import queue
 import re
 from functools import cache
 from pathlib import Path
@@ -271,6 +273,22 @@ def test_adam_skips_parameters_without_gradient() -> None:
     used.grad = torch.ones(2)
     optimizer.step()
     assert torch.equal(unused.detach(), torch.ones(2)) and not torch.equal(used.detach(), torch.ones(2))
+
+
+def test_results_of_a_forked_writer_arrive() -> None:
+    results = cpu.ResultQueue()
+    results.put({"of": "this process"})
+    if (child := os.fork()) == 0:
+        results.put(["of", "the other"])
+        results._file.write((99).to_bytes(8, "little") + b"cut short")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert results.get_nowait() == {"of": "this process"}
+    assert results.get_nowait() == ["of", "the other"]
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    results.put("after it")
+    assert results.get_nowait() == "after it"
 
 
 def test_stream_and_event_stand_ins() -> None:

@@ -161,6 +161,31 @@ def test_a_schedule_of_another_length_needs_a_decision() -> None:
         resume.check_schedule(arguments(), allowed)
 
 
+# -- a save that cannot begin ------------------------------------------------------------------------------
+
+
+def _cannot_begin(rank: int, save: str) -> tuple[Path | None, str | None, list[str]]:
+    """Begin a save where the directory has become a file: (draft, what the keeper remembers, what it says)."""
+    import logging
+
+    from megatron_mixtral.training import keeper
+
+    kept = keeper.Keeper(Namespace(save=save, rank=0, save_retain_interval=None, hf_checkpoint=None,
+                                   export_hf_interval=None))
+    Path(save).rmdir()
+    Path(save).touch()
+    said: list[str] = []
+    keeper.logger.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: said.append(record.getMessage())
+    return kept.begin(3), kept.unsaved, said
+
+
+def test_a_save_that_cannot_begin_is_reported(tmp_path: Path) -> None:
+    [(draft, unsaved, said)] = run_ranks(1, _cannot_begin, str(tmp_path / "save"))
+    assert draft is None and "the checkpoint of step 3 could not be saved: [Errno 17]" in unsaved
+    assert len(said) == 1 and said[0].startswith(unsaved) and said[0].endswith("nothing is saved yet")
+
+
 # -- the small files of a save -----------------------------------------------------------------------------
 
 
