@@ -1,4 +1,4 @@
-"""`tools/build_index_cache.py` builds what a run then looks for, and a data set that is written again gets a new index."""
+"""`tools/build_index_cache.py` builds what a run then looks for; a data set that is written again gets a new index."""
 
 import os
 import shutil
