@@ -152,13 +152,13 @@ launch_quote() {
 
 launch() {
     launch_defaults
-    local -a layout start torchrun blend command
+    local -a layout start torchrun blend flags command
     local program="$launch_root/tools/pretrain_mixtral.py"
     launch_layout
     launch_start
     launch_cluster
     read -ra blend <<<"$DATA_PATH"
-    command=("${torchrun[@]}" "${program#"$PWD"/}" "${start[@]}" "${layout[@]}"
+    flags=("${start[@]}" "${layout[@]}"
         --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --seq-length "$SEQ_LENGTH"
         --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine
         --lr-warmup-iters "$LR_WARMUP_ITERS" --weight-decay "$WEIGHT_DECAY" --adam-beta1 0.9 --adam-beta2 0.95
@@ -167,6 +167,7 @@ launch() {
         --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL"
         --save "$SAVE_DIR" --save-interval "$SAVE_INTERVAL" --log-interval "$LOG_INTERVAL"
         --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --tensorboard-dir "$TENSORBOARD_DIR" "$@")
+    command=("${torchrun[@]}" "${program#"$PWD"/}" "${flags[@]}")
     # torchrun would set the first itself, with a warning; the second orders communication before computation on GPUs.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
@@ -175,9 +176,8 @@ launch() {
         return
     fi
     launch_check_inputs
-    # Model and layout are refused here, in a blink, not by every process after torchrun has started them.
-    WORLD_SIZE=$((NNODES * GPUS_PER_NODE)) python "$program" --dry-run "${start[@]}" "${layout[@]}" \
-        --seq-length "$SEQ_LENGTH" "$@" || exit 1
+    # What cannot be is refused here, in a blink, not by every process after torchrun has started them.
+    WORLD_SIZE=$((NNODES * GPUS_PER_NODE)) python "$program" --dry-run "${flags[@]}" || exit 1
     mkdir -p "$SAVE_DIR"
     exec "${command[@]}"
 }
