@@ -75,6 +75,7 @@ def util(argv: Sequence[str] | None = None) -> str:
 
     from megatron_mixtral.weights.convert import convert, open_megatron
     from megatron_mixtral.weights.hf import HFSource
+    from megatron_mixtral.weights.preview import preview
 
     source = HFSource(args.load_dir) if args.loader == "mixtral_hf" else open_megatron(
         args.load_dir, compare_copies=not args.no_checking)
@@ -86,7 +87,8 @@ def util(argv: Sequence[str] | None = None) -> str:
     layout = _layout(args, getattr(source, "layout", None)).validate(source.config, TARGET_FLAGS)
     sink = _megatron_sink(source, layout, args)
     if args.dry_run:
-        return _describe(source.config, layout, args)
+        shards = _describe(source.config, layout, args) + "\n" if args.target_ckpt_format == "torch" else ""
+        return shards + preview(source, sink, dtype=args.params_dtype, jobs=args.jobs, companions=tokenizer)
     return str(convert(source, sink, companions=tokenizer, **_options(args)))
 
 
@@ -192,12 +194,12 @@ def _export(source: "TensorSource", target: Path, template: Path | None, args: a
     from megatron_mixtral.weights.convert import convert
     from megatron_mixtral.weights.hf import companions_of
     from megatron_mixtral.weights.hf_sink import HFSink
+    from megatron_mixtral.weights.preview import preview
 
     sink = HFSink(target, source.config, template=template, max_shard_size=args.max_shard_size, replace=replace)
-    if args.dry_run:
-        source.check()
-        return f"{source.where} is whole; {source.config.total_parameters:,} parameters would be written to {target}"
     companions = tokenizer + ([] if template is None else companions_of(template))
+    if args.dry_run:
+        return preview(source, sink, dtype=args.params_dtype, jobs=args.jobs, companions=companions)
     return str(convert(source, sink, companions=companions, **_options(args)))
 
 

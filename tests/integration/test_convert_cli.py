@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ import torch
 from helpers.models import assert_same_weights, random_hf_directory, tiny_hf_mixtral
 
 from megatron_mixtral.config import MixtralConfig
+from megatron_mixtral.weights.plan import human_size
+from megatron_mixtral.weights.preview import own_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = MixtralConfig(vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=8,
@@ -161,6 +164,47 @@ def test_dry_run_writes_nothing(hf, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "tp 1 ep 3 etp 0: layers 0-3, experts 3-3 + embedding + output_layer" in said
     assert not (tmp_path / "mg").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--target-ckpt-format", "torch_dist"), ("--params-dtype", "fp32")])
+def test_dry_run_names_the_files_that_are_written(hf, tmp_path, capsys, flags):
+    flags = ("--target-pipeline-parallel-size", "2", *flags)
+    assert convert(hf, tmp_path / "mg", *flags, "--dry-run") == 0
+    said = dict(re.findall(r"^(\S+): \d+ tensors, (.+)$", capsys.readouterr().out, re.MULTILINE))
+    assert convert(hf, tmp_path / "mg", *flags) == 0
+    report = json.loads((tmp_path / "mg/conversion.json").read_text())
+    assert said == {name: human_size((tmp_path / "mg" / name).stat().st_size) for name in report["files"]}
+
+
+def _peak_of_its_own(argv: list[str]) -> int:
+    """The most anonymous memory of a conversion, bytes."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "tools/checkpoint/util.py"), *argv])
+    peak = 0
+    while process.poll() is None:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(found[1]) * 1024 if found else 0)  # a process that has just ended has no memory
+        time.sleep(0.002)
+    assert process.returncode == 0
+    return peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("cast", [(), ("--params-dtype", "fp32")], ids=["as it is", "cast"])
+def test_memory_is_what_the_dry_run_says(tmp_path, capsys, cast):
+    """Never more, and not less than a third of it: which blocks are held at one moment is left to chance."""
+    hf = random_hf_directory(tmp_path / "hf", MixtralConfig(hidden_size=512, intermediate_size=1792,
+                                                            num_hidden_layers=4, vocab_size=512), torch.bfloat16)
+    argv = ["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"), "--jobs", "2",
+            "--target-tensor-parallel-size", "2", *cast]
+    assert "2 thread(s), about " in _said(argv, capsys)
+    predicted = own_memory(2, bool(cast))
+    measured = _peak_of_its_own(argv)
+    assert predicted / 3 < measured < predicted
+
+
+def _said(argv: list[str], capsys) -> str:
+    assert util([*argv, "--dry-run"]) == 0
+    return capsys.readouterr().out
 
 
 def test_exotic_layouts_old_flags_and_defaults(hf, tmp_path):
