@@ -1,8 +1,9 @@
 """Documents cut into sentences, each a sequence of its own: `--split-sentences`, for models trained on sentence pairs.
 
 The rule is that of Megatron-LM's tool: nltk's Punkt, on pieces of a million characters of the text. With
-`--keep-newlines` the white space after a sentence stays with it, newlines included; without, Punkt drops it. Punkt's
-parameters are a file of its own that nltk does not ship; it is never downloaded here.
+`--keep-newlines` the white space after a sentence stays with it, newlines included, but for that after closing quotes
+and at the end of the text, which Punkt drops all the same; without, it drops all. Punkt's parameters are a file of its
+own that nltk does not ship; it is never downloaded here.
 """
 
 from collections.abc import Callable
