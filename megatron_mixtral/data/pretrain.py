@@ -45,6 +45,11 @@ def build(
     if config.split_matrix is not None:
         config.split_matrix = [part if size != 0 else None
                                for part, size in zip(config.split_matrix, samples, strict=True)]
+    has_validation = blend_per_split[1] if blend_per_split is not None else blend is None or config.split_matrix[1]
+    if samples[1] and not has_validation:
+        source = f"--split {split}" if split else "--valid-data-path"
+        raise DataError(f"the run validates, and {source} gives nothing to validate on: give a part "
+                        "(--split 990,10,0), or want none with --eval-iters 0")
     if blend is not None:
         for prefix in blend[0]:
             _check_splits(prefix, config.split_matrix, split, seq_length)

@@ -95,3 +95,9 @@ def test_empty_and_short_splits_are_refused(prefix: str) -> None:
         build(prefix, (8, 0, 8), "999,0.5,0.5")
     with pytest.raises(DataError, match=r"its training split .* one sample needs 1000001 \(--seq-length \+ 1\)"):
         build(prefix, (8, 0, 0), "1,0,0", seq_length=1_000_000)
+
+
+def test_validation_without_a_part_to_validate_on_is_refused(prefix: str) -> None:
+    """The engine notices at the first validation, hours into a run."""
+    with pytest.raises(DataError, match=r"the run validates, and --split 100,0,0 gives nothing to validate on"):
+        build(prefix, (8, 8, 8), "100,0,0")
