@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.model.cross_entropy import chunked_loss
 from megatron_mixtral.model.router import LayerPool, MicroBatch, MixtralRouter
 from megatron_mixtral.model.spec import block_spec
 
@@ -109,8 +110,11 @@ class MixtralModel(GPTModel):
     def forward(self, *args: Any, loss_mask: torch.Tensor | None = None, padding_mask: torch.Tensor | None = None,
                 **kwargs: Any) -> torch.Tensor:
         """As GPTModel's. `loss_mask` [batch, sequence] is 1.0 where a token is trained on, `padding_mask` [batch,
-        sequence] is True where it is none; give both to every pipeline stage, or to none.
+        sequence] is True where it is none; give both to every pipeline stage, or to none. With `labels` [batch,
+        sequence] the loss is made in chunks of tokens; `--cross-entropy-loss-fusion` takes the engine's instead.
         """
+        if kwargs.get("labels") is not None and not self.config.cross_entropy_loss_fusion:
+            kwargs.setdefault("output_processor", chunked_loss)
         self.micro_batch.trained_tokens = None
         if loss_mask is not None and self.config.calculate_per_token_loss:
             self.micro_batch.trained_tokens = loss_mask.sum()

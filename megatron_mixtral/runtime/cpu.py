@@ -58,6 +58,7 @@ def _enable_engine(replacements: Replacements) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
 
+    gloo.enable_buffers(replacements)
     replacements.set(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     replacements.set(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     # The engine's is a process of its own: seconds a rank before the first save, and an orphan when a rank is killed.

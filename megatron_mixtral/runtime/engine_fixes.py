@@ -66,6 +66,22 @@ def _stand_in_for_fused_adam(replacements: Replacements) -> None:
     replacements.set(distrib_optimizer, "HAVE_APEX_OR_TE", True)
 
 
+def _engine_scales_through_copies() -> bool:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    return clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale
+
+
+def _scale_in_place(replacements: Replacements) -> None:
+    from megatron.core.optimizer import clip_grads
+
+    from megatron_mixtral.runtime import multi_tensor
+
+    replacements.set(clip_grads, "multi_tensor_scale_impl", multi_tensor.scale)
+    replacements.set(clip_grads, "l2_norm_impl", multi_tensor.l2_norm)
+
+
 # -- logging ---------------------------------------------------------------------------------------------
 
 
@@ -114,6 +130,15 @@ FIXES: tuple[Fix, ...] = (
         remove_when="DistributedOptimizer saves and loads torch.optim.AdamW at step 0",
         needed=_engine_falls_back_to_torch_adam,
         apply=_stand_in_for_fused_adam,
+    ),
+    Fix(
+        name="gradient-clipping",
+        symptom="clipping waits for the device once a parameter and makes a copy of every gradient",
+        cause="the engine's stand-ins for apex's multi-tensor kernels take norms with float() and scale with copy_",
+        versions="0.19.2",
+        remove_when="local_multi_tensor_scale and local_multi_tensor_l2_norm work in place and on the device",
+        needed=_engine_scales_through_copies,
+        apply=_scale_in_place,
     ),
     Fix(
         name="expert-optimizers",

@@ -4,6 +4,7 @@
 - `barrier(device_ids=...)`: NCCL only
 - uneven `all_gather` and `reduce_scatter` (lists of tensors of different lengths; the all-to-all dispatcher with
   expert-tensor parallelism): padded to the longest, or reduced whole and sliced
+- collectives of the gradient and parameter buffers in a group of one, which gloo copies through its own memory: nothing
 """
 
 import functools
@@ -21,6 +22,26 @@ def enable(replacements: Replacements) -> None:
     replacements.set(dist, "barrier", _without_device_ids(dist.barrier))
     replacements.set(dist, "all_gather", _all_gather_any(dist.all_gather))
     replacements.set(dist, "reduce_scatter", _reduce_scatter_any(dist.reduce_scatter))
+
+
+def enable_buffers(replacements: Replacements) -> None:
+    """The collectives that the engine's buffers of gradients and parameters took by name when they were imported."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        replacements.set(param_and_grad_buffer, name, _nothing_to_do_alone(getattr(param_and_grad_buffer, name)))
+
+
+def _nothing_to_do_alone(function: Any) -> Any:
+    @functools.wraps(function)
+    def collective(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if dist.get_world_size(group) > 1:
+            return function(output, input, *args, group=group, **kwargs)
+        if output.data_ptr() != input.data_ptr():
+            output.copy_(input)
+        return None
+
+    return collective
 
 
 def _with_plain_integers(function: Any) -> Any:
