@@ -24,6 +24,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
+from megatron_mixtral.model.swiglu import WeightedSwiGLU
 from megatron_mixtral.runtime import current_device
 
 
@@ -176,6 +177,15 @@ class GroupedExperts(TEGroupedMLP):
         super().__init__(num_local_experts, config, parts, pg_collection, name)
         self.register_state_dict_post_hook(_name_as_sequential)
         self.register_load_state_dict_pre_hook(_name_as_grouped)
+
+    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor,
+                **kwargs: Any) -> tuple[Tensor, None]:
+        """([t, h], no bias) of tokens [t, h] sorted by expert, as the engine's; a CPU has its own SwiGLU."""
+        if permuted_local_hidden_states.is_cuda or self.activation_recompute:
+            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, **kwargs)
+        counts = tokens_per_expert.tolist()
+        gate_and_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)
+        return self.linear_fc2(WeightedSwiGLU.apply(gate_and_up, permuted_probs[:, None]), counts)
 
 
 def _rename(state_dict: dict[str, Any], prefix: str, pattern: re.Pattern[str],

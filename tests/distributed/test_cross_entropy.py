@@ -32,7 +32,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dtype, wrapped: bool) -> dict:
+def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dtype, wrapped: bool,
+             masked: bool) -> dict:
+    """With `masked` the gradient is the one that the loss mask announces, else one that nothing announces."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
 
@@ -42,7 +44,10 @@ def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dt
     generator = torch.Generator().manual_seed(4)
     tokens, labels = torch.randint(3, VOCABULARY, (2, BATCH, SEQUENCE), generator=generator)
     positions, scales = torch.arange(SEQUENCE)[None], torch.rand(BATCH, SEQUENCE, generator=generator)
-    scales[0, :5] = 0.0  # masked
+    scales[0, :5] = 0.0
+    if masked:
+        scales = 0.3 * scales.gt(0.5).float()
+    told = {"loss_mask": scales / 0.3} if masked else {}
     if wrapped:
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         DistributedDataParallel(model.config, ddp, model)
@@ -57,7 +62,7 @@ def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dt
                     parameter.grad_added_to_main_grad = False
                 parameter.grad = None
             with watch if not results else torch.enable_grad():
-                losses = forward(tokens, positions, None, labels=labels)
+                losses = forward(tokens, positions, None, labels=labels, **told)
                 (losses.float() * scales).sum().backward()
             results.append([losses.detach().float(), *((p.main_grad if wrapped else p.grad).float().clone()
                                                        for p in model.parameters())])
@@ -66,16 +71,17 @@ def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dt
             "head": float(results[0][-1].abs().max())}
 
 
-@pytest.mark.parametrize(("layout", "world", "dtype", "wrapped", "tied"), [
-    ({}, 1, torch.float32, False, False),
-    ({}, 1, torch.float32, True, False),
-    ({"tp": 2}, 2, torch.float32, True, False),
-    ({}, 1, torch.float32, True, True),
-    ({}, 1, torch.bfloat16, True, False),
-], ids=["plain", "ddp", "tp2", "tied", "bf16"])
-def test_equals_the_engines_loss_in_chunks(layout, world, dtype, wrapped, tied, tmp_path: Path):
+@pytest.mark.parametrize(("layout", "world", "dtype", "wrapped", "tied", "masked"), [
+    ({}, 1, torch.float32, False, False, False),
+    ({}, 1, torch.float32, True, False, True),
+    ({"tp": 2}, 2, torch.float32, True, False, False),
+    ({"tp": 2}, 2, torch.float32, True, False, True),
+    ({}, 1, torch.float32, True, True, True),
+    ({}, 1, torch.bfloat16, True, False, True),
+], ids=["plain", "ddp", "tp2", "tp2-masked", "tied", "bf16"])
+def test_equals_the_engines_loss_in_chunks(layout, world, dtype, wrapped, tied, masked, tmp_path: Path):
     source = HFSource(tiny_hf_mixtral(tmp_path / "hf", tie_word_embeddings=tied, intermediate_size=40))
     convert(source, RankDirSink(tmp_path / "ranks", source.config, ParallelLayout(**layout)))
-    for found in run_ranks(world, _compare, str(tmp_path / "ranks"), layout, dtype, wrapped):
+    for found in run_ranks(world, _compare, str(tmp_path / "ranks"), layout, dtype, wrapped, masked):
         assert found["worst"] < (1e-6 if dtype == torch.float32 else 2e-2), found
         assert found["head"] > 0.01 and found["largest"] == found["chunk"], found
