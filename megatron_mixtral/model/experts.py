@@ -181,7 +181,7 @@ class GroupedExperts(TEGroupedMLP):
     def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor,
                 **kwargs: Any) -> tuple[Tensor, None]:
         """([t, h], no bias) of tokens [t, h] sorted by expert, as the engine's; a CPU has its own SwiGLU."""
-        if permuted_local_hidden_states.is_cuda:
+        if permuted_local_hidden_states.is_cuda or self.activation_recompute:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, **kwargs)
         counts = tokens_per_expert.tolist()
         gate_and_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)

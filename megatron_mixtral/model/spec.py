@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.model.attention import CausalAttention
 from megatron_mixtral.model.experts import GroupedExperts
 from megatron_mixtral.model.norm import RMSNorm
@@ -29,10 +28,6 @@ _TE_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
-    wanted = set(config.recompute_modules or ()) if config.recompute_granularity == "selective" else set()
-    if missing := sorted(wanted & {"moe_act", "layernorm"}):
-        raise ConfigError(f"--recompute-modules {' '.join(missing)} needs transformer-engine, where the "
-                          "engine's recomputation of these lives; use core_attn or moe, or install the extra [te]")
     parts = get_gpt_layer_local_submodules(num_experts=config.num_moe_experts, normalization="RMSNorm")
     attention = parts.self_attention
     attention = dataclasses.replace(

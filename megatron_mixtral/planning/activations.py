@@ -8,8 +8,11 @@ a real run against them.
 from megatron_mixtral.planning.shape import RunShape
 
 # What an expert keeps of a token, in widths of the expert: the two halves of fc1's output and, without recomputation of
-# the activation, SwiGLU's factors and its output before and after the router's probability.
-WIDTHS, WIDTHS_RECOMPUTED = 6, 2
+# the activation, SwiGLU's output times the router's probability.
+WIDTHS, WIDTHS_RECOMPUTED = 3, 2
+NORM = 2  # a norm's output, and x / rms(x), which torch keeps where it has no fused norm, as on a CPU
+ROTATIONS = 4  # sines and cosines of queries and of keys
+LOGITS_AT_ONCE = 2**25  # of a chunk of the loss on a GPU (model/cross_entropy.py)
 
 
 def layer(shape: RunShape, recompute: str | None = None) -> float:
@@ -24,18 +27,19 @@ def _attention(shape: RunShape, recompute: str) -> float:
     config, tp = shape.config, shape.layout.tp
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     numbers = config.hidden_size  # input of the norm
-    numbers += config.hidden_size if recompute == "none" else 0  # its output, input of the projections
+    numbers += NORM * config.hidden_size if recompute == "none" else 0  # its output, input of the projections
     numbers += query + 2 * key_value  # their output, kept whole because the values are a part of it
     numbers += query + key_value  # rotated queries and keys
     numbers += query  # attention's output
     statistics = 4 * config.num_attention_heads  # log-sum-exp of each row, fp32
-    return shape.tokens_per_micro_batch / tp * (numbers * shape.weight_bytes + statistics)
+    rotations = ROTATIONS * config.head_dim * shape.weight_bytes  # of the whole sequence, on every rank
+    return shape.tokens_per_micro_batch * ((numbers * shape.weight_bytes + statistics) / tp + rotations)
 
 
 def _experts(shape: RunShape, recompute: str) -> float:
     config, layout = shape.config, shape.layout
     hidden, width = config.hidden_size, config.intermediate_size / layout.etp
-    local = hidden + (hidden if recompute == "none" else 0)  # input of the norm; its output, which the router reads
+    local = hidden + (NORM * hidden if recompute == "none" else 0)  # input of the norm; its output, for the router
     # Every rank of an expert-tensor-parallel group holds the tokens of the whole group, and a part of each expert.
     arriving = config.num_experts_per_tok * layout.etp
     order = 8 * config.num_local_experts + 28 * config.num_experts_per_tok  # bytes: which token goes where, how much
@@ -50,5 +54,6 @@ def embedding(shape: RunShape) -> float:
 
 
 def logits(shape: RunShape) -> float:
-    """The softmax that the cross entropy of one micro-batch keeps, fp32."""
-    return shape.tokens_per_micro_batch * shape.config.vocab_size / shape.layout.tp * 4.0
+    """The logits of a chunk of tokens: in the weights' dtype, in fp32, and their gradient. The graph keeps none."""
+    numbers = min(shape.tokens_per_micro_batch * shape.config.vocab_size / shape.layout.tp, LOGITS_AT_ONCE)
+    return numbers * (4.0 + 2 * shape.weight_bytes)

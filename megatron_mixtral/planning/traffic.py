@@ -57,9 +57,9 @@ def traffic(shape: RunShape, stage: int, parameters: StageParameters) -> Traffic
 
 
 def _outer_tensor(shape: RunShape, stage: int, hidden: float) -> float:
-    """Embedding (reduce-scatter forward, all-gather backward) and output layer (three passes)."""
+    """Embedding (reduce-scatter forward, all-gather backward) and output layer (all-gather, reduce-scatter)."""
     layout = shape.layout
-    passes = 2 * (stage == 0) + 3 * (stage == layout.pp - 1)
+    passes = 2 * (stage == 0) + 2 * (stage == layout.pp - 1)
     return passes * shape.micro_batches * hidden * (layout.tp - 1) / layout.tp
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import engine
-from helpers.ranks import RankError, run_ranks
+from helpers.ranks import run_ranks
 
 HIDDEN, FFN = 32, 48
 COUNTS = {"balanced": [6, 6, 6, 6], "unbalanced": [1, 17, 2, 4], "empty": [0, 24, 0, 0], "nothing": [0, 0, 0, 0]}
@@ -158,19 +158,3 @@ def test_tensors_that_do_not_lie_evenly_have_no_stack():
     assert stacked([whole[0], whole[1], whole[3]]) is None
     assert stacked([whole[0], whole[1].clone()]) is None
     assert stacked([whole[0].t(), whole[1].t()]) is None
-
-
-def _recomputed(rank: int, module: str) -> None:
-    from megatron_mixtral.config import MixtralConfig
-    from megatron_mixtral.model import build, transformer_config
-
-    model = MixtralConfig(vocab_size=96, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=1,
-                          num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-    config = transformer_config(model, engine.set_up({}), recompute_granularity="selective", recompute_modules=[module])
-    build(model, config, max_sequence_length=32, padded_vocab_size=96)
-
-
-@pytest.mark.parametrize("module", ["moe_act", "layernorm"])
-def test_recomputation_that_needs_transformer_engine_is_refused(module):
-    with pytest.raises(RankError, match=f"--recompute-modules {module} needs transformer-engine"):
-        run_ranks(1, _recomputed, module)
