@@ -48,9 +48,10 @@ def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dt
     if masked:
         scales = 0.3 * scales.gt(0.5).float()
     told = {"loss_mask": scales / 0.3} if masked else {}
+    alive: list[torch.nn.Module] = []
     if wrapped:
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        DistributedDataParallel(model.config, ddp, model)
+        alive.append(DistributedDataParallel(model.config, ddp, model))  # its hooks live as long as it does
     local = VOCABULARY // layout.get("tp", 1)
     results, watch = [], Largest(local)
     with patch.object(cross_entropy, "CPU_CHUNK", CHUNK_TOKENS * local), \
