@@ -1,7 +1,7 @@
 """Activations: the bytes that autograd keeps from the forward pass of one micro-batch, tensor by tensor.
 
 The tables list what this library's modules save for their backward pass (`model/`), for one token, in units of one
-number of the compute dtype. Tokens are spread evenly over experts. `tests/distributed/test_planning_memory.py` measures
+number of the compute dtype. Tokens are spread evenly over experts. `tests/distributed/test_planning_measured.py` measures
 a real run against them.
 """
 

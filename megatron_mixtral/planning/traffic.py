@@ -1,7 +1,7 @@
 """Communication volume: the bytes that one device sends in one optimizer step, by parallel axis.
 
 Counted the way ring algorithms move data: an all-gather or a reduce-scatter over n devices sends (n - 1) parts of 1/n
-of the whole from each device, an all-to-all keeps 1/n at home. `tests/distributed/test_planning_traffic.py` counts the
+of the whole from each device, an all-to-all keeps 1/n at home. `tests/distributed/test_planning_measured.py` counts the
 collectives of a real step against it.
 """
 
