@@ -1,8 +1,8 @@
 """Activations: the bytes that autograd keeps from the forward pass of one micro-batch, tensor by tensor.
 
 The tables list what this library's modules save for their backward pass (`model/`), for one token, in units of one
-number of the compute dtype. Tokens are spread evenly over experts. `tests/distributed/test_planning_measured.py` measures
-a real run against them.
+number of the compute dtype. Tokens are spread evenly over experts. A real run is measured against them in
+`tests/distributed/test_planning_measured.py`.
 """
 
 from megatron_mixtral.planning.shape import RunShape
