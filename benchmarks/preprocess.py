@@ -238,6 +238,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, list[floa
         for name, (command, source) in todo.items():
             seconds, _ = timed(command, folder / "log", watch=False)
             rates.setdefault(name, []).append(source.stat().st_size / 1e6 / seconds)
+            print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
         for engine in set(args.engines) - set(SLOW):
             source = folder / "corpus.jsonl"
             seconds = encode_in_memory(str(source), str(folder / "hf" / "tokenizer.json"), engine, args.workers)
