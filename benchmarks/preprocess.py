@@ -10,7 +10,8 @@ written.
 
 The text is Python sources of this environment, one document a file; where there are fewer than asked for, they are
 repeated, each time with another rotation of their lines, so that no document occurs twice. Slow programs get a part of
-the corpus (--slow-share). Rates are megabytes of JSON lines per second of wall time, start-up included.
+the corpus (--slow-share). Rates are megabytes of JSON lines per second of wall time, start-up included, and per second
+of processor time of all processes, which other users of the machine disturb less.
 """
 
 # ruff: noqa: T201
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -107,8 +109,8 @@ def naive_pool(source: str, prefix: str, tokenizer_path: str, workers: int) -> N
 # -- the encoder alone ------------------------------------------------------------------------------------
 
 
-def encode_in_memory(source: str, tokenizer_path: str, engine_name: str, workers: int) -> float:
-    """Seconds in which `workers` processes encode their share of texts that are already in memory."""
+def encode_in_memory(source: str, tokenizer_path: str, engine_name: str, workers: int) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, in which processes encode their share of texts already in memory."""
     context = multiprocessing.get_context("fork")
     barrier, times = context.Barrier(workers + 1), context.Queue()
 
@@ -117,6 +119,7 @@ def encode_in_memory(source: str, tokenizer_path: str, engine_name: str, workers
             texts = [json.loads(line)["text"] for index, line in enumerate(stream) if index % workers == number]
         engine = make_engine(engine_name, open_tokenizer(Path(tokenizer_path)))
         barrier.wait()
+        processor = time.process_time()
         batch, size = [], 0
         for text in texts:
             batch.append(text)
@@ -125,17 +128,17 @@ def encode_in_memory(source: str, tokenizer_path: str, engine_name: str, workers
                 engine.encode(batch, SpecialTokens(None, EOS))
                 batch, size = [], 0
         engine.encode(batch, SpecialTokens(None, EOS))
-        times.put(time.monotonic())
+        times.put((time.monotonic(), time.process_time() - processor))
 
     processes = [context.Process(target=work, args=(number,)) for number in range(workers)]
     for process in processes:
         process.start()
     barrier.wait()
     started = time.monotonic()
-    ended = max(times.get() for _ in processes)
+    ended, processor = zip(*(times.get() for _ in processes), strict=True)
     for process in processes:
         process.join()
-    return ended - started
+    return max(ended) - started, sum(processor)
 
 
 # -- measuring --------------------------------------------------------------------------------------------
@@ -154,8 +157,15 @@ def memory(pid: int) -> int:
     return total + sum(memory(int(child)) for child in children)
 
 
-def timed(command: list[str], log: Path, watch: bool) -> tuple[float, int]:
-    """Run a program: seconds, and the peak of `memory` where it is watched, which costs time itself."""
+def processor_time() -> float:
+    """Of all children that have ended, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(command: list[str], log: Path, watch: bool) -> tuple[float, float, int]:
+    """Run a program: seconds, those of processor time, and the peak of `memory` where watched, which costs time."""
+    before = processor_time()
     with open(log, "wb") as output:
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -167,7 +177,7 @@ def timed(command: list[str], log: Path, watch: bool) -> tuple[float, int]:
         seconds = time.monotonic() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {log.read_text()[-1500:]}")
-    return seconds, peak
+    return seconds, processor_time() - before, peak
 
 
 def tool_command(source: Path, prefix: Path, model: Path, engine: str, workers: int) -> list[str]:
@@ -217,60 +227,70 @@ def main() -> int:
     write_hf_tokenizer(args.folder / "hf")
     count, size = write_corpus(args.folder / "corpus.jsonl", int(args.megabytes * 1e6))
     write_corpus(args.folder / "part.jsonl", int(args.megabytes * 1e6 * args.slow_share))
-    rates, peaks = measure(args, args.folder)
+    rates, peaks = measure(args, args.folder)  # of (wall, processor)
     flat = {}
     for megabytes in args.memory_megabytes:
         write_corpus(args.folder / "memory.jsonl", int(megabytes * 1e6))
         command = tool_command(args.folder / "memory.jsonl", args.folder / "memory", args.folder / "hf", "native",
                                args.workers)  # fmt: skip
-        flat[megabytes] = timed(command, args.folder / "log", watch=True)[1] / 1e6
+        flat[megabytes] = timed(command, args.folder / "log", watch=True)[2] / 1e6
     shutil.rmtree(args.folder)
     print_table(args, count, size, rates, peaks, flat)
     return 0
 
 
-def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """MB/s of every program in every round, and the peak memory of each in MB."""
-    rates: dict[str, list[float]] = {}
+Rates = dict[str, list[tuple[float, float]]]  # MB per second of wall and of processor time, for each round
+
+
+def measure(args: argparse.Namespace, folder: Path) -> tuple[Rates, dict[str, float]]:
+    """The rates of every program, and the peak memory of each in MB."""
+    rates: Rates = {}
     peaks: dict[str, float] = {}
     todo = programs(folder, args.engines, args.workers) if args.repeats else {}
     for _ in range(args.repeats):
         for name, (command, source) in todo.items():
-            seconds, _ = timed(command, folder / "log", watch=False)
-            rates.setdefault(name, []).append(source.stat().st_size / 1e6 / seconds)
-            print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            add(rates, name, source, *timed(command, folder / "log", watch=False)[:2])
         for engine in set(args.engines) - set(SLOW):
             source = folder / "corpus.jsonl"
-            seconds = encode_in_memory(str(source), str(folder / "hf" / "tokenizer.json"), engine, args.workers)
-            rates.setdefault(f"{engine}, encoder alone", []).append(source.stat().st_size / 1e6 / seconds)
+            found = encode_in_memory(str(source), str(folder / "hf" / "tokenizer.json"), engine, args.workers)
+            add(rates, f"{engine}, encoder alone", source, *found)
         check_equal(folder, args.engines)
     for name, (command, _) in todo.items():
-        peaks[name] = timed(command, folder / "log", watch=True)[1] / 1e6
+        peaks[name] = timed(command, folder / "log", watch=True)[2] / 1e6
     return rates, peaks
 
 
+def add(rates: Rates, name: str, source: Path, seconds: float, processor: float) -> None:
+    print(f"{name}: {seconds:.1f} s, {processor:.1f} s of processor time", file=sys.stderr, flush=True)
+    size = source.stat().st_size / 1e6
+    rates.setdefault(name, []).append((size / seconds, size / processor))
+
+
 def print_table(
-    args: argparse.Namespace, count: int, size: int, rates: dict[str, list[float]], peaks: dict[str, float],
-    flat: dict[float, float],
-) -> None:  # fmt: skip
+    args: argparse.Namespace, count: int, size: int, rates: Rates, peaks: dict[str, float], flat: dict[float, float]
+) -> None:
     packages = ("tokenizers", "sentencepiece", "gigatoken", "orjson", "numpy", "torch")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     print(f"{count} documents, {size / 1e6:.0f} MB of JSON lines, {args.workers} workers, {os.cpu_count()} cores, "
           f"median of {args.repeats}\n")  # fmt: skip
-    print("| program | MB/s (least to most) | against the naive pool | peak memory, all processes |")
-    print("|---|---|---|---|")
-    for name, values in rates.items():
-        middle, base = statistics.median(values), statistics.median(rates["naive pool"])
+    print("| program | MB/s (least to most) | against the naive pool | MB per CPU-s | against it | peak memory |")
+    print("|---|---|---|---|---|---|")
+    for name, rounds in rates.items():
+        walls = [wall for wall, _ in rounds]
+        wall, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+        base, base_cpu = (statistics.median(column) for column in zip(*rates["naive pool"], strict=True))
         peak = f"{peaks[name]:.0f} MB" if name in peaks else "-"
-        print(f"| {name} | {middle:.1f} ({min(values):.1f}-{max(values):.1f}) | {middle / base:.1f}x | {peak} |")
+        print(f"| {name} | {wall:.1f} ({min(walls):.1f}-{max(walls):.1f}) | {wall / base:.1f}x | {cpu:.1f} | "
+              f"{cpu / base_cpu:.1f}x | {peak} |")  # fmt: skip
     for engine in [name for name in rates if f"{name}, encoder alone" in rates]:
-        ratios = [ours / alone for ours, alone in zip(rates[engine], rates[f"{engine}, encoder alone"], strict=True)]
-        print(f"\n{engine}, end to end against the encoder alone: {statistics.median(ratios):.2f}")
+        pairs = list(zip(rates[engine], rates[f"{engine}, encoder alone"], strict=True))
+        wall, cpu = (statistics.median(ours[n] / alone[n] for ours, alone in pairs) for n in (0, 1))
+        print(f"\n{engine}, end to end against the encoder alone: {wall:.2f}, by processor time {cpu:.2f}")
     for megabytes, peak in flat.items():
         print(f"peak memory of native at {megabytes:.0f} MB: {peak:.0f} MB")
     print(json.dumps(versions))
     if args.output:
-        content = {"documents": count, "bytes": size, "workers": args.workers, "mb_per_second": rates,
+        content = {"documents": count, "bytes": size, "workers": args.workers, "mb_per_wall_and_cpu_second": rates,
                    "peak_mb": peaks, "peak_mb_of_native_by_corpus_mb": flat, "versions": versions}  # fmt: skip
         args.output.write_text(json.dumps(content) + "\n", "utf-8")
 
