@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a clone that is not installed
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads have nothing to do here, and hinder a quick fork
 
 from megatron_mixtral.data import preprocess  # noqa: E402
 

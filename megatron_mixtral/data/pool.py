@@ -60,15 +60,19 @@ class _Pool:
         context = multiprocessing.get_context(method)
         for number in range(workers):
             ours, theirs = context.Pipe()
-            # A forked child holds the parent's ends of all pipes made so far; it must close them, or it would not see
-            # the parent go.
-            others = (*self._processes, ours) if method == "fork" else ()
+            # A forked child has the job already, and the parent's ends of all pipes made so far: it must close those,
+            # or it would not see the parent go. A fresh one is sent the job: as an argument it would make `start` wait
+            # for ever where the child dies before it reads (it is larger than a pipe holds).
+            inherited = (job, (*self._processes, ours)) if method == "fork" else (None, ())
             process = context.Process(
-                target=_serve, args=(theirs, job, others), name=f"preprocess-{number}", daemon=True
+                target=_serve, args=(theirs, *inherited), name=f"preprocess-{number}", daemon=True
             )
             process.start()
             theirs.close()
             self._processes[ours] = process
+        if method == "spawn":
+            for connection in self._processes:  # they start side by side
+                self._send(connection, job)
 
     def run(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ChunkResult]]:
         waiting = iter(chunks)
@@ -85,8 +89,11 @@ class _Pool:
         if chunk is None:
             return
         self._busy[connection] = chunk
+        self._send(connection, chunk)
+
+    def _send(self, connection: Connection, what: Chunk | Job) -> None:
         try:
-            connection.send(chunk)
+            connection.send(what)
         except OSError as error:
             raise self._death(connection) from error
 
@@ -101,13 +108,13 @@ class _Pool:
         return result
 
     def _death(self, connection: Connection) -> DataError:
-        process, chunk = self._processes[connection], self._busy[connection]
+        process, chunk = self._processes[connection], self._busy.get(connection)
         process.join(5)
         code = process.exitcode
         cause = f"status {code}" if code is None or code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
+        place = f"at {chunk.start} to {chunk.end} of {chunk.file.path}" if chunk else "when it started"
         return DataError(
-            f"A worker process died ({cause}) at {chunk.start} to {chunk.end} of {chunk.file.path}. If the "
-            f"machine ran out of memory (SIGKILL), use fewer --workers."
+            f"A worker process died ({cause}) {place}. If the machine ran out of memory (SIGKILL), use fewer --workers."
         )
 
     def stop(self) -> None:
@@ -122,8 +129,11 @@ class _Pool:
             connection.close()
 
 
-def _serve(connection: Connection, job: Job, others: Sequence[Connection]) -> None:
-    """A worker's life: answer chunks until the parent is gone. An answer that is a string is an error."""
+def _serve(connection: Connection, job: Job | None, others: Sequence[Connection]) -> None:
+    """A worker's life: answer chunks until the parent is gone. An answer that is a string is an error.
+
+    Without a `job` the parent sends it first; `others` are pipes that are not for this process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:
@@ -131,6 +141,7 @@ def _serve(connection: Connection, job: Job, others: Sequence[Connection]) -> No
     encoder = None
     while True:
         try:
+            job = job or connection.recv()
             chunk = connection.recv()
         except (EOFError, OSError):
             return
