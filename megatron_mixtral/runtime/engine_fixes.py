@@ -162,6 +162,16 @@ FIXES: tuple[Fix, ...] = (
         apply=optimizer_state.count_the_padding,
     ),
     Fix(
+        name="fp32-rank-directories",
+        symptom="an fp32 run with the distributed optimizer cannot go on from rank directories (--ckpt-format torch): "
+                "'a view of a leaf Variable that requires grad is being used in an in-place operation'",
+        cause="the optimizer's fp32 weights are then views of the model's own, and are set with gradients enabled",
+        versions="0.19.2",
+        remove_when="load_parameter_state_from_dp_zero sets weights under torch.no_grad",
+        needed=optimizer_state.fp32_weights_are_leaves,
+        apply=optimizer_state.set_without_gradients,
+    ),
+    Fix(
         name="nan-norm",
         symptom="a gradient with NaN is applied, whatever grad_norm_skip_threshold says, and every weight is lost",
         cause="the norm is compared by `norm > threshold`, which is false for NaN",
@@ -191,6 +201,16 @@ TRAINING_FIXES: tuple[Fix, ...] = (
         remove_when="training_log resets its sums whenever it prints, and calls something when a step is logged",
         needed=_first_log_keeps_its_sums,
         apply=_log_each_step_by_itself,
+    ),
+    Fix(
+        name="rank-directories-step",
+        symptom="--ckpt-step with rank directories and the distributed optimizer: the weights are those of that step, "
+                "the optimizer's state and the iteration those of the last one, without a word",
+        cause="load_checkpoint reads the tracker a second time for the optimizer's file, and forgets --ckpt-step",
+        versions="0.19.2",
+        remove_when="load_checkpoint takes the optimizer's file from the directory of the weights",
+        needed=optimizer_state.tracker_is_read_again,
+        apply=optimizer_state.let_the_tracker_say_ckpt_step,
     ),
 )
 

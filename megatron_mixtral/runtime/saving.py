@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.runtime.replacements import Replacements
 
 
@@ -33,8 +34,8 @@ class Keeper(Protocol):
     def end(self, iteration: int, folder: Path, problem: str | None, background: bool) -> Path | None:
         """The save was written, or failed (`problem` is not None); returns the checkpoint's directory if it has one."""
 
-    def before_load(self, directory: Path) -> None:
-        """A checkpoint is about to be loaded."""
+    def before_load(self, directory: Path, whole: bool) -> None:
+        """A checkpoint is about to be loaded: `whole`, or its weights only."""
 
     def loaded_arguments(self, saved: Any) -> None:
         """The arguments of the run that wrote the checkpoint that is being loaded."""
@@ -190,9 +191,15 @@ def _lead_loads(replacements: Replacements, keeper: Keeper) -> None:
         args = get_args()
         if load_arg == "load" and not checkpointing.checkpoint_exists(args.load) and args.pretrained_checkpoint:
             load_arg = "pretrained_checkpoint"  # as the engine does
+        directory = Path(getattr(args, load_arg) or "")
         if checkpointing.checkpoint_exists(getattr(args, load_arg)):
-            keeper.before_load(Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg)))
-        return load(model, optimizer, scheduler, load_arg=load_arg, **kwargs)
+            directory = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
+            weights_only = args.finetune or load_arg == "pretrained_checkpoint" or directory.name == "release"
+            keeper.before_load(directory, not weights_only)
+        try:
+            return load(model, optimizer, scheduler, load_arg=load_arg, **kwargs)
+        except SystemExit as end:  # the engine's way out where it cannot read a file: with status 0
+            raise CheckpointError(f"{directory} could not be loaded; what the engine found is printed above") from end
 
     @functools.wraps(compare)
     def check_checkpoint_args(saved: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.errors import CheckpointError, MixtralError
 from megatron_mixtral.planning.report import size
 from megatron_mixtral.training import manifest, resume, retention
 from megatron_mixtral.training.export import Exporter
+from megatron_mixtral.weights.engine_args import layout_from_args
+from megatron_mixtral.weights.saved_args import saved_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +109,26 @@ class Keeper:
 
     # -- loading ---------------------------------------------------------------------------------------
 
-    def before_load(self, directory: Path) -> None:
-        """With --verify-checkpoint, compare every file with its sum, the ranks in parallel."""
-        if not self._args.verify_checkpoint:
-            return
+    def before_load(self, directory: Path, whole: bool) -> None:
+        """Refuse at once what would be found late or never: another layout of rank directories, another optimizer.
+        With --verify-checkpoint, compare every file with its sum, the ranks in parallel.
+        """
+        problem = None
+        if self._args.rank == 0:
+            try:
+                saved = saved_arguments(directory, layout_from_args(self._args, "this run"))
+                if whole and saved is not None:
+                    resume.check_optimizer(saved, self._args)
+                    resume.check_schedule(saved, self._args)
+            except MixtralError as error:
+                problem = error
+        problem = _from_rank_0(problem)
+        if problem is not None:
+            raise problem
+        if self._args.verify_checkpoint:
+            self._verify(directory)
+
+    def _verify(self, directory: Path) -> None:
         try:
             sums, problem = manifest.read_manifest(directory), None
         except CheckpointError as error:
@@ -127,9 +145,8 @@ class Keeper:
             logger.info("%s: %d files are as they were written", directory, len(sums))
 
     def loaded_arguments(self, saved: Any) -> None:
-        """Say what is different from the run that saved. `ConfigError` for what the engine would refuse in code."""
+        """Say what is different from the run that saved."""
         sentences = resume.differences(saved, self._args)
-        resume.check_schedule(saved, self._args)
         if self._args.rank == 0:
             for sentence in sentences:
                 logger.info("resume: %s", sentence)

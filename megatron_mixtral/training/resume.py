@@ -23,6 +23,9 @@ def differences(saved: Any, now: Any) -> list[str]:
     if before != after:
         sentences.append(f"the layout was {before}, now it is {after}")
     consumed = getattr(saved, "consumed_train_samples", 0)
+    if consumed and (now.no_load_optim or getattr(saved, "no_save_optim", False)):
+        sentences.append("no optimizer state is taken over, so the learning-rate schedule begins anew, with its "
+                         f"warm-up; the data go on after sample {consumed}")
     if _changed(saved, now, "global_batch_size"):
         sentences.append(f"the global batch size was {saved.global_batch_size}, now it is {now.global_batch_size}: the "
                          f"data go on after sample {consumed}, and one step is {now.global_batch_size} samples")
@@ -37,10 +40,26 @@ def differences(saved: Any, now: Any) -> list[str]:
     return sentences
 
 
+def check_optimizer(saved: Any, now: Any) -> None:
+    """`ConfigError` where the checkpoint holds the state of another kind of optimizer than this run's."""
+    if now.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    if _changed(saved, now, "use_distributed_optimizer"):
+        was, now_is, what = "without", "with", "leave it out"
+        if saved.use_distributed_optimizer:
+            was, now_is, what = now_is, was, "add it"
+        raise ConfigError(
+            f"the checkpoint was saved {was} --use-distributed-optimizer, this run is {now_is} it, and the optimizer's "
+            f"state has another form: {what} to go on, or give --no-load-optim to begin with a new optimizer")
+    if _changed(saved, now, "optimizer"):
+        raise ConfigError(
+            f"the checkpoint holds the state of --optimizer {saved.optimizer}, the run's is {now.optimizer}: give the "
+            "same, or --no-load-optim to begin with a new optimizer")
+
+
 def check_schedule(saved: Any, now: Any) -> None:
     """`ConfigError` where the schedule's length in samples changed and no flag says which of the two to follow."""
-    if now.override_opt_param_scheduler or now.use_checkpoint_opt_param_scheduler or now.finetune \
-            or now.no_load_optim:
+    if now.override_opt_param_scheduler or now.use_checkpoint_opt_param_scheduler or now.no_load_optim:
         return
     before, after = _schedule_samples(saved), _schedule_samples(now)
     if None in (before, after) or before == after:

@@ -27,11 +27,10 @@ from megatron_mixtral.weights.hf import companions_of
 from megatron_mixtral.weights.mapped import MappedFile
 from megatron_mixtral.weights.rank_dirs import iteration_directory, narrow
 from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
+from megatron_mixtral.weights.saved_args import common_state
 
 __all__ = ["METADATA_FILE", "DistSource", "Span", "spans"]
 
-COMMON = "common_state/shard_0_1"  # arguments, iteration and other small state
-COMMON_FILE = "common.pt"  # where older engines put it
 STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
 _LAYERS = "decoder.layers."
 
@@ -122,18 +121,8 @@ class DistSource:
     def _find_config(self) -> MixtralConfig:
         if (self.root / CONFIG_FILE).exists():
             return MixtralConfig.from_checkpoint(self.root)
-        region = self.contents.objects.get(COMMON)
-        path = self.where / COMMON_FILE
-        if region is not None:
-            where = f"{region.file} ({COMMON})"
-            common = load(self._map(region.file), where, region.offset, region.length)
-            common = common[0] if isinstance(common, list) and common else common
-        elif path.is_file():
-            where = str(path)
-            common = load(self._map(path), where)
-        else:
-            where, common = str(self.where), None
-        if not isinstance(common, dict) or common.get("args") is None:
+        common, where = common_state(self.where, self.contents)
+        if common.get("args") is None:
             raise CheckpointError(f"{where}: holds no args; put a {CONFIG_FILE} into {self.root} that says what the "
                                   "model is")
         return config_from_args(common["args"], where)

@@ -14,6 +14,8 @@ from megatron_mixtral.weights.rules import Shape, dist_names
 from megatron_mixtral.weights.unpickling import UNPICKLING_ERRORS, TypeRecord, unpickle
 
 METADATA_FILE = ".metadata"
+COMMON = "common_state/shard_0_1"  # arguments, iteration and other small state
+COMMON_FILE = "common.pt"  # where older engines put it
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": (

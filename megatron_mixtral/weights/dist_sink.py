@@ -21,8 +21,8 @@ from typing import Any
 
 from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.weights.container import ALIGNMENT, Container, Copied, Placed, tensor_reference, torch_archive
-from megatron_mixtral.weights.dist_ckpt import COMMON, chunk_label
-from megatron_mixtral.weights.dist_metadata import METADATA_FILE, Region
+from megatron_mixtral.weights.dist_ckpt import chunk_label
+from megatron_mixtral.weights.dist_metadata import COMMON, METADATA_FILE, Region
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.engine_args import make_args
 from megatron_mixtral.weights.fragments import OutputFile, stored_type

@@ -91,7 +91,7 @@ class RankDirSource:
         args = contents.get("args")
         if args is None:
             raise CheckpointError(f"{first}: has no args, so its layout is not known")
-        self.layout = layout_from_args(args, str(first))
+        self.args, self.layout = args, layout_from_args(args, str(first))
         if (self.root / CONFIG_FILE).exists():
             self.config = MixtralConfig.from_checkpoint(self.root)
         else:
@@ -145,6 +145,10 @@ class RankDirSource:
             raise CheckpointError(f"{path}: has no {key}")
         experts = len(self.layout.experts_of(coord.ep, self.config.num_local_experts))
         return today(contents[key], experts, contents.get("checkpoint_version"), str(path))
+
+    def files(self) -> list[Path]:
+        """The file of every shard, whether it exists or not."""
+        return [self.where / name / FILE_NAME for name in self._names.values()]
 
     # -- What is there -----------------------------------------------------------------------------------
 

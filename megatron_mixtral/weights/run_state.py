@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.dist_ckpt import COMMON, COMMON_FILE, STATE_PREFIXES, DistSource, state_names
-from megatron_mixtral.weights.dist_metadata import Region, StoredTensor
+from megatron_mixtral.weights.dist_ckpt import STATE_PREFIXES, DistSource, state_names
+from megatron_mixtral.weights.dist_metadata import COMMON, COMMON_FILE, Region, StoredTensor
 from megatron_mixtral.weights.rules import EMBEDDING, RULES, dist_names
 
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")

@@ -5,7 +5,7 @@ layouts sum in different orders, which moves the norms by about 1e-6 after six s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 RECIPE = ["--seq-length", str(SEQUENCE), "--micro-batch-size", "1", "--global-batch-size", str(BATCH),
           "--lr", "3e-3", "--lr-decay-style", "cosine", "--min-lr", "1e-4", "--lr-warmup-iters", "2",
           "--weight-decay", "0.01", "--adam-beta2", "0.95", "--clip-grad", "1.0", "--moe-aux-loss-coeff", "0.01",
-          "--eval-iters", "0", "--use-distributed-optimizer", "--train-iters", str(STEPS)]
+          "--eval-iters", "0", "--train-iters", str(STEPS)]
 BUCKETS = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "5000"]
 
 
@@ -37,6 +37,8 @@ class Layout:
     ep: int = 1
     etp: int | None = None
     dp: int = 1
+    distributed_optimizer: bool = True
+    ckpt_format: str = "torch_dist"
     more: tuple[str, ...] = ()
 
     @property
@@ -50,7 +52,9 @@ class Layout:
             words += ["--num-virtual-stages-per-pipeline-rank", self.vpp]
         if self.etp is not None:
             words += ["--expert-tensor-parallel-size", self.etp]
-        return [*map(str, words), *self.more]
+        if self.distributed_optimizer:
+            words.append("--use-distributed-optimizer")
+        return [*map(str, words), "--ckpt-format", self.ckpt_format, *self.more]
 
 
 ONE = Layout()
@@ -140,6 +144,38 @@ def test_resumes_on_another_layout(pair: str, whole: Whole, data: list[str], fol
     before, after = PAIRS[pair]
     first, save = whole(before)
     assert_goes_on(first, resume(after, save, data, folder / "second"))
+
+
+WHOLE = {name: tuple(replace(layout, distributed_optimizer=False, more=()) for layout in PAIRS[name])
+         for name in ("tp 1 -> 2", "pp 2 -> 1", "vpp on", "ep 1 -> 2", "ep 2 -> 4", "etp 2 -> 1", "dp 2 -> 1",
+                      "tp2 pp2 ep2 -> pp4", "dp3 -> tp2 pp2 ep2")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", WHOLE)
+def test_resumes_on_another_layout_without_the_distributed_optimizer(pair: str, whole: Whole, data: list[str],
+                                                                     folder: Path) -> None:
+    before, after = WHOLE[pair]
+    first, save = whole(before)
+    assert_goes_on(first, resume(after, save, data, folder / "second"))
+
+
+def test_fewer_expert_ranks_and_another_kind_of_optimizer(whole: Whole, data: list[str], folder: Path) -> None:
+    before, after = (replace(layout, distributed_optimizer=False, more=()) for layout in PAIRS["ep 2 -> 1"])
+    first, save = whole(before)
+    assert_goes_on(first, resume(after, save, data, folder / "second"))
+    other = replace(after, dp=1, distributed_optimizer=True)
+    refused = pretrain(1, [*other.flags(), *RECIPE, *data, "--load", str(save)], folder / "refused")
+    assert refused.codes == [1] and not refused.steps
+    assert "saved without --use-distributed-optimizer, this run is with it" in refused.logs[0]
+
+
+@pytest.mark.parametrize("name", ["DP2", pytest.param("THREE", marks=pytest.mark.slow)])
+def test_rank_directories_of_a_run(name: str, whole: Whole, data: list[str], folder: Path) -> None:
+    """Neither the last step nor weights in 16 bits: the engine alone takes another step's optimizer, and fails."""
+    layout = replace({"DP2": DP2, "THREE": THREE}[name], ckpt_format="torch")
+    first, save = whole(layout)
+    assert_goes_on(first, resume(layout, save, data, folder / "second"))
 
 
 def test_resumes_with_buckets_that_end_in_padding(whole: Whole, data: list[str], folder: Path) -> None:

@@ -115,38 +115,6 @@ def test_each_repair_says_what_and_until_when() -> None:
         assert all((fix.symptom, fix.cause, fix.versions, fix.remove_when))
 
 
-def test_optimizer_state_is_regrouped() -> None:
-    from megatron_mixtral.runtime.optimizer_state import regroup
-
-    def part(expert: bool, **more: object) -> dict:
-        group = {"lr": 0.1, "step": 5, "is_expert_parallel": expert}
-        return {"optimizer": {"param_groups": [group]}, "param_state_sharding_type": "fully_reshardable", **more}
-
-    as_two = {0: part(False), 1: part(True)}
-    one = regroup({**as_two, "param_state": "tensors"}, wanted=1)
-    assert one["param_state"] == "tensors" and one["param_state_sharding_type"] == "fully_reshardable"
-    assert [group["is_expert_parallel"] for group in one["optimizer"]["param_groups"]] == [False, True]
-    two = regroup({**part(False), 0: {"param_state": "dense"}, 1: {"param_state": "experts"}}, wanted=2)
-    assert [two[index]["param_state"] for index in (0, 1)] == ["dense", "experts"]
-    for index in (0, 1):
-        assert {group["is_expert_parallel"] for group in two[index]["optimizer"]["param_groups"]} == {False, True}
-        assert all(group["step"] == 5 for group in two[index]["optimizer"]["param_groups"])
-    assert regroup(as_two, wanted=2) is as_two
-    assert regroup(part(False), wanted=1) == part(False)
-
-
-def test_bucket_padding_is_where_the_buffer_has_it() -> None:
-    from megatron_mixtral.runtime.optimizer_state import with_bucket_padding
-
-    buckets = [SimpleNamespace(offset=0, numel_unpadded=3, grad_data=torch.empty(4)),
-               SimpleNamespace(offset=4, numel_unpadded=2, grad_data=torch.empty(4))]
-    state = {"buckets_coalesced": True, 0: {"dtype": {"param": torch.arange(1.0, 6.0), "numel_unpadded": 5}}}
-    found = with_bucket_padding(state, [SimpleNamespace(buckets=buckets)])
-    assert found[0]["dtype"]["param"].tolist() == [1, 2, 3, 0, 4, 5, 0, 0]
-    assert found[0]["dtype"]["numel_unpadded"] == 5
-    assert with_bucket_padding(None, []) is None
-
-
 # -- restarts ----------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,9 @@ def test_what_changed_is_said() -> None:
     assert "was 8, now it is 16: the data go on after sample 80" in batch
     assert "was 32, now it is 64" in length
     assert data == "--data-path was a, now it is 0.5 a 0.5 b: other samples, of which 80 are skipped"
+    for saved, now in ((arguments(no_save_optim=True), arguments()), (arguments(), arguments(no_load_optim=True))):
+        [optimizer] = resume.differences(saved, now)
+        assert "the learning-rate schedule begins anew, with its warm-up; the data go on after sample 80" in optimizer
 
 
 def test_a_schedule_of_another_length_needs_a_decision() -> None:
@@ -159,6 +162,20 @@ def test_a_schedule_of_another_length_needs_a_decision() -> None:
                     arguments(global_batch_size=16, override_opt_param_scheduler=True),
                     arguments(global_batch_size=16, use_checkpoint_opt_param_scheduler=True)):
         resume.check_schedule(arguments(), allowed)
+
+
+def test_another_kind_of_optimizer_needs_a_decision() -> None:
+    saved = arguments(use_distributed_optimizer=True, optimizer="adam")
+    resume.check_optimizer(saved, saved)
+    now = arguments(use_distributed_optimizer=False, optimizer="adam")
+    with pytest.raises(ConfigError, match=r"with --use-distributed-optimizer, this run is without it.*add it to go on"):
+        resume.check_optimizer(saved, now)
+    with pytest.raises(ConfigError, match=r"without --use-distributed-optimizer, this run is with it.*leave it out"):
+        resume.check_optimizer(now, saved)
+    with pytest.raises(ConfigError, match="the state of --optimizer adam, the run's is sgd"):
+        resume.check_optimizer(saved, arguments(use_distributed_optimizer=True, optimizer="sgd"))
+    resume.check_optimizer(saved, arguments(use_distributed_optimizer=False, optimizer="adam", no_load_optim=True))
+    resume.check_optimizer(Namespace(), now)  # converted weights
 
 
 # -- a save that cannot begin ------------------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""The arguments of a checkpoint before it is loaded, and the rank directories that a run's layout cannot read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import TINY, random_hf_directory
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.convert import convert
+from megatron_mixtral.weights.dist_sink import DistSink
+from megatron_mixtral.weights.hf import HFSource
+from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.saved_args import saved_arguments
+
+PP2 = ParallelLayout(pp=2, ep=2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> HFSource:
+    folder = tmp_path_factory.mktemp("hf") / "hf"
+    return HFSource(random_hf_directory(folder, MixtralConfig(**TINY), torch.bfloat16))
+
+
+def test_both_forms_carry_them(source: HFSource, tmp_path: Path) -> None:
+    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
+    convert(source, DistSink(tmp_path / "dist", source.config))
+    for found in (saved_arguments(tmp_path / "ranks/release", PP2), saved_arguments(tmp_path / "dist/release", PP2)):
+        assert found is not None and found.num_layers == source.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("layout", "words"), [
+    (ParallelLayout(pp=2, ep=2, vpp=2), "layout tp1-pp2-ep2, the run is tp1-pp2-ep2-vpp2"),
+    (ParallelLayout(pp=2, ep=1), "layout tp1-pp2-ep2, the run is tp1-pp2-ep1"),
+    (ParallelLayout(pp=2, ep=2, first=1), "the run is tp1-pp2-ep2-first1"),
+])
+def test_rank_directories_of_another_layout_are_refused(source: HFSource, tmp_path: Path, layout: ParallelLayout,
+                                                        words: str) -> None:
+    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
+    with pytest.raises(CheckpointError, match=words):
+        saved_arguments(tmp_path / "ranks/release", layout)
+
+
+def test_a_missing_rank_directory_is_named(source: HFSource, tmp_path: Path) -> None:
+    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
+    (tmp_path / "ranks/release/mp_rank_00_001_001/model_optim_rng.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"mp_rank_00_001_001/model_optim_rng.pt is missing"):
+        saved_arguments(tmp_path / "ranks/release", PP2)
