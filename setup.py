@@ -58,16 +58,17 @@ def version() -> str:
     return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
 
 
-def native_bpe() -> Extension:
-    """The native engine of preprocessing. Optional: without a C++ compiler the installation goes on without it."""
-    folder = Path("megatron_mixtral/data/engines/native_bpe")
+def native_extension(name: str) -> Extension:
+    """A module of preprocessing in C++. Optional: without a compiler the installation goes on without it."""
+    *packages, module = name.split(".")
+    folder = Path(*packages, module.removeprefix("_"))
     files = sorted(path for path in (ROOT / folder).iterdir() if path.suffix in (".cpp", ".h"))
-    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))  # as `engines.native.fingerprint`
+    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))  # as `data.extensions.fingerprint`
     return Extension(
-        "megatron_mixtral.data.engines._native_bpe",
+        name,
         sources=[str(folder / path.name) for path in files if path.suffix == ".cpp"],
         depends=[str(folder / path.name) for path in files],
-        define_macros=[("NATIVE_BPE_SOURCES", f'"{checksum:08x}"'), ("Py_LIMITED_API", "0x030C0000")],
+        define_macros=[("NATIVE_SOURCES", f'"{checksum:08x}"'), ("Py_LIMITED_API", "0x030C0000")],
         extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
         py_limited_api=True,
         language="c++",
@@ -80,7 +81,10 @@ setup(
     packages=find_packages(include=["megatron_mixtral", "megatron_mixtral.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    ext_modules=[native_bpe()],
+    ext_modules=[
+        native_extension("megatron_mixtral.data.engines._native_bpe"),
+        native_extension("megatron_mixtral.data._native_json"),
+    ],
     options={"bdist_wheel": {"py_limited_api": "cp312"}},  # one wheel for all later releases of Python
     # The sources lie beside the module in a checkout only, so a wheel has no reason to hold them.
     exclude_package_data={"": ["*.cpp", "*.h"]},

@@ -3,14 +3,14 @@
 
     python benchmarks/preprocess.py --megabytes 200 --workers 2 --repeats 5 --folder SCRATCH --output preprocess.json
 
-Runs `tools/preprocess_data.py` with each `--tokenizer-engine`, the naive pool that Megatron-LM's tool is (below: a pool
-of processes, json.loads and the tokenizer for each line, lists of ids by pickle, the engine's builder for each
-document), and the encoder alone: the same texts already in memory, in as many processes as there are workers, nothing
-written.
+Runs `tools/preprocess_data.py` with each `--tokenizer-engine`, the naive pool that Megatron-LM's tool is
+(`naive_pool.py`), and the encoder alone: the same texts already in memory, in as many processes as there are workers,
+nothing written.
 
 The text is Python sources of this environment, one document a file; where there are fewer than asked for, they are
 repeated, each time with another rotation of their lines, so that no document occurs twice. Slow programs get a part of
-the corpus (--slow-share). Rates are megabytes of JSON lines per second of wall time, start-up included, and per second
+the corpus (--slow-share; with 0 they are left out): they need several seconds to start, so their rate on a small part
+is lower than on the whole. Rates are megabytes of JSON lines per second of wall time, start-up included, and per second
 of processor time of all processes, which other users of the machine disturb less.
 """
 
@@ -76,34 +76,6 @@ def write_corpus(path: Path, size: int) -> tuple[int, int]:
             if written >= size:
                 return count, written
     raise AssertionError("the sources repeat without end")
-
-
-# -- the naive pool: what Megatron-LM's tool does ---------------------------------------------------------
-
-
-def naive_start(tokenizer_path: str) -> None:
-    import tokenizers
-
-    global naive_tokenizer
-    naive_tokenizer = tokenizers.Tokenizer.from_file(tokenizer_path)
-
-
-def naive_encode(line: str) -> tuple[list[int], list[int], int]:
-    ids = naive_tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
-    ids.append(EOS)
-    return ids, [len(ids)], len(line)
-
-
-def naive_pool(source: str, prefix: str, tokenizer_path: str, workers: int) -> None:
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(32000))
-    with open(source, encoding="utf-8") as lines, \
-            multiprocessing.Pool(workers, initializer=naive_start, initargs=(tokenizer_path,)) as pool:
-        for ids, lengths, _ in pool.imap(naive_encode, lines, 32):
-            builder.add_document(torch.IntTensor(ids), lengths)
-    builder.finalize(f"{prefix}.idx")
 
 
 # -- the encoder alone ------------------------------------------------------------------------------------
@@ -189,9 +161,10 @@ def tool_command(source: Path, prefix: Path, model: Path, engine: str, workers: 
 def programs(folder: Path, engines: list[str], workers: int) -> dict[str, tuple[list[str], Path]]:
     """name -> (command, its input)."""
     hf, whole, part = folder / "hf", folder / "corpus.jsonl", folder / "part.jsonl"
-    this = [sys.executable, str(Path(__file__).resolve())]
-    found = {"naive pool": ([*this, "--naive", str(part), str(folder / "naive"), str(hf / "tokenizer.json"),
-                             str(workers)], part)}  # fmt: skip
+    found = {}
+    if part.exists():
+        arguments = (ROOT / "benchmarks" / "naive_pool.py", part, folder / "naive", hf / "tokenizer.json", workers)
+        found["naive pool"] = [sys.executable, *map(str, arguments)], part
     for engine in engines:
         model = hf / ("tokenizer.model" if engine == "sentencepiece" else "tokenizer.json")
         source = part if engine in SLOW else whole
@@ -202,7 +175,8 @@ def programs(folder: Path, engines: list[str], workers: int) -> dict[str, tuple[
 def check_equal(folder: Path, engines: list[str]) -> None:
     """The programs that had the same input must have written the same bytes."""
     for slow in (True, False):
-        names = [f"{engine}_text_document" for engine in engines if (engine in SLOW) == slow] + ["naive"] * slow
+        names = [f"{engine}_text_document" for engine in engines if (engine in SLOW) == slow]
+        names += ["naive"] if slow and (folder / "naive.bin").exists() else []
         for end in (".bin", ".idx"):
             if len({(folder / (name + end)).read_bytes() for name in names}) > 1:
                 raise SystemExit(f"the outputs differ: {names}")
@@ -211,7 +185,6 @@ def check_equal(folder: Path, engines: list[str]) -> None:
 def main() -> int:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--naive", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=Path("preprocess_benchmark"), help="scratch space")
     parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--slow-share", type=float, default=0.2, help="of the corpus, for the slow programs")
@@ -221,12 +194,12 @@ def main() -> int:
     parser.add_argument("--memory-megabytes", type=float, nargs="*", default=[], help="sizes at which to watch native")
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     args = parser.parse_args()
-    if args.naive:
-        naive_pool(*args.naive[:3], int(args.naive[3]))
-        return 0
     write_hf_tokenizer(args.folder / "hf")
     count, size = write_corpus(args.folder / "corpus.jsonl", int(args.megabytes * 1e6))
-    write_corpus(args.folder / "part.jsonl", int(args.megabytes * 1e6 * args.slow_share))
+    if args.slow_share:
+        write_corpus(args.folder / "part.jsonl", int(args.megabytes * 1e6 * args.slow_share))
+    else:
+        args.engines = [engine for engine in args.engines if engine not in SLOW]
     rates, peaks = measure(args, args.folder)  # of (wall, processor)
     flat = {}
     for megabytes in args.memory_megabytes:
@@ -278,10 +251,13 @@ def print_table(
     for name, rounds in rates.items():
         walls = [wall for wall, _ in rounds]
         wall, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
-        base, base_cpu = (statistics.median(column) for column in zip(*rates["naive pool"], strict=True))
+        # Round by round, since what else the machine does differs from round to round.
+        pairs = list(zip(rounds, rates.get("naive pool", []), strict=False))
+        against = [f"{statistics.median(ours[n] / naive[n] for ours, naive in pairs):.1f}x" if pairs else "-"
+                   for n in (0, 1)]  # fmt: skip
         peak = f"{peaks[name]:.0f} MB" if name in peaks else "-"
-        print(f"| {name} | {wall:.1f} ({min(walls):.1f}-{max(walls):.1f}) | {wall / base:.1f}x | {cpu:.1f} | "
-              f"{cpu / base_cpu:.1f}x | {peak} |")  # fmt: skip
+        print(f"| {name} | {wall:.1f} ({min(walls):.1f}-{max(walls):.1f}) | {against[0]} | {cpu:.1f} | {against[1]} | "
+              f"{peak} |")  # fmt: skip
     for engine in [name for name in rates if f"{name}, encoder alone" in rates]:
         pairs = list(zip(rates[engine], rates[f"{engine}, encoder alone"], strict=True))
         wall, cpu = (statistics.median(ours[n] / alone[n] for ours, alone in pairs) for n in (0, 1))

@@ -94,6 +94,10 @@ class IndexedWriter:
         """Append `tokens` ids of a file, whose lengths the caller adds too (`add_lengths`)."""
         with open(ids_path, "rb") as part:
             append_file(part, self._bin, tokens * self.dtype.itemsize)
+        if hasattr(os, "posix_fadvise"):
+            # The system begins to write these to the disk now, beside the encoding, instead of all at the last fsync.
+            start, size = self.tokens * self.dtype.itemsize, tokens * self.dtype.itemsize
+            os.posix_fadvise(self._bin.fileno(), start, size, os.POSIX_FADV_DONTNEED)
         self.tokens += tokens
 
     def add_lengths(self, lengths: np.ndarray, splits: np.ndarray | None) -> None:

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from megatron_mixtral.data.inputs import GZIP, PARQUET, PLAIN, Chunk, InputFile
-from megatron_mixtral.data.records import BadRecord, parse_record
+from megatron_mixtral.data.records import BadRecord, line_reader, parse_record
 from megatron_mixtral.errors import DataError
 
 UTF8_BOM = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
 COMPRESSED_BLOCK = 1 << 16  # small, because what comes out of it may be a thousand times as large
 ROWS = 256
+
+Block = tuple[bytes, int, int]
+Columns = tuple[list[str], ...]  # of some lines: their texts, a list for each key
 
 
 @dataclass
@@ -38,10 +41,10 @@ class LineCounts:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-def read_records(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Iterator[list[str] | BadRecord]:
-    """The texts of `keys` of each line or row that a chunk owns, or why it has none; `counts` sees every line.
+def read_records(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Iterator[Columns | BadRecord]:
+    """The texts of `keys` of the lines or rows that a chunk owns, some at a time, and each one that has none.
 
-    The chunk's k-th line is being handled while `counts.lines == k`.
+    Of a `BadRecord` the line is `counts.lines`, which counts every line up to what was last given.
 
     Raises:
         DataError: the file cannot be read, or its compressed data are damaged, or a Parquet file has no such column.
@@ -49,28 +52,63 @@ def read_records(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Itera
     if chunk.file.format == PARQUET:
         yield from _read_rows(chunk, keys, counts)
         return
-    for line in read_lines(chunk, counts):
-        try:
-            yield parse_record(line, keys)
-        except BadRecord as error:
-            yield error
+    reader = line_reader(tuple(keys))
+    for data, at, end in read_blocks(chunk, counts):
+        while at < end:
+            if reader:
+                columns, lines, at = reader.read(data, at, end, BLOCK)
+                if lines:
+                    counts.lines += lines
+                    yield columns
+                    continue
+            line, at = _line_at(data, at, end)
+            counts.lines += 1
+            if _is_blank(line):
+                counts.blank += 1
+                continue
+            try:
+                yield tuple([text] for text in parse_record(line, keys))
+            except BadRecord as error:
+                yield error
 
 
 def read_lines(chunk: Chunk, counts: LineCounts) -> Iterator[bytes]:
     """The lines that a chunk owns, without `\\n`, without blank ones and without the BOM of the file."""
+    for data, at, end in read_blocks(chunk, counts):
+        while at < end:
+            line, at = _line_at(data, at, end)
+            counts.lines += 1
+            if _is_blank(line):
+                counts.blank += 1
+            else:
+                yield line
+
+
+def _line_at(data: bytes, at: int, end: int) -> tuple[bytes, int]:
+    """The line that begins at `at`, and where the next one does. `data` itself where it is all of it."""
+    newline = data.find(b"\n", at, end)
+    return (data[at:end], end) if newline < 0 else (data[at:newline], newline + 1)
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line.strip(b" \t\r")
+
+
+def read_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
+    """The lines that a chunk owns, many at a time: (data, start, end), whole lines and only the file's last without
+    `\\n`; without the BOM of the file.
+
+    Raises `DataError` when the file cannot be read or its compressed data are damaged.
+    """
     first_of_file = chunk.start == 0
     try:
-        for line in _plain_lines(chunk, counts) if chunk.file.format == PLAIN else _unpacked_lines(chunk, counts):
-            counts.lines += 1
-            if first_of_file:
-                first_of_file = False
-                if line.startswith(UTF8_BOM):
-                    counts.boms += 1
-                    line = line[len(UTF8_BOM) :]
-            if line.strip(b" \t\r"):
-                yield line
-            else:
-                counts.blank += 1
+        blocks = _plain_blocks if chunk.file.format == PLAIN else _unpacked_blocks
+        for data, start, end in blocks(chunk, counts):
+            if first_of_file and data.startswith(UTF8_BOM, start):
+                counts.boms += 1
+                start += len(UTF8_BOM)
+            first_of_file = False
+            yield data, start, end
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{chunk.file.path}: damaged {chunk.file.format} data after line {counts.lines}: {error}."
@@ -79,30 +117,30 @@ def read_lines(chunk: Chunk, counts: LineCounts) -> Iterator[bytes]:
         raise DataError(f"{chunk.file.path} cannot be read: {error}.") from error
 
 
-def _plain_lines(chunk: Chunk, counts: LineCounts) -> Iterator[bytes]:
+def _plain_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
     with open(chunk.file.path, "rb", buffering=0) as stream:
         begin = max(chunk.start - 1, 0)
         data = _read(stream, begin, chunk.end - begin)
         if len(data) < chunk.end - begin:
             raise DataError(f"{chunk.file.path}: {chunk.file.size} bytes were listed, it ends before. Did it change?")
+        start = 0
         if chunk.start:
             # The line under way belongs to an earlier chunk. Only this chunk is searched for its end, so a line of a
             # gigabyte is passed over once, not once per chunk.
-            newline = data.find(b"\n")
-            if newline < 0 or newline + 1 == len(data):
+            start = data.find(b"\n") + 1
+            if start in (0, len(data)):
                 return
-            data = data[newline + 1 :]
-            begin += newline + 1
-        lines = data.split(b"\n")
-        unfinished = len(lines.pop())
-        del data
-        counts.begin, counts.end = begin, chunk.end
-        yield from lines
+        counts.begin, counts.end = begin + start, chunk.end
+        end = max(data.rfind(b"\n") + 1, start)
+        unfinished = len(data) - end
+        if start < end:
+            yield data, start, end
         if unfinished:
+            del data
             # Its end is looked for first, and the line then read at once: a long one is held once, not in pieces.
-            counts.end, newlines = _find_newline(stream, chunk.end)
-            start = chunk.end - unfinished
-            yield _read(stream, start, counts.end - newlines - start)
+            counts.end = _find_line_end(stream, chunk.end)
+            line = _read(stream, chunk.end - unfinished, counts.end - chunk.end + unfinished)
+            yield line, 0, len(line)
         counts.bytes += counts.end - counts.begin
 
 
@@ -119,15 +157,15 @@ def _read(stream: BinaryIO, position: int, size: int) -> bytes:
     return b"".join(pieces)
 
 
-def _find_newline(stream: BinaryIO, position: int) -> tuple[int, int]:
-    """The position after the next newline and 1, or the end of the file and 0."""
+def _find_line_end(stream: BinaryIO, position: int) -> int:
+    """The position behind the next newline, or the end of the file."""
     stream.seek(position)
     while block := stream.read(BLOCK):
         found = block.find(b"\n")
         if found >= 0:
-            return position + found + 1, 1
+            return position + found + 1
         position += len(block)
-    return position, 0
+    return position
 
 
 def lines_before(chunk: Chunk) -> int:
@@ -149,23 +187,21 @@ def lines_before(chunk: Chunk) -> int:
     return lines + (last != b"\n")
 
 
-def _unpacked_lines(chunk: Chunk, counts: LineCounts) -> Iterator[bytes]:
+def _unpacked_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
     pending: list[bytes] = []  # pieces of the line under way: joined once, however long it is
-    for block in _unpacked_blocks(chunk.file):
-        counts.bytes += len(block)
-        head, newline, tail = block.rpartition(b"\n")
-        if not newline:
-            pending.append(block)
-            continue
-        pending.append(head)
-        lines = b"".join(pending).split(b"\n")
-        pending = [tail]
-        yield from lines
+    for piece in _unpacked(chunk.file):
+        counts.bytes += len(piece)
+        end = piece.rfind(b"\n") + 1
+        pending.append(piece[:end] if end else piece)
+        if end:
+            data = b"".join(pending)
+            pending = [piece[end:]]
+            yield data, 0, len(data)
     if last := b"".join(pending):
-        yield last
+        yield last, 0, len(last)
 
 
-def _unpacked_blocks(file: InputFile) -> Iterator[bytes]:
+def _unpacked(file: InputFile) -> Iterator[bytes]:
     if file.format == GZIP:
         with gzip.open(file.path, "rb") as stream:
             while block := stream.read(BLOCK):
@@ -191,7 +227,7 @@ def _unpacked_blocks(file: InputFile) -> Iterator[bytes]:
             raise EOFError("the file ends inside a frame")
 
 
-def _read_rows(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Iterator[list[str] | BadRecord]:
+def _read_rows(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Iterator[Columns | BadRecord]:
     import pyarrow
     import pyarrow.parquet
 
@@ -207,7 +243,7 @@ def _read_rows(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Iterato
                 for row in zip(*columns, strict=True):
                     counts.lines += 1
                     bad = next((text for text in row if isinstance(text, BadRecord)), None)
-                    yield list(row) if bad is None else bad
+                    yield tuple([text] for text in row) if bad is None else bad
                 counts.bytes += batch.nbytes
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged Parquet data after row {counts.lines} of row group {chunk.start}: {error}"

@@ -6,7 +6,7 @@ Ids and lengths never travel between processes: a worker writes them to raw file
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from megatron_mixtral.data.readers import LineCounts, read_records
 from megatron_mixtral.data.records import BadRecord
 from megatron_mixtral.data.sentences import SentenceRule, open_splitter
 
-BATCH_CHARACTERS = 1 << 20  # text held before it is encoded and written
+BATCH_CHARACTERS = 1 << 19  # text held before it is encoded and written
 BAD_LINES_KEPT = 50  # per chunk, for the report; the counts are always complete
 
 
@@ -110,18 +110,18 @@ class ChunkEncoder:
         result = ChunkResult(keys=[KeyCounts() for _ in job.keys])
         parts = [self._part(PartPaths.of(job.scratch, chunk.name, n), counts) for n, counts in enumerate(result.keys)]
         try:
-            for record in read_records(chunk, job.keys, result.counts):
-                if isinstance(record, BadRecord):
+            for found in read_records(chunk, job.keys, result.counts):
+                if isinstance(found, BadRecord):
                     skipped = result.counts.skipped
-                    skipped[record.reason] = skipped.get(record.reason, 0) + 1
+                    skipped[found.reason] = skipped.get(found.reason, 0) + 1
                     if len(result.bad) < BAD_LINES_KEPT:
-                        result.bad.append(BadLine(result.counts.lines, record.reason, str(record)))
+                        result.bad.append(BadLine(result.counts.lines, found.reason, str(found)))
                     if not job.skip_bad_lines:
                         result.failed = True
                         return result
                     continue
-                for part, text in zip(parts, record, strict=True):
-                    part.add(text)
+                for part, texts in zip(parts, found, strict=True):
+                    part.add(texts)
             for part in parts:
                 part.write_batch()
         finally:
@@ -146,12 +146,11 @@ class _PartWriter:
         self._characters = 0
         self.checksum = 0
 
-    def add(self, text: str) -> None:
-        if not text:
-            self._counts.empty += 1
-            return
-        self._texts.append(text)
-        self._characters += len(text)
+    def add(self, texts: Sequence[str]) -> None:
+        kept = [text for text in texts if text]
+        self._counts.empty += len(texts) - len(kept)
+        self._texts += kept
+        self._characters += sum(map(len, kept))
         if self._characters >= BATCH_CHARACTERS:
             self.write_batch()
 
@@ -172,7 +171,8 @@ class _PartWriter:
         self._counts.control_documents += controls.documents
         self._counts.control_tokens += controls.tokens
         # An ASCII text has as many bytes as characters; only others are encoded to be counted.
-        self._counts.text_bytes += sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in documents)
+        self._counts.text_bytes += sum(map(len, documents))
+        self._counts.text_bytes += sum(len(t.encode("utf-8")) - len(t) for t in documents if not t.isascii())
         return ids, lengths
 
     def _write(self, ids: np.ndarray, lengths: np.ndarray) -> None:

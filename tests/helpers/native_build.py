@@ -1,4 +1,4 @@
-"""The extension of the native engine for tests, built from the sources as they are, with any flags of the compiler."""
+"""Our extensions for tests, built from the sources as they are, with any flags of the compiler."""
 
 import importlib.util
 import os
@@ -10,41 +10,62 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixtral.data.engines import native
-from megatron_mixtral.data.engines.base import EngineUnavailable
+from megatron_mixtral.data.extensions import ExtensionMissing, fingerprint, load_extension, sources_of
 
-MODULE = "megatron_mixtral.data.engines._native_bpe"
+BPE = "megatron_mixtral.data.engines._native_bpe"
+JSON = "megatron_mixtral.data._native_json"
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+TESTS = Path(__file__).resolve().parents[1]
 
 
-def ensure_extension(folder: Path) -> None:
+def ensure_extension(module: str, folder: Path) -> None:
     """Use the extension that is installed, if it is of these sources; else build one in `folder`, for this process."""
     try:
-        native.load_extension()
-    except EngineUnavailable:
-        use_extension(compile_extension(folder))
-    native.load_extension()
+        load_extension(module)
+    except ExtensionMissing:
+        use_extension(module, compile_extension(module, folder))
+    load_extension(module)
 
 
-def compile_extension(folder: Path, *flags: str) -> Path:
+def compile_extension(module: str, folder: Path, *flags: str) -> Path:
     """Compile with setup.py's macros. Skips the test that asks on a machine without a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler:
-        pytest.skip("the native engine needs a C++ compiler, and there is none on PATH")
-    target = folder / "_native_bpe.abi3.so"
+        pytest.skip("our extensions need a C++ compiler, and there is none on PATH")
+    sources = sources_of(module)
+    target = folder / f"{module.rpartition('.')[2]}.abi3.so"
     subprocess.run(
         [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *flags,
-         "-DPy_LIMITED_API=0x030C0000", f'-DNATIVE_BPE_SOURCES="{native.fingerprint(native.SOURCES)}"',
-         f"-I{sysconfig.get_path('include')}", *sorted(map(str, native.SOURCES.glob("*.cpp"))), "-o", str(target)],
+         "-DPy_LIMITED_API=0x030C0000", f'-DNATIVE_SOURCES="{fingerprint(sources)}"',
+         f"-I{sysconfig.get_path('include')}", *sorted(map(str, sources.glob("*.cpp"))), "-o", str(target)],
         check=True,
     )  # fmt: skip
     return target
 
 
-def use_extension(path: Path) -> None:
-    """Make this file the extension that the engine imports."""
-    spec = importlib.util.spec_from_file_location(MODULE, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[MODULE] = module
-    parent = sys.modules[MODULE.rpartition(".")[0]]
-    parent._native_bpe = module
+def use_extension(module: str, path: Path) -> None:
+    """Make this file the extension of that name."""
+    spec = importlib.util.spec_from_file_location(module, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    sys.modules[module] = loaded
+    package, _, name = module.rpartition(".")
+    setattr(importlib.import_module(package), name, loaded)
+
+
+def run_sanitized(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a Python file with the runtime of the address sanitizer in front of everything else.
+
+    Python itself never frees some memory at its end, so leaks are not looked for. Its own allocator would hide what is
+    written behind the end of a small buffer, so that of the system is used.
+    """
+    runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environ = dict(
+        os.environ,
+        LD_PRELOAD=runtime.stdout.strip(),
+        ASAN_OPTIONS="detect_leaks=0",
+        PYTHONMALLOC="malloc",
+        PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    )
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_mixtral.data.engines.base import EngineUnavailable
-from megatron_mixtral.data.engines.native import load_extension
+from megatron_mixtral.data.engines.native import load_module
 from megatron_mixtral.data.preprocess import preprocess
 from megatron_mixtral.data.preprocess_flags import Options
 from megatron_mixtral.data.tokenizer import mixtral_tokenizer_path
@@ -52,7 +52,7 @@ def run(path: Path, prefix: Path) -> tuple[float, int, dict]:
 @pytest.mark.parametrize(("small", "large"), [(5, 20), pytest.param(50, 200, marks=pytest.mark.slow)])
 def test_one_huge_line(tmp_path, small, large):
     try:
-        load_extension()
+        load_module()
     except EngineUnavailable as error:
         pytest.skip(f"other engines take 12 times the memory for a document of this size: {error}")
     results = {}

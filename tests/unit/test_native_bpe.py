@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import native_fuzz
 from helpers.documents import first_difference, random_texts, real_documents
-from helpers.native_build import compile_extension, ensure_extension
-from helpers.native_fuzz import run_sanitized
+from helpers.native_build import BPE, SANITIZERS, compile_extension, ensure_extension, run_sanitized
 from helpers.vocabularies import edit_json, edit_model, train_sentencepiece
 
 from megatron_mixtral.data.engines import native
@@ -24,7 +24,7 @@ BARE = SpecialTokens(None, None)
 
 @pytest.fixture(scope="module", autouse=True)
 def extension(tmp_path_factory):
-    ensure_extension(tmp_path_factory.mktemp("native"))
+    ensure_extension(BPE, tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="module")
@@ -246,14 +246,14 @@ def test_tables_that_would_lead_out_of_memory_are_refused(mixtral, name, row, me
     values[name] = np.vstack([values[name], np.array([row], dtype=np.uint32)])
     order = ("vocab_size", "characters", "merges", "joins", "byte_ids", "prefix")
     with pytest.raises(ValueError, match=message):
-        native.load_extension().Encoder(*(values[key] for key in order))
+        native.load_module().Encoder(*(values[key] for key in order))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTRAL)
 def test_sanitizers_find_nothing(mixtral, tmp_path, name):
     """The same comparisons with an extension that checks every access and every undefined operation."""
-    library = compile_extension(tmp_path, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    done = run_sanitized(library, mixtral / name, 20_000)
+    library = compile_extension(BPE, tmp_path, *SANITIZERS)
+    done = run_sanitized(native_fuzz.__file__, library, mixtral / name, 20_000)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.endswith("first difference: None\n")

@@ -44,6 +44,13 @@ class Engine(Protocol):
         ...
 
 
+def checked(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """`ids` in `token_dtype`. Raises `DataError` for an id outside the vocabulary, which that could wrap."""
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise DataError(f"Encoding gave ids from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab_size}.")
+    return ids.astype(token_dtype(vocab_size), copy=False)
+
+
 def frame(
     ids: np.ndarray, counts: np.ndarray, specials: SpecialTokens, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -51,12 +58,11 @@ def frame(
 
     Raises `DataError` for an id outside the vocabulary, before a narrower dtype could wrap it.
     """
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise DataError(f"Encoding gave ids from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab_size}.")
+    ids = checked(ids, vocab_size)
     bos, eos = specials.bos_id is not None, specials.eos_id is not None
     lengths = counts.astype(np.int64)
     if not bos and not eos:
-        return ids.astype(token_dtype(vocab_size)), lengths
+        return ids, lengths
     lengths[lengths > 0] += bos + eos
     framed = np.empty(int(lengths.sum()), dtype=token_dtype(vocab_size))
     is_text = np.ones(framed.size, dtype=bool)

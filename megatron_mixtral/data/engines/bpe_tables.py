@@ -84,12 +84,14 @@ def json_tables(tokenizer: JsonTokenizer) -> BpeTables:
     # No text has a space left when merges begin, so pieces with a space are never reached.
     characters = {text: index for text, index in vocab.items() if len(text) == 1 and text != " "}
     byte_ids = {text: vocab[text] for text in map("<0x{:02X}>".format, range(256)) if text in vocab}
+    is_reachable = frozenset(characters).issuperset  # a merge of any other character is not
     merges = []
     for rank, (left, right) in enumerate(model["merges"]):
         if left in byte_ids or right in byte_ids:
             raise EngineUnavailable(f"it merges the byte pieces {left} and {right}")
-        if characters.keys() >= set(left + right):  # else it can never be reached
-            merges.append((left, right, rank, vocab[left + right]))
+        both = left + right
+        if is_reachable(both):
+            merges.append((left, right, rank, vocab[both]))
     return _tables(tokenizer.vocab_size, vocab, characters, merges, byte_ids, prefix)
 
 
@@ -105,13 +107,14 @@ def _tables(
         raise EngineUnavailable(f"the vocabulary has {len(byte_ids)} byte pieces, <0x00> to <0xFF>, instead of 256")
     if METASPACE not in characters:
         raise EngineUnavailable("the vocabulary has no piece for the space, U+2581")
-    joins = {(left[-1], right[0]) for left, right, _, _ in merges}
+    lefts, rights, ranks, results = zip(*merges, strict=True) if merges else ([], [], [], [])
+    joins = sorted({(left[-1], right[0]) for left, right in zip(lefts, rights, strict=True)})
     return BpeTables(
         vocab_size=vocab_size,
-        characters=_table([(_code(text), index) for text, index in characters.items()], 2),
-        merges=_table([(symbols[left], symbols[right], rank, index) for left, right, rank, index in merges], 4),
-        joins=_table([(_code(left), _code(right)) for left, right in sorted(joins)], 2),
-        byte_ids=_table([byte_ids[f"<0x{byte:02X}>"] for byte in range(256)], 1).reshape(-1),
+        characters=_table([_code(text) for text in characters], list(characters.values())),
+        merges=_table([symbols[left] for left in lefts], [symbols[right] for right in rights], ranks, results),
+        joins=_table([_code(left) for left, _ in joins], [_code(right) for _, right in joins]),
+        byte_ids=_table([byte_ids[f"<0x{byte:02X}>"] for byte in range(256)]).reshape(-1),
         prefix=prefix,
     )
 
@@ -120,8 +123,8 @@ def _code(character: str) -> int:
     return ord(" " if character == METASPACE else character)
 
 
-def _table(rows: list[Any], columns: int) -> np.ndarray:
-    return np.array(rows, dtype=np.uint32).reshape(-1, columns)
+def _table(*columns: Sequence[int]) -> np.ndarray:
+    return np.ascontiguousarray(np.array([np.array(column, dtype=np.uint32) for column in columns]).T)
 
 
 def _check_proto(proto: Any) -> None:

@@ -54,7 +54,7 @@ def make_engine(name: str, tokenizer: Tokenizer) -> Engine:
 def choose_engine(wanted: str, tokenizer: Tokenizer, documents: Sequence[str]) -> EngineChoice:
     """The engine of `--tokenizer-engine`; for `auto` the first of native, gigatoken and the reference that is proved.
 
-    `documents` are texts of the run; with `NASTY_STRINGS` they are the proof.
+    `documents` are texts of the run, on which an engine is proved, besides strings that are known to be difficult.
 
     Raises:
         ConfigError: a named engine that cannot serve, or that gives other ids than the published tokenizer.
@@ -79,11 +79,13 @@ def choose_engine(wanted: str, tokenizer: Tokenizer, documents: Sequence[str]) -
 
 
 def prove(engine: Engine, tokenizer: Tokenizer, documents: Sequence[str]) -> dict[str, Any]:
-    """Encode `documents` and `NASTY_STRINGS` with the engine and with its tokenizer; returns what was compared.
+    """Encode `documents`, `NASTY_STRINGS` and control strings with the engine and with its tokenizer; returns what was
+    compared.
 
     Raises `EngineUnavailable`, with the text and both encodings, where one id differs.
     """
-    texts = [*NASTY_STRINGS, *documents]
+    difficult = [*NASTY_STRINGS, *(f"a{control} b" for control in tokenizer.control_tokens())]
+    texts = [*difficult, *documents]
     reference = ReferenceEngine(tokenizer)
     ids, lengths = engine.encode(texts, BARE)
     expected, expected_lengths = reference.encode(texts, BARE)
@@ -92,7 +94,7 @@ def prove(engine: Engine, tokenizer: Tokenizer, documents: Sequence[str]) -> dic
     return {
         "reference": f"{reference.name} {reference.version}",
         "documents": len(documents),
-        "difficult_strings": len(NASTY_STRINGS),
+        "difficult_strings": len(difficult),
         "characters": sum(map(len, texts)),
         "tokens": int(expected.size),
     }

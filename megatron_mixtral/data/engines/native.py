@@ -5,9 +5,7 @@ text can be cut, and the words on both sides encoded independently. Words repeat
 not there is encoded by plain byte-pair merging, by rank or score as the published tokenizer does.
 """
 
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +14,11 @@ import numpy as np
 import megatron_mixtral
 from megatron_mixtral.data.engines.base import EngineUnavailable, SpecialTokens, token_dtype
 from megatron_mixtral.data.engines.bpe_tables import bpe_tables
+from megatron_mixtral.data.extensions import ExtensionMissing, load_extension
 from megatron_mixtral.data.tokenizer import Tokenizer
 from megatron_mixtral.errors import DataError
 
-SOURCES = Path(__file__).with_name("native_bpe")
-BUILD = "python setup.py build_ext --inplace, or pip install again, where a C++ compiler is"
+MODULE = "megatron_mixtral.data.engines._native_bpe"
 
 
 class NativeEngine:
@@ -31,14 +29,14 @@ class NativeEngine:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises `EngineUnavailable` where the extension is not built, or for another kind of tokenizer."""
-        load_extension()
+        load_module()
         self._tables = bpe_tables(tokenizer)
         self._make_encoder()
 
     def _make_encoder(self) -> None:
         tables = self._tables
         self._dtype = token_dtype(tables.vocab_size)
-        self._encoder = load_extension().Encoder(
+        self._encoder = load_module().Encoder(
             tables.vocab_size, tables.characters, tables.merges, tables.joins, tables.byte_ids, tables.prefix
         )
 
@@ -62,18 +60,9 @@ class NativeEngine:
         return np.frombuffer(ids, dtype=self._dtype), np.frombuffer(lengths, dtype=np.int64)
 
 
-def load_extension() -> ModuleType:
-    """The module `_native_bpe`. Raises `EngineUnavailable` where it is missing or was built from other sources."""
+def load_module() -> ModuleType:
+    """The module `_native_bpe`. Raises `EngineUnavailable` where it cannot be used."""
     try:
-        from megatron_mixtral.data.engines import _native_bpe
-    except ImportError as error:
-        raise EngineUnavailable(f"its extension is not built ({error}): {BUILD}") from error
-    if SOURCES.is_dir() and _native_bpe.SOURCES != fingerprint(SOURCES):
-        raise EngineUnavailable(f"its extension was built from other sources than these: {BUILD}")
-    return _native_bpe
-
-
-def fingerprint(sources: Path) -> str:
-    """A checksum of the C++ files, which `setup.py` compiles in as well, so that a stale build is noticed."""
-    files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
-    return f"{zlib.crc32(b''.join(path.read_bytes() for path in files)):08x}"
+        return load_extension(MODULE)
+    except ExtensionMissing as error:
+        raise EngineUnavailable(str(error)) from error

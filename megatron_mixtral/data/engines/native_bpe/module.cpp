@@ -196,7 +196,7 @@ PyType_Spec encoder_spec = {"megatron_mixtral.data.engines._native_bpe.Encoder",
 int module_exec(PyObject* module) {
     const Owned type(PyType_FromSpec(&encoder_spec));
     if (!type || PyModule_AddObjectRef(module, "Encoder", type.get()) < 0) return -1;
-    return PyModule_AddStringConstant(module, "SOURCES", NATIVE_BPE_SOURCES);
+    return PyModule_AddStringConstant(module, "SOURCES", NATIVE_SOURCES);
 }
 
 PyModuleDef_Slot module_slots[] = {
