@@ -9,13 +9,14 @@ these names, and keeps the finished parts in a hidden folder for the next run. I
 `data/instruction.py`.
 """
 
+import gc
 import itertools
 import logging
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,6 @@ from megatron_mixtral.data.encoding import DocumentEncoder, special_tokens
 from megatron_mixtral.data.engines.base import SpecialTokens, token_dtype
 from megatron_mixtral.data.engines.choose import EngineChoice, choose_engine
 from megatron_mixtral.data.inputs import REPORT_SUFFIX, Chunk, InputFiles, cut_chunks, list_inputs, take_shard
-from megatron_mixtral.data.instruction import preprocess_instructions
 from megatron_mixtral.data.parts import FinishedParts
 from megatron_mixtral.data.pool import run_chunks
 from megatron_mixtral.data.preprocess_flags import Options, parse_flags
@@ -52,7 +52,8 @@ def preprocess(options: Options) -> dict[str, Any]:
         DataError: a bad line (with `file:line`) unless such lines are skipped, no text at all, a worker that died, or
             counts that do not add up. No output is left then; an older output of the same name is kept.
     """
-    tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_path)
+    with _no_collection():
+        tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_path)
     specials = special_tokens(tokenizer, options.prepend_bod, options.append_eod)
     if options.sentences:
         open_splitter(options.sentences)  # refuse before anything is read
@@ -68,7 +69,8 @@ def preprocess(options: Options) -> dict[str, Any]:
     if inputs.ignored:
         shown = ", ".join(inputs.ignored[:3])
         logger.warning("%d files are not read because of their names: %s ...", len(inputs.ignored), shown)
-    choice = choose_engine(options.tokenizer_engine, tokenizer, first_texts(chunks, options.keys))
+    with _no_collection():
+        choice = choose_engine(options.tokenizer_engine, tokenizer, first_texts(chunks, options.keys))
     logger.info("encoding with %s %s: %s", choice.engine.name, choice.engine.version, choice.reason)
     added = SpecialTokens(None, None) if options.sentences else specials
     encoder = DocumentEncoder(tokenizer, added, choice.engine, options.allow_special_in_text)
@@ -95,6 +97,19 @@ def preprocess(options: Options) -> dict[str, Any]:
                     output_prefix(prefix, key, options.sentences), counts["documents"], counts["tokens"])  # fmt: skip
     _log_left_out(assembly.account, report_path)
     return report
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Loading makes many objects and no garbage. What was loaded stays: later collections, also those of forked workers
+    and that at the end, need not look at it.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def first_texts(chunks: Sequence[Chunk], keys: Sequence[str]) -> list[str]:
@@ -185,8 +200,12 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
         options = parse_flags(argv, environ or {})
-        run = preprocess if options.handler == "none" else preprocess_instructions
-        run(options)
+        if options.handler == "none":
+            preprocess(options)
+        else:
+            from megatron_mixtral.data.instruction import preprocess_instructions  # takes time, and most runs need none
+
+            preprocess_instructions(options)
     except (MixtralError, OSError) as error:
         logger.error("error: %s", error)
         return 1
