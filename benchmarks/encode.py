@@ -4,9 +4,10 @@
     python benchmarks/encode.py --megabytes 40 --repeats 5 --output encode.json
 
 The text is Python sources of this environment, one document a file, with the Mixtral tokenizer. Rates are megabytes of
-UTF-8 per second of processor time, so that threads of a library do not flatter it. `cold` is a new engine with an empty
-cache each time, `warm` is the same one once more. The encoders below 5 MB/s get every fourth document only, to keep the
-run short. All must give the same number of ids; that the ids are equal is for the tests.
+UTF-8 per second: of processor time for one thread, and of wall time for all cores, each library with its own threads
+and ours with a thread and an engine for each core. `cold` is a new engine with an empty cache each time, `warm` is the
+same one once more. The encoders below 10 MB/s get every fourth document only, to keep the run short. All must give the
+same number of ids; that the ids are equal is for the tests.
 """
 
 # ruff: noqa: T201
@@ -20,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import awkward  # noqa: E402
 import sentencepiece  # noqa: E402
 import tokenizers  # noqa: E402
 
@@ -34,9 +37,10 @@ from megatron_mixtral.data.engines.base import Engine, SpecialTokens  # noqa: E4
 from megatron_mixtral.data.engines.choose import make_engine  # noqa: E402
 from megatron_mixtral.data.hf_tokenizer import write_hf_tokenizer  # noqa: E402
 from megatron_mixtral.data.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
+from megatron_mixtral.data.workers import BATCH_CHARACTERS  # noqa: E402
 
-BATCH_CHARACTERS = 1 << 20  # as the workers of preprocessing
 BARE = SpecialTokens(None, None)
+SLOW = ("sentencepiece", "tokenizers")
 Encoder = Callable[[list[str]], int]  # texts to the number of their ids
 
 
@@ -90,16 +94,46 @@ def libraries(folder: Path) -> dict[str, Encoder]:
     }
 
 
-def measure(encode: Encoder, texts: list[str]) -> tuple[float, int]:
-    """(MB per second of processor time, number of ids)."""
+def with_all_cores(folder: Path, tokenizer: Tokenizer) -> dict[str, Encoder]:
+    """The libraries with their own threads; ours in threads, since it runs without Python's lock."""
+    cores = len(os.sched_getaffinity(0))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    as_json = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    as_json.encode_special_tokens = True
+    engines = [make_engine("native", tokenizer) for _ in range(cores)]
+    fast = make_engine("gigatoken", tokenizer)._model  # the library's tokenizer, for its own threads
+
+    def batch(texts: list[str]) -> int:
+        return sum(len(encoding.ids) for encoding in as_json.encode_batch_fast(texts, add_special_tokens=False))
+
+    def native(texts: list[str]) -> int:
+        with ThreadPoolExecutor(cores) as pool:
+            return sum(pool.map(lambda n: by_engine(engines[n])(texts[n::cores]), range(cores)))
+
+    return {
+        "sentencepiece, all cores": lambda texts: sum(map(len, pieces.encode(texts, num_threads=cores))),
+        "tokenizers, all cores": batch,
+        "gigatoken, all cores": lambda texts: len(awkward.flatten(fast.encode_batch(texts, parallel=True))),
+        "native, all cores": native,
+    }
+
+
+def measure(encode: Encoder, texts: list[str], clock: Callable[[], float] = time.process_time) -> tuple[float, int]:
+    """(MB per second, number of ids)."""
     size = sum(len(text.encode()) for text in texts)
-    start = time.process_time()
+    start = clock()
     count = encode(texts)
-    return size / 1e6 / (time.process_time() - start), count
+    return size / 1e6 / (clock() - start), count
 
 
-def one_round(slow: dict[str, Encoder], tokenizer: Tokenizer, texts: list[str]) -> dict[str, tuple[float, int]]:
+def one_round(
+    slow: dict[str, Encoder], threaded: dict[str, Encoder], tokenizer: Tokenizer, texts: list[str]
+) -> dict[str, tuple[float, int]]:
     results = {name: measure(encode, texts[::4]) for name, encode in slow.items()}
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    for name, encode in threaded.items():
+        results[name] = measure(encode, texts[::4] if name.startswith(SLOW) else texts, time.perf_counter)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for name in ("gigatoken", "native"):
         engine = make_engine(name, tokenizer)
         results[f"{name}, cold"] = measure(by_engine(engine), texts)
@@ -119,8 +153,10 @@ def main() -> int:
         write_hf_tokenizer(Path(name))
         tokenizer = open_tokenizer(Path(name) / "tokenizer.json")
         slow = libraries(Path(name))
-        rounds = [one_round(slow, tokenizer, texts) for _ in range(flags.repeats)]
-    counts = [{row[key][1] for row in rounds for key in row if (key in slow) == is_slow} for is_slow in (True, False)]
+        threaded = with_all_cores(Path(name), tokenizer)
+        rounds = [one_round(slow, threaded, tokenizer, texts) for _ in range(flags.repeats)]
+    counts = [{row[key][1] for row in rounds for key in row if key.startswith(SLOW) == is_slow}
+              for is_slow in (True, False)]  # fmt: skip
     if any(len(count) != 1 for count in counts):
         raise SystemExit(f"the encoders disagree on the number of ids: {counts}")
     rates = {key: [row[key][0] for row in rounds] for key in rounds[0]}

@@ -38,6 +38,7 @@ from megatron_mixtral.data.engines.base import SpecialTokens  # noqa: E402
 from megatron_mixtral.data.engines.choose import make_engine  # noqa: E402
 from megatron_mixtral.data.hf_tokenizer import write_hf_tokenizer  # noqa: E402
 from megatron_mixtral.data.tokenizer import open_tokenizer  # noqa: E402
+from megatron_mixtral.data.workers import BATCH_CHARACTERS  # noqa: E402
 
 ENGINES = ("native", "gigatoken", "tokenizers", "sentencepiece")
 SLOW = ("naive pool", "tokenizers", "sentencepiece")
@@ -96,7 +97,7 @@ def encode_in_memory(source: str, tokenizer_path: str, engine_name: str, workers
         for text in texts:
             batch.append(text)
             size += len(text)
-            if size >= 1 << 20:
+            if size >= BATCH_CHARACTERS:
                 engine.encode(batch, SpecialTokens(None, EOS))
                 batch, size = [], 0
         engine.encode(batch, SpecialTokens(None, EOS))
