@@ -5,6 +5,8 @@ import inspect
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from megatron_mixtral.runtime.replacements import Replacements
 
 # -- optimizer state across expert-parallel sizes ----------------------------------------------------------
@@ -136,7 +138,6 @@ def fp32_weights_are_leaves() -> bool:
 
 
 def set_without_gradients(replacements: Replacements) -> None:
-    import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     name = "_set_main_param_and_optimizer_states"
@@ -157,6 +158,8 @@ def let_the_tracker_say_ckpt_step(replacements: Replacements) -> None:
 
     @functools.wraps(original)
     def read_metadata(tracker: str) -> tuple[int, bool]:
+        if not torch.distributed.is_initialized():  # for --use-checkpoint-args: there are no arguments yet
+            return original(tracker)
         args = get_args()
         of_the_run = [checkpointing.get_checkpoint_tracker_filename(directory)
                       for directory in (args.load, args.pretrained_checkpoint) if directory]

@@ -48,11 +48,16 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     for name in ("load", "pretrained_checkpoint", "save"):
         parser.add_argument("--" + name.replace("_", "-"), type=str, default=None)
     parser.add_argument("--save-interval", type=int, default=None)
+    parser.add_argument("--use-mp-args-from-checkpoint-args", action="store_true")
     parser.add_argument("--cuda-graph-impl", default="none")
     parser.add_argument("--cuda-graph-modules", nargs="+", default=[])
     known, _ = parser.parse_known_args(argv)
     flags = Flags(**{item.name: getattr(known, item.name) for item in dataclasses.fields(Flags)})
     _check_saving(flags, known)
+    if known.use_mp_args_from_checkpoint_args:
+        raise ConfigError("--use-mp-args-from-checkpoint-args: the layout is checked before the checkpoint is read, so "
+                          "it is needed on the command line; drop the flag and give the sizes (a distributed "
+                          "checkpoint is read in any layout)")
     config = _one_config(flags, known)
     layout = _layout(known, config, int(environ.get("WORLD_SIZE", "1"))).validate(config)
     _check_routers(flags, known, config, layout)

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -119,9 +120,12 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
     try:
         args = parse_and_validate_args(extra)
     except (AssertionError, ValueError) as error:
-        raise ConfigError(f"megatron-core refuses these flags: {error or 'see the traceback with --help'}") from error
+        words = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # a bare assertion is its own sentence
+        raise ConfigError(f"megatron-core refuses these flags: {words}") from error
     finally:
         sys.argv = saved
+    # --use-checkpoint-args takes it from the checkpoint, as if it were architecture. Our experts read either form.
+    args.moe_grouped_gemm = "--no-moe-grouped-gemm" not in argv
     arguments.check_contradictions(args, resolved.config)
     if backend.device == "cpu":
         # A process forked for each save has the weights as they were at that moment. The persistent one would get them

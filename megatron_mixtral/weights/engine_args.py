@@ -90,8 +90,13 @@ def config_from_args(args: argparse.Namespace, where: str) -> MixtralConfig:
 
 def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, divisible_by: int,
               dtype: str, ckpt_format: str = "torch") -> argparse.Namespace:
-    """The namespace for a converted checkpoint: architecture and layout, under the engine's names, to be pickled."""
+    """The namespace for a converted checkpoint: architecture and layout, under the engine's names, to be pickled.
+
+    Rank files name their experts one by one, which the engine reads into its sequential experts only; in a silent
+    half-load elsewhere. So they say that these are meant. Distributed checkpoints fit all, and leave it to the run.
+    """
     base = config.rope_theta
+    experts = {"moe_grouped_gemm": False} if ckpt_format == "torch" else {}
     return argparse.Namespace(
         # Architecture
         num_layers=config.num_hidden_layers, hidden_size=config.hidden_size,
@@ -107,7 +112,7 @@ def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, 
         apply_layernorm_1p=False, apply_query_key_layer_scaling=False, attention_dropout=0.0, hidden_dropout=0.0,
         num_experts=config.num_local_experts, moe_layer_freq=1, moe_router_topk=config.num_experts_per_tok,
         moe_router_pre_softmax=False, moe_router_score_function="softmax", moe_router_enable_expert_bias=False,
-        moe_grouped_gemm=False, vocab_size=config.vocab_size, padded_vocab_size=padded_vocab,
+        **experts, vocab_size=config.vocab_size, padded_vocab_size=padded_vocab,
         make_vocab_size_divisible_by=divisible_by,
         # Hugging Face's window counts the query itself, the engine's counts the keys to its left.
         window_size=None if config.sliding_window is None else (config.sliding_window - 1, 0),

@@ -8,7 +8,7 @@ from helpers import datasets
 from helpers.models import assert_same_weights, tiny_hf_mixtral
 from helpers.program import Outcome, pretrain
 
-from megatron_mixtral.config import MixtralConfig
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import streaming
 from megatron_mixtral.weights.cli import util
@@ -18,6 +18,7 @@ from megatron_mixtral.weights.dist_metadata import read_contents
 from megatron_mixtral.weights.dist_sink import DistSink
 from megatron_mixtral.weights.inspection import inspect
 from megatron_mixtral.weights.run_state import run_state
+from megatron_mixtral.weights.saved_args import saved_arguments
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2",
           "--expert-tensor-parallel-size", "1"]
@@ -171,3 +172,17 @@ def test_a_run_starts_from_converted_weights_by_themselves(flag, run, hf, data, 
     assert "without an optimizer: begins at step 0" in found.logs[0]
     assert found.losses(1) == pytest.approx(run.losses(1), rel=1e-6)
     assert MixtralConfig.from_checkpoint(tmp_path / "mg") == MixtralConfig.from_hf_dir(hf)
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_arguments_of_a_converted_checkpoint_leave_the_experts_as_they_are(form, run, hf, data, tmp_path) -> None:
+    """--use-checkpoint-args brings the padding of the vocabulary along, and not the kind of experts."""
+    util(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
+          "--target-ckpt-format", form, "--make-vocab-size-divisible-by", "2"])
+    argv = [*RECIPE, *data, "--load", str(tmp_path / "mg"), "--use-checkpoint-args", "--exit-interval", "1",
+            "--save", str(tmp_path / "save"), "--save-interval", "1"]
+    found = pretrain(1, argv, tmp_path / "log")
+    assert found.codes == [0], found.logs[-1][-3000:]
+    assert found.losses(1) == pytest.approx(run.losses(1), rel=1e-6)
+    args = saved_arguments(tmp_path / "save" / "iter_0000001", ParallelLayout())
+    assert args.use_checkpoint_args and args.moe_grouped_gemm and args.padded_vocab_size == 98

@@ -64,6 +64,7 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
      "convention megatron, where --moe-aux-loss-coeff 0.01 "),
     (["--model", "tiny", "--cuda-graph-impl", "local"], 1, "add --cuda-graph-modules attn"),
     (["--model", "tiny", "--log-expert-load"], 1, "give --save or --metrics-file"),
+    (["--model", "tiny", "--use-checkpoint-args", "--use-mp-args-from-checkpoint-args"], 1, "drop the flag and give"),
 ])
 def test_refusals(argv: list[str], world: int, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
