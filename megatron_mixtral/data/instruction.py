@@ -1,6 +1,6 @@
 """Instruction data to the three datasets that fine-tuning reads.
 
-    inputs -> records -> turns (instruction_formats) -> ids and mask (chat) -> packs (packing) -> {prefix}_packed_*
+    inputs -> records -> samples (rendering, in worker processes) -> packs (packing) -> {prefix}_packed_*
 
 `{prefix}_packed_input_ids_document`, `..._attention_mask_document` and `..._labels_document` (each `.bin/.idx`, int32)
 hold the same sequences, one per sample: its ids, ones, and its ids with -100 where they are not trained. Without
@@ -13,25 +13,21 @@ n - 1 <= S, and a pack holds samples of together at most S positions.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_mixtral.data.chat import IGNORED, TEMPLATES, check_template, render
-from megatron_mixtral.data.encoding import special_tokens
+from megatron_mixtral.data.chat import IGNORED
 from megatron_mixtral.data.indexed import IndexedWriter
 from megatron_mixtral.data.inputs import REPORT_SUFFIX, list_inputs
-from megatron_mixtral.data.instruction_formats import HANDLERS, BadDialogue, detect
 from megatron_mixtral.data.instruction_records import Lines, read_file
 from megatron_mixtral.data.packing import best_fit
 from megatron_mixtral.data.parts import clear
 from megatron_mixtral.data.preprocess_flags import Options
-from megatron_mixtral.data.records import BadRecord, parse_object
+from megatron_mixtral.data.rendering import Batch, Counts, Renderer, render_records
 from megatron_mixtral.data.report import versions, write_json
 from megatron_mixtral.data.scratch import scratch_directory
 from megatron_mixtral.data.tokenizer import Tokenizer, load_tokenizer
@@ -40,30 +36,12 @@ from megatron_mixtral.errors import DataError
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("input_ids", "attention_mask", "labels")
-BAD_RECORDS_REPORTED = 1000
 ROWS_PER_WRITE = 1024
 
 
 def column_prefix(prefix: str, column: str) -> str:
     """Where one of `COLUMNS` goes; ModelLink's names, which also say `packed` where a document is one sample."""
     return f"{prefix}_packed_{column}_document"
-
-
-@dataclass
-class Counts:
-    """The account of a run: records = samples + too_long + sum of skipped."""
-
-    records: int = 0
-    samples: int = 0
-    too_long: int = 0
-    too_long_tokens: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
-    skipped_records: list[dict[str, str]] = field(default_factory=list)
 
 
 def preprocess_instructions(options: Options) -> dict[str, Any]:
@@ -75,19 +53,22 @@ def preprocess_instructions(options: Options) -> dict[str, Any]:
             output is left then; an older output of the same name is kept.
     """
     tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_path)
-    renderer = _Renderer(options, tokenizer)
+    renderer = Renderer(options, tokenizer)
     inputs = list_inputs(options.inputs)
     for path in inputs.ignored:
         logger.warning("not read because of its name: %s", path)
     logger.info("%d files; handler %s, template %s, tokenizer %s", len(inputs.files), options.handler,
                 options.prompt_type, tokenizer.path)
-    counts, lines = Counts(), Lines()
+    counts, lines, logged = Counts(), Lines(), 0
     with _emptied_scratch(options.output_prefix) as scratch, closing(_Samples(scratch)) as samples:
-        for file in inputs.files:
-            for where, raw in read_file(file, options.chunk_bytes, lines):
-                if (sample := renderer.sample(where, raw, counts)) is not None:
-                    samples.add(*sample)
-                if counts.records % options.log_interval == 0:
+        records = (found for file in inputs.files for found in read_file(file, options.chunk_bytes, lines))
+        # Closed at once on any error: the workers must be gone before this process is.
+        with closing(render_records(records, renderer, options.workers)) as batches:
+            for batch in batches:
+                samples.add(batch)
+                counts.add(batch.counts)
+                if counts.records // options.log_interval > logged:
+                    logged = counts.records // options.log_interval
                     logger.info("%d records, %d samples, %d tokens", counts.records, counts.samples, counts.tokens)
         if counts.records != counts.samples + counts.too_long + counts.skipped.total():
             raise DataError(f"The counts do not add up: {counts}. Nothing is written.")
@@ -115,73 +96,23 @@ def _emptied_scratch(prefix: str) -> Iterator[Path]:
             raise
 
 
-class _Renderer:
-    """One record to one sample, and its place in the account."""
-
-    def __init__(self, options: Options, tokenizer: Tokenizer) -> None:
-        self._handler, self._skip = options.handler, options.on_error == "skip"
-        self._template, self._tokenizer = TEMPLATES[options.prompt_type], tokenizer
-        self._most = None if options.seq_length is None else options.seq_length + 1
-        self._end = special_tokens(tokenizer, options.prepend_bod, options.append_eod)
-        check_template(self._template, tokenizer)
-
-    def sample(self, where: str, raw: Any, counts: Counts) -> tuple[np.ndarray, np.ndarray] | None:
-        """(ids int32, trained bool), or None for a record that is counted and left out; `DataError` where it is not."""
-        counts.records += 1
-        try:
-            ids, trained = self._render(raw, counts)
-        except (BadDialogue, BadRecord) as error:
-            if not self._skip:
-                hint = "To leave such records out: --on-error skip"
-                raise DataError(f"{where}: {error.reason}: {error}. {hint}") from error
-            counts.skipped[error.reason] += 1
-            if len(counts.skipped_records) < BAD_RECORDS_REPORTED:
-                counts.skipped_records.append({"where": where, "reason": error.reason, "message": str(error)})
-                logger.warning("skipped %s: %s: %s", where, error.reason, error)
-            return None
-        if self._most is not None and ids.size > self._most:
-            counts.too_long += 1
-            counts.too_long_tokens += ids.size
-            return None
-        counts.samples += 1
-        counts.tokens += ids.size
-        counts.trained_tokens += int(trained[1:].sum())
-        counts.longest = max(counts.longest, ids.size)
-        return ids, trained
-
-    def _render(self, raw: Any, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        record = parse_object(raw) if isinstance(raw, bytes) else raw
-        if not isinstance(record, dict):
-            raise BadRecord("not_an_object", f"expected an object, found {str(record)[:40]!r}")
-        name = detect(record) if self._handler == "auto" else self._handler
-        dialogue = HANDLERS[name](record)
-        ids, trained = render(dialogue.turns, self._template, self._tokenizer)
-        if self._end.eos_id is not None and (ids.size == 0 or ids[-1] != self._end.eos_id):
-            ids, trained = np.append(ids, np.int32(self._end.eos_id)), np.append(trained, dialogue.turns[-1].loss)
-        if not trained[1:].any():
-            raise BadDialogue("nothing_to_predict", "no token of an answer has a token before it")
-        counts.formats[name] += 1
-        counts.left_out.update(dialogue.left_out)
-        return ids, trained
-
-
 class _Samples:
     """Samples in two raw files, ids (int32) and mask (bool), so that memory holds only their lengths."""
 
     def __init__(self, scratch: Path) -> None:
         self._paths = scratch / "samples.ids", scratch / "samples.trained"
         self._files = [open(path, "wb") for path in self._paths]
-        self._lengths: list[int] = []
+        self._lengths: list[np.ndarray] = []
 
-    def add(self, ids: np.ndarray, trained: np.ndarray) -> None:
-        for file, values in zip(self._files, (ids, trained), strict=True):
+    def add(self, batch: Batch) -> None:
+        for file, values in zip(self._files, (batch.ids, batch.trained), strict=True):
             file.write(values.tobytes())
-        self._lengths.append(ids.size)
+        self._lengths.append(batch.lengths)
 
     def lengths(self) -> np.ndarray:
         """int64 (samples,), in ids. Nothing can be added afterwards."""
         self.close()
-        self._sizes = np.array(self._lengths, dtype=np.int64)
+        self._sizes = np.concatenate(self._lengths)
         self._ends = np.cumsum(self._sizes)
         self._ids, self._trained = (np.memmap(path, dtype=kind, mode="r")
                                     for path, kind in zip(self._paths, (np.int32, bool), strict=True))
