@@ -91,7 +91,8 @@ def read_loads(path: Path) -> list[list[float]]:
     """Tokens (or shares of them) by layer and expert.
 
     The file is a JSON list of one list for each layer, or JSON lines as a training run writes them: objects of which
-    some have such a list as `expert_load`; these are added up. Raises `ConfigError`.
+    some have such a list as `expert_load`; these are added up. Of a step that a resumed run made again (`iteration`)
+    the last one counts. Raises `ConfigError`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -99,9 +100,13 @@ def read_loads(path: Path) -> list[list[float]]:
             values = [json.loads(text)]
         except ValueError:
             values = [json.loads(line) for line in text.splitlines() if line.strip()]
-        tables = [value[LOADS] if isinstance(value, dict) else value for value in values
-                  if not isinstance(value, dict) or LOADS in value]
-        loads = [[[float(load) for load in layer] for layer in table] for table in tables]
+        tables = {}
+        for number, value in enumerate(values):
+            if not isinstance(value, dict):
+                tables["line", number] = value
+            elif LOADS in value:
+                tables["step", value.get("iteration", ("line", number))] = value[LOADS]
+        loads = [[[float(load) for load in layer] for layer in table] for table in tables.values()]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: expected a JSON list of one list of loads for each layer, or JSON lines with such "
                           f"lists as {LOADS!r}: {error}") from None

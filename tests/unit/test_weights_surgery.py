@@ -51,6 +51,11 @@ def test_loads_of_a_run_are_added_up(tmp_path):
     path.write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert read_loads(path) == [[5, 4, 1, 5]] * 4
     assert busiest(path, 2, MixtralConfig(**TINY)) == [[0, 3]] * 4
+    with path.open("a") as file:  # killed, and gone on from a checkpoint before step 2
+        file.writelines(json.dumps({"iteration": step, "expert_load": [[0, 3, 1, 4]] * 4}) + "\n" for step in (2, 3))
+    assert read_loads(path) == [[5, 7, 3, 9]] * 4
+    path.write_text('{"expert_load": [[1, 2]]}\n' * 2)  # without a step each line counts
+    assert read_loads(path) == [[2, 4]]
     path.write_text(json.dumps(steps[0]))  # a single line
     assert read_loads(path) == [[5, 1, 1, 1]] * 4
 
