@@ -206,6 +206,30 @@ def test_a_worker_that_dies_is_an_error_at_once(tmp_path):
     assert visible(tmp_path / "out") == []
 
 
+# A program of a user's, which forgets that fresh workers import it: each of them would start workers of its own.
+UNGUARDED = """
+import sys, threading
+from megatron_mixtral.data.preprocess import preprocess
+from megatron_mixtral.data.preprocess_flags import Options
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+source, prefix, model = sys.argv[1:]
+preprocess(Options((source,), prefix, model, tokenizer_type="Llama2Tokenizer", workers=2, chunk_bytes=1000))
+"""
+
+
+def test_a_fresh_worker_that_dies_at_once_is_an_error(tmp_path):
+    """A process with threads starts workers afresh; it must not wait for those that end before they read their job."""
+    write_jsonl(tmp_path / "in.jsonl", python_sources(20))
+    (tmp_path / "program.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "in.jsonl"), str(tmp_path / "out" / "set"),
+         str(mixtral_tokenizer_path())],
+        env=environment(PYTHONPATH=ROOT), capture_output=True, text=True, timeout=TIME_LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 1 and "A worker process died (status 1) when it started" in done.stderr
+    assert visible(tmp_path / "out") == []
+
+
 @needs_proc
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_nothing_under_the_final_name(tmp_path, how):
