@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.model.cross_entropy import chunked_loss
+from megatron_mixtral.model.embedding import WordEmbedding
 from megatron_mixtral.model.router import LayerPool, MicroBatch, MixtralRouter
 from megatron_mixtral.model.spec import block_spec
 
@@ -171,6 +172,8 @@ def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_leng
         vp_stage=vp_stage,
     )
     model.mixtral, model.micro_batch = config, micro_batch
+    if pre_process:
+        WordEmbedding.take_over(model.embedding.word_embeddings, shared=config.tie_word_embeddings)
     return model
 
 

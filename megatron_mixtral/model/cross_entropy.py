@@ -16,13 +16,20 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-# Logits of a chunk: on a CPU what its caches hold, on a GPU enough for a large product.
-CPU_CHUNK, GPU_CHUNK = 2**23, 2**25
+# Logits of a chunk: enough for a large product.
+CPU_CHUNK, GPU_CHUNK = 2**24, 2**25
+# Numbers that stay in a CPU's caches while it passes over them several times.
+CPU_BLOCK = 2**21
+
+
+def _slices(tokens: int, numbers: int, vocabulary: int) -> list[slice]:
+    """Rows of `vocabulary` logits each, at most `numbers` logits (or one row) a slice."""
+    rows = max(numbers // vocabulary, 1)
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
 def _chunks(tokens: int, weight_vh: Tensor) -> list[slice]:
-    rows = max((GPU_CHUNK if weight_vh.is_cuda else CPU_CHUNK) // weight_vh.shape[0], 1)
-    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+    return _slices(tokens, GPU_CHUNK if weight_vh.is_cuda else CPU_CHUNK, weight_vh.shape[0])
 
 
 def _own_targets(labels_t: Tensor, size: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -32,16 +39,41 @@ def _own_targets(labels_t: Tensor, size: int, group: ProcessGroup) -> tuple[Tens
     return column.masked_fill(~own, 0), own
 
 
-def _log_total(logits: Tensor, group: ProcessGroup) -> Tensor:
-    """[rows]: logsumexp over the vocabulary of all ranks."""
-    total = logits.logsumexp(1)
+def _over_ranks(total: Tensor, group: ProcessGroup) -> Tensor:
+    """[rows]: logsumexp over the vocabulary of all ranks, of each rank's logsumexp over its own part."""
+    if group.size() == 1:
+        return total
+    highest = total.clone()
+    all_reduce(highest, ReduceOp.MAX, group=group)
+    total = (total - highest).exp()
+    all_reduce(total, group=group)
+    return total.log_().add_(highest)
+
+
+def _softmax_(logits: Tensor, group: ProcessGroup) -> Tensor:
+    """[rows]: logsumexp over the vocabulary of all ranks; the fp32 `logits` become the probabilities."""
+    highest = logits.amax(1)
+    torch.softmax(logits, 1, out=logits)
+    # The largest probability is exp(highest - logsumexp), 1/v or more: no second pass of exponentials is needed.
+    own = highest - logits.amax(1).log()
+    total = _over_ranks(own, group)
     if group.size() > 1:
-        highest = total.clone()
-        all_reduce(highest, ReduceOp.MAX, group=group)
-        total = (total - highest).exp()
-        all_reduce(total, group=group)
-        total = total.log_().add_(highest)
+        logits.mul_((own - total).exp()[:, None])
     return total
+
+
+def _add_product(into_vh: Tensor | None, grad_tv: Tensor, hidden_th: Tensor, factor: float) -> Tensor:
+    """`into_vh` + factor * grad^T hidden, in place, or a new fp32 tensor where there is none to add to."""
+    if into_vh is None:
+        product = (grad_tv.t() @ hidden_th).float()
+        return product if factor == 1.0 else product.mul_(factor)
+    if into_vh.dtype == grad_tv.dtype:
+        return into_vh.addmm_(grad_tv.t(), hidden_th, alpha=factor)
+    # On a CPU a sum of two types first makes a copy in one type: of a part that the caches hold.
+    rows = len(into_vh) if into_vh.is_cuda else max(CPU_BLOCK // into_vh.shape[1], 1)
+    for into, grad in zip(into_vh.split(rows), grad_tv.t().split(rows), strict=True):
+        into.add_(grad @ hidden_th, alpha=factor)
+    return into_vh
 
 
 class _Gradients:
@@ -49,23 +81,70 @@ class _Gradients:
 
     def __init__(self, hidden_th: Tensor, weight_vh: Tensor, wanted: tuple[bool, bool],
                  weight_into: Tensor | None = None) -> None:
+        self._from, self._by, self._of_weight = hidden_th, weight_vh, wanted[1]
         self.hidden = torch.empty_like(hidden_th) if wanted[0] else None
-        self.weight = None
-        if wanted[1]:
-            self.weight = torch.zeros_like(weight_vh, dtype=torch.float32) if weight_into is None else weight_into
+        self.weight = weight_into
 
-    def add(self, rows: slice, logits: Tensor, total: Tensor, column: Tensor, own: Tensor, scale: Tensor,
-            hidden_th: Tensor, weight_vh: Tensor) -> None:
-        """One chunk, whose logits are overwritten: (softmax - onehot) * scale, and its two products."""
-        grad = logits.sub_(total[:, None]).exp_()
-        grad.scatter_add_(1, column[rows, None], -own[rows, None].float())
-        grad = grad.mul_(scale[rows, None]).to(weight_vh.dtype)
+    def add(self, rows: slice, grad_tv: Tensor, factor: float = 1.0) -> None:
+        """The two products of one chunk; `grad_tv` is the gradient of its logits, in the weight's dtype."""
         if self.hidden is not None:
-            torch.mm(grad, weight_vh, out=self.hidden[rows])
-        if self.weight is not None and self.weight.dtype == grad.dtype:
-            self.weight.addmm_(grad.t(), hidden_th[rows])
-        elif self.weight is not None:
-            self.weight.add_(grad.t() @ hidden_th[rows])
+            torch.mm(grad_tv, self._by, out=self.hidden[rows])
+            if factor != 1.0:
+                self.hidden[rows].mul_(factor)
+        if self._of_weight:
+            self.weight = _add_product(self.weight, grad_tv, self._from[rows], factor)
+
+
+class _EarlyGradients:
+    """The gradients as they are if the losses' gradient is `expected` [t], made with the losses.
+
+    The last chunk, often the only one, waits with the gradient of its logits: when the true factor and the engine's
+    gradient buffer are known, its products go there at once.
+    """
+
+    def __init__(self, hidden_th: Tensor, weight_vh: Tensor, wanted: tuple[bool, bool], expected_t: Tensor) -> None:
+        self._found = _Gradients(hidden_th, weight_vh, wanted)
+        self._scale = None if bool((expected_t == 1.0).all()) else expected_t
+        self._waiting: tuple[slice, Tensor] | None = None
+
+    def flush(self) -> None:
+        """Make the products of the chunk that waits; its logits can be overwritten."""
+        if self._waiting is not None:
+            self._found.add(*self._waiting)
+            self._waiting = None
+
+    def put(self, rows: slice, logits: Tensor, column: Tensor, own: Tensor, group: ProcessGroup) -> tuple:
+        """([rows] logsumexp, [rows] logit of each label, 0 where it is another rank's), both fp32. The logits, in the
+        weight's dtype, become their gradient: (softmax - onehot) * expected.
+        """
+        total = torch.empty(len(logits), dtype=torch.float32)
+        chosen = torch.empty_like(total)
+        column, missing = column[rows, None], -own[rows, None].float()
+        for part in _slices(len(logits), CPU_BLOCK, logits.shape[1]):
+            grad = logits[part].float()
+            chosen[part] = grad.gather(1, column[part])[:, 0]
+            total[part] = _softmax_(grad, group)
+            grad.scatter_add_(1, column[part], missing[part])
+            if self._scale is not None:
+                grad.mul_(self._scale[rows][part, None])
+            if grad.dtype != logits.dtype:
+                logits[part] = grad
+        self._waiting = (rows, logits)
+        return total, chosen
+
+    def finish(self, factor: float, main_grad: Tensor | None) -> _Gradients:
+        """The gradients, times `factor`; the weight's is added to `main_grad` where there is one."""
+        waiting, found = self._waiting, self._found
+        early = found.weight
+        if found.hidden is not None:
+            found.hidden.mul_(factor)
+        if main_grad is not None:
+            found.weight = main_grad if early is None else main_grad.add_(early, alpha=factor)
+        elif early is not None:
+            early.mul_(factor)
+        if waiting is not None:
+            found.add(*waiting, factor)
+        return found
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -84,19 +163,25 @@ class _ChunkedLoss(torch.autograd.Function):
         column, own = _own_targets(labels_t, weight_vh.shape[0], group)
         total = torch.empty(labels_t.shape, dtype=torch.float32, device=hidden_th.device)  # logsumexp
         chosen = torch.empty_like(total)
-        early = any(ctx.needs_input_grad[:2]) and not hidden_th.is_cuda
-        ctx.early = _Gradients(hidden_th, weight_vh, ctx.needs_input_grad[:2]) if early else None
+        wanted, early = ctx.needs_input_grad[:2], None
+        if any(wanted) and not hidden_th.is_cuda:
+            early = _EarlyGradients(hidden_th, weight_vh, wanted, expected_t)
+        logits = None
         for rows in _chunks(len(labels_t), weight_vh):
-            logits = (hidden_th[rows] @ weight_vh.t()).float()
-            chosen[rows] = logits.gather(1, column[rows, None])[:, 0]
-            total[rows] = _log_total(logits, group)
-            if ctx.early is not None:
-                ctx.early.add(rows, logits, total[rows], column, own, expected_t, hidden_th, weight_vh)
+            if early is None:
+                logits = (hidden_th[rows] @ weight_vh.t()).float()
+                chosen[rows] = logits.gather(1, column[rows, None])[:, 0]
+                total[rows] = _over_ranks(logits.logsumexp(1), group)
+            else:
+                early.flush()
+                logits = hidden_th.new_empty(rows.stop - rows.start, len(weight_vh)) if logits is None else logits
+                logits = torch.mm(hidden_th[rows], weight_vh.t(), out=logits[:rows.stop - rows.start])
+                total[rows], chosen[rows] = early.put(rows, logits, column, own, group)
         chosen.masked_fill_(~own, 0.0)
         if group.size() > 1:
             all_reduce(chosen, group=group)
         ctx.save_for_backward(hidden_th, labels_t, total, expected_t)
-        ctx.weight, ctx.group, ctx.in_place = weight_vh, group, in_place
+        ctx.weight, ctx.group, ctx.in_place, ctx.early = weight_vh, group, in_place, early
         return total - chosen
 
     @staticmethod
@@ -106,19 +191,15 @@ class _ChunkedLoss(torch.autograd.Function):
         main_grad = getattr(weight, "main_grad", None) if ctx.in_place and ctx.needs_input_grad[1] else None
         factor = None if early is None else _factor(grad_t, expected_t)
         if factor is not None:
-            found = early
-            if found.hidden is not None:
-                found.hidden.mul_(factor)
-            if main_grad is not None:
-                main_grad.add_(found.weight, alpha=factor)
-            elif found.weight is not None:
-                found.weight.mul_(factor)
+            found = early.finish(factor, main_grad)
         else:
+            del early
             column, own = _own_targets(labels_t, weight.shape[0], ctx.group)
             found = _Gradients(hidden_th, weight, ctx.needs_input_grad[:2], main_grad)
             for rows in _chunks(len(labels_t), weight):
-                logits = (hidden_th[rows] @ weight.t()).float()
-                found.add(rows, logits, total[rows], column, own, grad_t, hidden_th, weight)
+                grad = (hidden_th[rows] @ weight.t()).float().sub_(total[rows, None]).exp_()
+                grad.scatter_add_(1, column[rows, None], -own[rows, None].float())
+                found.add(rows, grad.mul_(grad_t[rows, None]).to(weight.dtype))
         if main_grad is not None:
             weight.grad_added_to_main_grad = True  # see model/experts.py
             return found.hidden, weight.detach(), None, None, None, None

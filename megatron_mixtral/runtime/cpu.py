@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.runtime import gloo
+from megatron_mixtral.runtime import gloo, heap
 from megatron_mixtral.runtime.replacements import Replacements
 
 _CPU = torch.device("cpu")
@@ -36,6 +36,7 @@ def enable(replacements: Replacements) -> None:
     if torch.cuda.is_available():
         raise ConfigError("the CPU stand-in would hide a visible GPU; hide it yourself with CUDA_VISIBLE_DEVICES= "
                           "(an empty value) if the run is meant for the CPU")
+    heap.keep_memory()
     # torch.compile would look for a C++ compiler and take minutes to gain nothing on a model this small.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     replacements.set(importlib.import_module("torch._dynamo.config"), "disable", True)
