@@ -1,0 +1,88 @@
+"""What a training step on a CPU is made of, against torch's own: the norm, SwiGLU, and the heap."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mixtral.model.norm import RMSNorm
+from megatron_mixtral.model.swiglu import WeightedSwiGLU
+
+CASES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+
+
+def _compare(ours, theirs, inputs, tolerance) -> None:
+    """Output and the gradient of every input, `theirs` in float64."""
+    wide = [one.detach().double().requires_grad_() for one in inputs]
+    found, expected = ours(*inputs), theirs(*wide)
+    assert found.dtype == inputs[0].dtype
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+    pairs = [(found, expected), *zip(torch.autograd.grad(found, inputs, weight),
+                                     torch.autograd.grad(expected, wide, weight.double()), strict=True)]
+    for a, b in pairs:
+        assert float(((a.double() - b).abs().max() / b.abs().max()).detach()) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), CASES)
+def test_norm_and_its_gradients_are_torchs(dtype, tolerance):
+    generator = torch.Generator().manual_seed(3)
+    norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=False), 48, eps=1e-5)
+    x = (torch.randn(7, 2, 48, generator=generator) * 3).to(dtype)
+    x[2] = 0.0  # eps alone keeps this one finite
+    weight = torch.rand(48, generator=generator).to(dtype)
+
+    def ours(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    def theirs(x, weight):
+        return torch.nn.functional.rms_norm(x, (48,), weight, 1e-5)
+
+    _compare(ours, theirs, [x.requires_grad_(), weight.requires_grad_()], tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), CASES)
+def test_swiglu_and_its_gradients_are_the_formulas(dtype, tolerance):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(9, 32, generator=generator).to(dtype).requires_grad_()
+    probability = torch.rand(9, 1, generator=generator).requires_grad_()  # fp32, as the router gives it
+
+    def theirs(x, probability):
+        gate, up = x.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up * probability
+
+    _compare(WeightedSwiGLU.apply, theirs, [x, probability], tolerance)
+
+
+_FAULTS = """
+import resource, ctypes
+from megatron_mixtral.runtime import heap
+kept = heap.keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def use(size=2**26):
+    block = libc.malloc(size)
+    libc.memset(block, 1, size)
+    libc.free(block)
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    use()
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _page_faults(**environment: str) -> tuple[bool, int]:
+    """(whether memory is kept, page faults of four uses of 64 MiB after a first)."""
+    found = subprocess.run([sys.executable, "-c", _FAULTS], env={**os.environ, **environment}, check=True, text=True,
+                           stdout=subprocess.PIPE).stdout.split()
+    return found[0] == "1", int(found[1])
+
+
+def test_freed_memory_serves_the_next_step():
+    assert _page_faults(MALLOC_TRIM_THRESHOLD_="131072")[1] > 100  # the user's own wish stands
+    kept, faults = _page_faults()
+    assert kept and faults < 50
