@@ -253,8 +253,28 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
 _FLAG_OF = {"layernorm_epsilon": "--norm-epsilon", "add_bias_linear": "--disable-bias-linear"}
 
 
+# Flags of other models, with the values that a Mixtral has. Some are computed, some the engine's attention and experts
+# here would leave out in silence.
+_OF_OTHER_MODELS: dict[str, Any] = {
+    "moe_router_topk_scaling_factor": None, "moe_router_num_groups": None, "moe_router_group_topk": None,
+    "moe_router_enable_expert_bias": False, "moe_apply_probs_on_input": False, "moe_latent_size": None,
+    "moe_shared_expert_intermediate_size": None, "mtp_num_layers": None, "multi_latent_attention": False,
+    "experimental_attention_variant": None, "attention_output_gate": False, "softmax_type": "vanilla",
+    "qk_layernorm": False, "no_rope_freq": None, "rotary_interleaved": False, "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None, "squared_relu": False, "quick_geglu": False,
+    "activation_func_clamp_value": None, "glu_linear_offset": 0.0,
+}
+
+
 def check_contradictions(args: argparse.Namespace, config: MixtralConfig) -> None:
     """`ConfigError` where a flag was given that makes another model than the run's."""
+    for name, harmless in _OF_OTHER_MODELS.items():
+        found = getattr(args, name, harmless)
+        if found not in (None, False, harmless):
+            raise ConfigError(f"--{name.replace('_', '-')} ({found}) makes another model than a Mixtral: drop the flag")
+    if args.reset_attention_mask:
+        raise ConfigError("--reset-attention-mask: the attention here is causal over the whole sample, and would leave "
+                          "the flag out in silence; drop it. Only packed instruction data are kept apart")
     for name, expected in architecture_args(config).items():
         found = getattr(args, name)
         same = tuple(found) == expected if name == "window_size" and found is not None else found == expected

@@ -16,7 +16,6 @@ from megatron_mixtral.errors import CheckpointError, MixtralError
 from megatron_mixtral.planning.report import size
 from megatron_mixtral.training import manifest, resume, retention
 from megatron_mixtral.training.export import Exporter
-from megatron_mixtral.weights.engine_args import layout_from_args
 from megatron_mixtral.weights.saved_args import saved_arguments
 
 logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ class Keeper:
         problem = None
         if self._args.rank == 0:
             try:
-                saved = saved_arguments(directory, layout_from_args(self._args, "this run"))
+                saved = saved_arguments(directory, self._args)
                 if whole and saved is not None:
                     resume.check_optimizer(saved, self._args)
                     resume.check_schedule(saved, self._args)

@@ -4,10 +4,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.archive import load
 from megatron_mixtral.weights.dist_metadata import COMMON, COMMON_FILE, METADATA_FILE, Contents, read_contents
+from megatron_mixtral.weights.engine_args import layout_from_args
 from megatron_mixtral.weights.mapped import MappedFile
 from megatron_mixtral.weights.rank_dirs import RankDirSource
 
@@ -28,16 +28,17 @@ def common_state(directory: Path, contents: Contents) -> tuple[dict[str, Any], s
     return (common if isinstance(common, dict) else {}), where
 
 
-def saved_arguments(directory: Path, layout: ParallelLayout) -> Namespace | None:
+def saved_arguments(directory: Path, run: Namespace) -> Namespace | None:
     """The arguments in one iteration's directory, of either form; None where it has none.
 
-    `CheckpointError` for rank directories of another layout than `layout`, and for those that lack a file. The engine
+    `CheckpointError` for rank directories of another layout than that of `run` (the engine's arguments), and for those
+    that lack a file. The engine
     does not compare all of the layout: with another number of virtual stages it would go on with random weights, and
     where it does not find a file it ends with status 0.
     """
     if (directory / METADATA_FILE).is_file():
         return common_state(directory, read_contents(directory))[0].get("args")
-    source = RankDirSource(directory)
+    source, layout = RankDirSource(directory), layout_from_args(run, "this run")
     if source.layout != layout:
         raise CheckpointError(
             f"{directory} holds rank directories of layout {source.layout}, the run is {layout}: they are read by the "

@@ -1,5 +1,6 @@
 """Runs that start from converted distributed checkpoints, and runs that go on from one converted in between."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import datasets
 from helpers.models import assert_same_weights, tiny_hf_mixtral
 from helpers.program import Outcome, pretrain
 
-from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import streaming
 from megatron_mixtral.weights.cli import util
@@ -184,5 +185,5 @@ def test_arguments_of_a_converted_checkpoint_leave_the_experts_as_they_are(form,
     found = pretrain(1, argv, tmp_path / "log")
     assert found.codes == [0], found.logs[-1][-3000:]
     assert found.losses(1) == pytest.approx(run.losses(1), rel=1e-6)
-    args = saved_arguments(tmp_path / "save" / "iter_0000001", ParallelLayout())
+    args = saved_arguments(tmp_path / "save" / "iter_0000001", Namespace())
     assert args.use_checkpoint_args and args.moe_grouped_gemm and args.padded_vocab_size == 98

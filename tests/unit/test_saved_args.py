@@ -1,5 +1,6 @@
 """The arguments of a checkpoint before it is loaded, and the rank directories that a run's layout cannot read."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.convert import convert
 from megatron_mixtral.weights.dist_sink import DistSink
+from megatron_mixtral.weights.engine_args import make_args
 from megatron_mixtral.weights.hf import HFSource
 from megatron_mixtral.weights.rank_sink import RankDirSink
 from megatron_mixtral.weights.saved_args import saved_arguments
 
 PP2 = ParallelLayout(pp=2, ep=2)
+
+
+def run(layout: ParallelLayout) -> Namespace:
+    return make_args(MixtralConfig(**TINY), layout, 96, 1, "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> HFSource:
 def test_both_forms_carry_them(source: HFSource, tmp_path: Path) -> None:
     convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
     convert(source, DistSink(tmp_path / "dist", source.config))
-    for found in (saved_arguments(tmp_path / "ranks/release", PP2), saved_arguments(tmp_path / "dist/release", PP2)):
+    for form, now in (("ranks", run(PP2)), ("dist", Namespace())):
+        found = saved_arguments(tmp_path / form / "release", now)
         assert found is not None and found.num_layers == source.config.num_hidden_layers
 
 
@@ -39,11 +46,11 @@ def test_rank_directories_of_another_layout_are_refused(source: HFSource, tmp_pa
                                                         words: str) -> None:
     convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
     with pytest.raises(CheckpointError, match=words):
-        saved_arguments(tmp_path / "ranks/release", layout)
+        saved_arguments(tmp_path / "ranks/release", run(layout))
 
 
 def test_a_missing_rank_directory_is_named(source: HFSource, tmp_path: Path) -> None:
     convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
     (tmp_path / "ranks/release/mp_rank_00_001_001/model_optim_rng.pt").unlink()
     with pytest.raises(CheckpointError, match=r"mp_rank_00_001_001/model_optim_rng.pt is missing"):
-        saved_arguments(tmp_path / "ranks/release", PP2)
+        saved_arguments(tmp_path / "ranks/release", run(PP2))

@@ -1,5 +1,6 @@
 """Resolving a command line: which model, which layout, from where; refused early and with a sentence."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, preset
 from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.training import arguments
 from megatron_mixtral.training.arguments import TRACKER, architecture_args, engine_defaults, resolve, strip_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,14 +119,34 @@ def test_defaults_that_matter() -> None:
     assert with_te.keys().isdisjoint({"masked_softmax_fusion", "num_workers"})
 
 
-def test_every_default_is_a_flag_of_the_engine() -> None:
-    import argparse
-
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    """The engine's own, with this library's defaults for the tiny model."""
     from megatron.training.arguments import add_megatron_arguments
 
-    known = {action.dest for action in add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._actions}
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser.set_defaults(**engine_defaults(resolve(["--model", "tiny"], {}), "local", "gloo"))
+    return parser
+
+
+def test_every_default_is_a_flag_of_the_engine(parser: argparse.ArgumentParser) -> None:
+    known = {action.dest for action in parser._actions}
     run = resolve(["--model", "tiny"], {})
     assert set(engine_defaults(run, "local", "gloo")) | set(architecture_args(run.config)) <= known
+    unknown = set(arguments._OF_OTHER_MODELS) - known
+    assert not unknown, "nothing would be refused by these"
+
+
+@pytest.mark.parametrize("flags", [
+    "--use-rope-scaling", "--rotary-seq-len-interpolation-factor 2", "--qk-layernorm", "--softmax-type learnable",
+    "--moe-router-topk-scaling-factor 2.5", "--no-rope-freq 2", "--moe-router-num-groups 2 --moe-router-group-topk 1",
+    "--moe-shared-expert-intermediate-size 16", "--mtp-num-layers 1", "--activation-func-clamp-value 7",
+    "--rotary-base 10000", "--reset-attention-mask",
+])
+def test_flags_of_other_models_are_refused(flags: str, parser: argparse.ArgumentParser) -> None:
+    arguments.check_contradictions(parser.parse_args([]), preset("tiny"))
+    with pytest.raises(ConfigError, match=f"{flags.split()[0]}.* drop "):
+        arguments.check_contradictions(parser.parse_args(flags.split()), preset("tiny"))
 
 
 def test_tokenizer_type_is_dropped() -> None:
