@@ -17,7 +17,7 @@ from megatron_mixtral.data.engines.mixed import ControlStrings, encode_apart
 from megatron_mixtral.data.engines.reference import ReferenceEngine
 from megatron_mixtral.data.tokenizer import JsonTokenizer, Tokenizer
 
-RENEWED_AFTER = 1 << 25  # characters; the words that it remembers take 1 to 4 bytes for each
+RENEWED_AFTER = 1 << 26  # characters; the words that it remembers take 1 to 4 bytes for each
 
 
 class GigatokenEngine:
