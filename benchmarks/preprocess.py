@@ -256,7 +256,7 @@ def print_table(
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     print(f"{count} documents, {size / 1e6:.0f} MB of JSON lines, {args.workers} workers, {os.cpu_count()} cores, "
           f"median of {args.repeats}\n")  # fmt: skip
-    print("| program | MB/s (least to most) | against that without its start | MB per CPU-s | against it | peak memory |")
+    print("| program | MB/s (least to most) | against the first | MB per CPU-s | against the first | peak memory |")
     print("|---|---|---|---|---|---|")
     for name, rounds in rates.items():
         walls = [wall for wall, _ in rounds]
