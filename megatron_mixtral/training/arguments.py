@@ -272,6 +272,9 @@ def check_contradictions(args: argparse.Namespace, config: MixtralConfig) -> Non
         found = getattr(args, name, harmless)
         if found not in (None, False, harmless):
             raise ConfigError(f"--{name.replace('_', '-')} ({found}) makes another model than a Mixtral: drop the flag")
+    if args.rampup_batch_size is not None:
+        raise ConfigError("--rampup-batch-size is parsed by the pinned engine and then left out in silence: drop it "
+                          "(--step-batch-size-schedule replaces it and --global-batch-size)")
     if args.reset_attention_mask:
         raise ConfigError("--reset-attention-mask: the attention here is causal over the whole sample, and would leave "
                           "the flag out in silence; drop it. Only packed instruction data are kept apart")

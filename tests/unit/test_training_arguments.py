@@ -141,7 +141,7 @@ def test_every_default_is_a_flag_of_the_engine(parser: argparse.ArgumentParser) 
     "--use-rope-scaling", "--rotary-seq-len-interpolation-factor 2", "--qk-layernorm", "--softmax-type learnable",
     "--moe-router-topk-scaling-factor 2.5", "--no-rope-freq 2", "--moe-router-num-groups 2 --moe-router-group-topk 1",
     "--moe-shared-expert-intermediate-size 16", "--mtp-num-layers 1", "--activation-func-clamp-value 7",
-    "--rotary-base 10000", "--reset-attention-mask",
+    "--rotary-base 10000", "--reset-attention-mask", "--rampup-batch-size 4 4 24",
 ])
 def test_flags_of_other_models_are_refused(flags: str, parser: argparse.ArgumentParser) -> None:
     arguments.check_contradictions(parser.parse_args([]), preset("tiny"))
