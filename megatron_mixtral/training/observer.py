@@ -5,6 +5,7 @@ last rank; and every rank calls its tracker of MoE figures once a step, where th
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from megatron_mixtral.training.metrics import RunFacts, StepClock, StepWriter
 class Tracker(MoEMetricsTracker):
     """The engine's tracker, which also gives the writer the load of the experts and the memory of the fullest rank."""
 
-    def __init__(self, load: ExpertLoad, device: str) -> None:
+    def __init__(self, load: ExpertLoad, device: str, after_first_step: Callable[[], None]) -> None:
         super().__init__()
         self._load, self._device = load, device
+        self._after_first_step: Callable[[], None] | None = after_first_step
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
         """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
+        if self._after_first_step is not None:
+            self._after_first_step()
+            self._after_first_step = None
         text = super().report(*args, writer=writer, **kwargs)
         tokens = self._load.collect()
         memory = torch.tensor(runtime.memory_used(), dtype=torch.int64, device=self._device)
@@ -37,10 +42,12 @@ class Tracker(MoEMetricsTracker):
         return text
 
 
-def install(run: Run, args: Namespace, device: str) -> ExpertLoad:
-    """Stand in the engine's places; returns the counter that is to watch every part of the model."""
+def install(run: Run, args: Namespace, device: str, after_first_step: Callable[[], None]) -> ExpertLoad:
+    """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_first_step` is
+    called once, on every rank.
+    """
     load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
-    set_moe_metrics_tracker(Tracker(load, device))
+    set_moe_metrics_tracker(Tracker(load, device, after_first_step))
     metrics = _metrics_file(run, args)
     if args.rank == args.world_size - 1:
         clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def run(argv: list[str]) -> None:
         checkpoint.write_identity(Path(args.save), resolved.config)
     keeper = Keeper(args)
     runtime.lead_checkpoints_through(keeper)
-    _save_and_end_at_signals(args)
-    load = observer.install(resolved, args, backend.device)
+    load = observer.install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
     datasets, forward_step = partial(_datasets, args), _forward_step
     if args.is_instruction_dataset:
         from megatron_mixtral.training import instruction
@@ -135,21 +134,20 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
     return args
 
 
-def _save_and_end_at_signals(args: Namespace) -> None:
-    """Have SIGTERM and SIGINT do what the engine does at `--exit-signal`: save after the step under way, and end.
-    Before the first step there is nothing to save, and a signal ends the process at once.
+def _end_at_signals(args: Namespace) -> Callable[[], None]:
+    """Until the function returned is called, SIGTERM and SIGINT end the process at once: there is nothing to save, and
+    a rank that waits for another one inside a library would not hear them. From then on they do what the engine does
+    at `--exit-signal`: save after the step under way, and end.
     """
-    save_and_end = signal.getsignal(args.exit_signal)
+    numbers, save_and_end = (args.exit_signal, signal.SIGTERM, signal.SIGINT), signal.getsignal(args.exit_signal)
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
 
-    def handle(number: int, frame: Any) -> None:
-        if hasattr(args, "curr_iteration"):  # the engine sets it at every step
-            save_and_end(number, frame)
-        else:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def save_first() -> None:
+        for number in numbers:
+            signal.signal(number, save_and_end)
 
-    for number in (args.exit_signal, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+    return save_first
 
 
 # -- providers -------------------------------------------------------------------------------------------
