@@ -35,17 +35,22 @@ def initialize(backend: Any, tp: int, ep: int) -> None:
 
 
 class Candidate:
-    """A model with random weights, one micro-batch of random tokens, and its optimizer."""
+    """A model with random weights, micro-batches of random tokens, the same for all candidates, and its optimizer."""
 
     model: torch.nn.Module
 
     def __init__(self, config: MixtralConfig, args: argparse.Namespace) -> None:
         from megatron_mixtral.runtime import current_device
 
-        shape = (args.micro_batch, args.sequence + 1)
-        ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(current_device())
+        self._shape, self._generator = (args.micro_batch, args.sequence + 1), torch.Generator().manual_seed(1)
+        self._vocabulary, self._device = config.vocab_size, current_device()
+        self.next_batch()
+        self.positions = torch.arange(args.sequence, device=self._device)[None].expand(args.micro_batch, -1)
+
+    def next_batch(self) -> None:
+        """Other tokens, as in every step of a run: how many go to an expert changes from step to step."""
+        ids = torch.randint(self._vocabulary, self._shape, generator=self._generator).to(self._device)
         self.tokens, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        self.positions = torch.arange(args.sequence, device=ids.device)[None].expand(args.micro_batch, -1)
 
     def loss(self) -> torch.Tensor:
         raise NotImplementedError
@@ -187,4 +192,23 @@ def transformers(config: MixtralConfig, layout: ParallelLayout, args: argparse.N
     return Transformers(config, args, dtype)
 
 
-MAKERS: dict[str, Callable[..., Candidate]] = {"ours": ours, "stock": stock, "transformers": transformers, "te": te}
+class Autocast(Transformers):
+    """fp32 weights, gradients and optimizer state; products in bf16."""
+
+    def __init__(self, config: MixtralConfig, args: argparse.Namespace) -> None:
+        super().__init__(config, args, torch.float32)
+
+    def loss(self) -> torch.Tensor:
+        with torch.autocast(self.tokens.device.type, torch.bfloat16):
+            return super().loss()
+
+
+def autocast(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace, dtype: torch.dtype) -> Candidate:
+    if layout.world > 1 or dtype != torch.bfloat16:
+        raise NotHere("it is measured on one rank, in bf16")
+    return Autocast(config, args)
+
+
+MAKERS: dict[str, Callable[..., Candidate]] = {"ours": ours, "stock": stock, "transformers": transformers,
+                                               "autocast": autocast, "te": te}
+OURS = ("ours", "te")

@@ -12,12 +12,16 @@ a CPU they are narrow (hidden 512, ffn 1792, 8/2 heads, sequence 512, 4 layers).
 - `stock`: the engine's local layer specification (`get_gpt_layer_local_spec`), and the optimizer and clipping that the
   engine has where neither transformer-engine nor apex is installed (`torch.optim.AdamW`, tensor by tensor).
 - `transformers`: MixtralForCausalLM, `grouped_mm` experts, SDPA, `torch.optim.AdamW(fused=True)`. In bf16 weights and
-  optimizer state are bf16 alone; the other two keep weights and gradients in fp32 besides, as training does.
+  optimizer state are bf16 alone, in which most updates of a real run are too small to change a weight.
+- `autocast`: the same with weights, gradients and optimizer state in fp32 and `torch.autocast` to bf16, as its users
+  train. This, not the row before, keeps what `ours` and `stock` keep in bf16.
 - `te`: the engine's transformer-engine specification, where it can be imported.
 
-Prints medians over the rounds: forward + backward, and the whole step with optimizer; model TFLOP/s (active experts,
-causal attention; recomputation not counted) and their share of the machine's own product of two square matrices; the
-peak of allocated memory; and where the time of one profiled step goes.
+Each runs in a process of its own (`step_processes.py`), in turns with the others; only `ours` has this library's heap
+settings on a CPU, unless `--same-heap` gives them to all. Prints medians over the rounds: forward + backward, and the
+whole step with optimizer; model TFLOP/s (active experts, causal attention; recomputation not counted) and their share
+of the machine's own product of two square matrices; the peak of allocated memory; and where the time of one profiled
+step goes.
 """
 
 # ruff: noqa: T201
@@ -27,7 +31,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -39,19 +42,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from megatron_mixtral import runtime  # noqa: E402
 
 BACKEND = runtime.ready()  # before anything of the engine is imported
-import step_breakdown  # noqa: E402
 import step_candidates  # noqa: E402
 import torch  # noqa: E402
+from step_processes import DTYPES, Apart, Here, architecture  # noqa: E402
 
-from megatron_mixtral.config import MixtralConfig, ParallelLayout  # noqa: E402
+from megatron_mixtral.config import ParallelLayout  # noqa: E402
 
-WIDTHS = {
-    "cuda": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "cpu": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2},
-}
+WARM_UP = 3  # rounds: until then the heap still grows
 DEFAULTS = {"cuda": {"layers": 2, "sequence": 4096, "micro_batch": 2, "product": 8192, "dtype": "bf16"},
             "cpu": {"layers": 4, "sequence": 512, "micro_batch": 1, "product": 2048, "dtype": "fp32"}}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse(argv: list[str], device: str) -> argparse.Namespace:
@@ -62,6 +61,7 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--same-heap", action="store_true", help="this library's heap settings for all candidates")
     parser.add_argument("--only", nargs="+", default=list(step_candidates.MAKERS), choices=list(step_candidates.MAKERS))
     parser.add_argument("--engine", nargs="*", default=[], metavar="FIELD=VALUE",
                         help="fields of the engine's configuration for `ours`, e.g. recompute_granularity=selective")
@@ -69,51 +69,44 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(function: Callable[[], Any], device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def product_rate(size: int, dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a product of two [size, size] matrices, the median of seven."""
+    """FLOP/s of a product of two [size, size] matrices, the median of seven after a first."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    a @ b
-    return 2 * size**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(7))
+    taken = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(taken[1:])
 
 
-def measure(candidates: dict[str, Any], rounds: int, device: str) -> dict[str, dict[str, list[float]]]:
+def measure(candidates: dict[str, Here | Apart], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each candidate's forward + backward and of its whole step, taking turns."""
     found: dict[str, dict[str, list[float]]] = {name: {"forward_backward": [], "step": []} for name in candidates}
-    for index in range(rounds + 1):  # the first round warms up
+    for index in range(WARM_UP + rounds):
         for name, candidate in candidates.items():
-            for kind, function in (("forward_backward", candidate.forward_backward), ("step", candidate.step)):
-                taken = seconds(function, device)
-                if index:
-                    found[name][kind].append(taken)
-                candidate.zero_grad()
+            for kind, times in found[name].items():
+                taken = candidate.ask(kind)
+                if index >= WARM_UP:
+                    times.append(taken)
     return found
 
 
-def report(args: argparse.Namespace, config: MixtralConfig, device: str) -> dict[str, Any]:
-    world = torch.distributed.get_world_size()
+def report(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = ParallelLayout(tp=args.tp, ep=args.ep, world=world)
-    candidates, left_out = {}, {}
+    candidates: dict[str, Here | Apart] = {}
+    left_out = {}
     for name in args.only:
         try:
-            candidates[name] = step_candidates.MAKERS[name](config, layout, args, DTYPES[args.dtype])
+            candidates[name] = Here(name, args) if "RANK" in os.environ else Apart(name, args)
         except step_candidates.NotHere as reason:
             left_out[name] = str(reason)
-    times = measure(candidates, args.rounds, device)
+    times = measure(candidates, args.rounds)
     tokens = args.micro_batch * args.sequence * layout.data_parallel
-    flops = tokens * config.training_flops_per_token(args.sequence) / world
+    flops = tokens * architecture(args, device).training_flops_per_token(args.sequence) / world
     rate = product_rate(args.product, DTYPES[args.dtype], device)
     rows = {}
     for name, candidate in candidates.items():
@@ -121,11 +114,12 @@ def report(args: argparse.Namespace, config: MixtralConfig, device: str) -> dict
         rows[name] = {
             "forward_backward_seconds": both, "step_seconds": step, "tokens_per_second": tokens / step,
             "forward_backward_tflops": flops / both / 1e12, "share_of_product": flops / both / rate,
-            "peak_mib_over_parameters": step_breakdown.peak_bytes(candidate, device) / 2**20,
-            "breakdown_ms": step_breakdown.breakdown(candidate, device), "all_seconds": times[name]}
+            "peak_mib_over_parameters": candidate.ask("peak") / 2**20,
+            "breakdown_ms": candidate.ask("breakdown"), "all_seconds": times[name]}
     return {"date": str(date.today()), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads(), "world": world, "tp": args.tp, "ep": args.ep, "dtype": args.dtype,
             "layers": args.layers, "sequence": args.sequence, "micro_batch": args.micro_batch, "engine": args.engine,
+            "same_heap": args.same_heap,
             "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
             "product_tflops": rate / 1e12, "left_out": left_out, "candidates": rows}
 
@@ -156,15 +150,15 @@ def main(argv: list[str]) -> int:
     args = parse(argv, BACKEND.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    step_candidates.initialize(BACKEND, args.tp, args.ep)
-    config = MixtralConfig(num_hidden_layers=args.layers, num_local_experts=8, num_experts_per_tok=2,
-                           max_position_embeddings=args.sequence, **WIDTHS[BACKEND.device])
-    found = report(args, config, BACKEND.device)
+    if "RANK" in os.environ:
+        step_candidates.initialize(BACKEND, args.tp, args.ep)
+    found = report(args, BACKEND.device)
     if int(os.environ.get("RANK", "0")) == 0:
         show(found)
         if args.json:
             args.json.write_text(json.dumps(found, indent=1))
-    torch.distributed.destroy_process_group()
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
     return 0
 
 

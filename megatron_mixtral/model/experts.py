@@ -183,9 +183,28 @@ class GroupedExperts(TEGroupedMLP):
         """([t, h], no bias) of tokens [t, h] sorted by expert, as the engine's; a CPU has its own SwiGLU."""
         if permuted_local_hidden_states.is_cuda or self.activation_recompute:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, **kwargs)
-        counts = tokens_per_expert.tolist()
-        gate_and_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)
-        return self.linear_fc2(WeightedSwiGLU.apply(gate_and_up, permuted_probs[:, None]), counts)
+        counts, rows = tokens_per_expert.tolist(), None
+        x_th, probs_t = permuted_local_hidden_states, permuted_probs
+        if x_th.dtype != torch.float32:
+            rows, counts = _rounded_up(counts)
+            x_th, probs_t = (one.new_zeros(sum(counts), *one.shape[1:]).index_copy(0, rows, one)
+                             for one in (x_th, probs_t))
+        gate_and_up, _ = self.linear_fc1(x_th, counts)
+        out, _ = self.linear_fc2(WeightedSwiGLU.apply(gate_and_up, probs_t[:, None]), counts)
+        return out if rows is None else out.index_select(0, rows), None
+
+
+def _rounded_up(counts: list[int]) -> tuple[Tensor, list[int]]:
+    """(where each token goes if every expert's tokens are filled up with zeros to a multiple of 16, the new counts).
+
+    For products of 16-bit types oneDNN compiles a kernel for each number of rows, in a millisecond and a MiB, and keeps
+    a thousand: with the counts as they come, which no two micro-batches share, it would compile nearly every time.
+    """
+    filled = [-(-count // 16) * 16 for count in counts]
+    ends = torch.tensor([counts, filled]).cumsum(1)
+    gaps = (ends[1] - ends[0]).roll(1)  # zeros in front of each expert
+    gaps[0] = 0
+    return torch.arange(int(ends[0, -1])) + gaps.repeat_interleave(torch.tensor(counts)), filled
 
 
 def _rename(state_dict: dict[str, Any], prefix: str, pattern: re.Pattern[str],

@@ -1,4 +1,4 @@
-"""What a training step on a CPU is made of, against torch's own: the norm, SwiGLU, and the heap."""
+"""What a training step on a CPU is made of, against torch's own: the norm, SwiGLU, counts of tokens, and the heap."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_mixtral.model.experts import _rounded_up
 from megatron_mixtral.model.norm import RMSNorm
 from megatron_mixtral.model.swiglu import WeightedSwiGLU
 
@@ -54,6 +55,13 @@ def test_swiglu_and_its_gradients_are_the_formulas(dtype, tolerance):
         return torch.nn.functional.silu(gate) * up * probability
 
     _compare(WeightedSwiGLU.apply, theirs, [x, probability], tolerance)
+
+
+def test_counts_of_tokens_are_filled_up():
+    rows, filled = _rounded_up([1, 17, 0, 4])
+    assert filled == [16, 32, 0, 16] and rows.tolist() == [0, *range(16, 33), *range(48, 52)]
+    rows, filled = _rounded_up([16, 0])
+    assert filled == [16, 0] and rows.tolist() == list(range(16))
 
 
 _FAULTS = """
