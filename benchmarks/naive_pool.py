@@ -20,6 +20,7 @@ def start(tokenizer_path: str) -> None:
 
     global tokenizer
     tokenizer = tokenizers.Tokenizer.from_file(tokenizer_path)
+    tokenizer.encode_special_tokens = True  # `</s>` in a document is text, so that all outputs are the same
 
 
 def encode(line: str) -> tuple[list[int], list[int], int]:
