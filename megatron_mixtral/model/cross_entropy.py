@@ -29,7 +29,11 @@ def _slices(tokens: int, numbers: int, vocabulary: int) -> list[slice]:
 
 
 def _chunks(tokens: int, weight_vh: Tensor) -> list[slice]:
-    return _slices(tokens, GPU_CHUNK if weight_vh.is_cuda else CPU_CHUNK, weight_vh.shape[0])
+    """At least two where the logits of a chunk are fp32 (on a CPU those of bf16 stay bf16, see `CPU_BLOCK`)."""
+    most = GPU_CHUNK if weight_vh.is_cuda else CPU_CHUNK
+    if weight_vh.is_cuda or weight_vh.dtype == torch.float32:
+        most = min(most, (tokens + 1) // 2 * len(weight_vh))
+    return _slices(tokens, most, len(weight_vh))
 
 
 def _own_targets(labels_t: Tensor, size: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a training step on a CPU is made of, against torch's own: the norm, SwiGLU, counts of tokens, and the heap."""
+"""What a training step on a CPU is made of, against torch's own: the norm, SwiGLU, chunks, and the heap."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_mixtral.model import cross_entropy
 from megatron_mixtral.model.experts import _rounded_up
 from megatron_mixtral.model.norm import RMSNorm
 from megatron_mixtral.model.swiglu import WeightedSwiGLU
@@ -94,3 +95,12 @@ def test_freed_memory_serves_the_next_step():
     assert _page_faults(MALLOC_TRIM_THRESHOLD_="131072")[1] > 100  # the user's own wish stands
     kept, faults = _page_faults()
     assert kept and faults < 50
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(2, 32000), (511, 32000), (512, 32000), (4096, 32000), (7, 10**8)])
+def test_no_chunk_of_fp32_logits_holds_all_tokens(tokens, vocabulary):
+    chunks = cross_entropy._chunks(tokens, torch.empty(vocabulary, 1, device="meta"))
+    assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
+    assert (chunks[0].start, chunks[-1].stop) == (0, tokens)
+    assert max(chunk.stop - chunk.start for chunk in chunks) <= (tokens + 1) // 2 < tokens
+    assert all((chunk.stop - chunk.start) * vocabulary <= max(cross_entropy.CPU_CHUNK, vocabulary) for chunk in chunks)
