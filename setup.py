@@ -82,8 +82,8 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=[
-        native_extension("megatron_mixtral.data.engines._native_bpe"),
-        native_extension("megatron_mixtral.data._native_json"),
+        native_extension("megatron_mixtral.tokenizer.engines._native_bpe"),
+        native_extension("megatron_mixtral.data.corpus._native_json"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp312"}},  # one wheel for all later releases of Python
     # The sources lie beside the module in a checkout only, so a wheel has no reason to hold them.

@@ -33,11 +33,11 @@ import awkward  # noqa: E402
 import sentencepiece  # noqa: E402
 import tokenizers  # noqa: E402
 
-from megatron_mixtral.data.engines.base import Engine, SpecialTokens  # noqa: E402
-from megatron_mixtral.data.engines.choose import make_engine  # noqa: E402
-from megatron_mixtral.data.hf_tokenizer import write_hf_tokenizer  # noqa: E402
-from megatron_mixtral.data.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
-from megatron_mixtral.data.workers import BATCH_CHARACTERS  # noqa: E402
+from megatron_mixtral.data.preprocess.workers import BATCH_CHARACTERS  # noqa: E402
+from megatron_mixtral.tokenizer.engines.base import Engine, SpecialTokens  # noqa: E402
+from megatron_mixtral.tokenizer.engines.choose import make_engine  # noqa: E402
+from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer  # noqa: E402
+from megatron_mixtral.tokenizer.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
 
 BARE = SpecialTokens(None, None)
 SLOW = ("sentencepiece", "tokenizers")

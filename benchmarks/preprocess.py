@@ -35,11 +35,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_mixtral.data.engines.base import SpecialTokens  # noqa: E402
-from megatron_mixtral.data.engines.choose import make_engine  # noqa: E402
-from megatron_mixtral.data.hf_tokenizer import write_hf_tokenizer  # noqa: E402
-from megatron_mixtral.data.tokenizer import open_tokenizer  # noqa: E402
-from megatron_mixtral.data.workers import BATCH_CHARACTERS  # noqa: E402
+from megatron_mixtral.data.preprocess.workers import BATCH_CHARACTERS  # noqa: E402
+from megatron_mixtral.tokenizer.engines.base import SpecialTokens  # noqa: E402
+from megatron_mixtral.tokenizer.engines.choose import make_engine  # noqa: E402
+from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer  # noqa: E402
+from megatron_mixtral.tokenizer.tokenizer import open_tokenizer  # noqa: E402
 
 ENGINES = ("native", "gigatoken", "tokenizers", "sentencepiece")
 SLOW = ("naive pool", "tokenizers", "sentencepiece")

@@ -1,7 +1,8 @@
 """The candidates of `train_step.py`, each in a process of its own, which measures when it is asked.
 
 In one process the heap that one leaves behind serves or hinders the next, and what this library sets for a process
-(`runtime/heap.py`) would serve all. So each runs as it does for its users: with this library's heap or with glibc's.
+(`runtime/cpu/heap.py`) would serve all. So each runs as it does for its users: with this library's heap or with
+glibc's.
 Several ranks (torchrun) hold all candidates in each rank's one process.
 """
 

@@ -97,7 +97,7 @@ env_find_uv() {
 env_fingerprint() {
     cd "$MIXTRAL_ROOT" || return 1
     printf '%s\n' "$MIXTRAL_ROOT"
-    sed '/^\[tool/,$d' pyproject.toml | cat - setup.py constraints.txt megatron_mixtral/data/engines/native_bpe/* | cksum
+    sed '/^\[tool/,$d' pyproject.toml | cat - setup.py constraints.txt megatron_mixtral/tokenizer/engines/native_bpe/* | cksum
 }
 
 # Whether the environment $1 was completed for this tree, starts, and is built on PYTHON where that is given.
@@ -134,7 +134,7 @@ env_build() {
         env_make_venv "$venv" "$python" "$uv" || return 1
     fi
     env_install "$venv" "$uv" || return 1
-    "$venv/bin/python" -c 'from megatron_mixtral.data.engines.native import load_extension; load_extension()' \
+    "$venv/bin/python" -c 'from megatron_mixtral.tokenizer.engines.native import load_module; load_module()' \
         >/dev/null 2>&1 ||
         env_say "no C++ compiler, or one without Python's headers: preprocessing takes a slower engine than its own"
     # Four ranks that start at once would each compile the same files otherwise.

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from megatron_mixtral.errors import MixtralError  # noqa: E402
-from megatron_mixtral.training import throughput  # noqa: E402
+from megatron_mixtral.training.metrics import throughput  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Show and check an indexed dataset: argv to `megatron_mixtral.data.inspection`. See docs/data.md.
+"""Show and check an indexed dataset: argv to `megatron_mixtral.data.indexed.inspection`. See docs/data.md.
 
     python tools/inspect_dataset.py encoded/common_crawl_text_document --show 3
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a clone that is not installed
 
-from megatron_mixtral.data import inspection  # noqa: E402
-from megatron_mixtral.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_mixtral.data.indexed import inspection  # noqa: E402
 from megatron_mixtral.errors import ConfigError, MixtralError  # noqa: E402
+from megatron_mixtral.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

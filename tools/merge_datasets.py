@@ -1,4 +1,4 @@
-"""Merge indexed datasets into one: argv to `megatron_mixtral.data.merge.merge`. See docs/data.md.
+"""Merge indexed datasets into one: argv to `megatron_mixtral.data.indexed.merge.merge`. See docs/data.md.
 
     python tools/merge_datasets.py --input encoded/c-*_text_document.idx --output-prefix encoded/c_text_document
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a clone that is not installed
 
-from megatron_mixtral.data.merge import merge  # noqa: E402
+from megatron_mixtral.data.indexed.merge import merge  # noqa: E402
 from megatron_mixtral.errors import MixtralError  # noqa: E402
 
 

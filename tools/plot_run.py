@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     first = args.runs[0]
     try:
-        from megatron_mixtral.training import pictures
+        from megatron_mixtral.training.metrics import plots as pictures
 
         for path in pictures.draw(args.runs, args.output_dir or (first if first.is_dir() else first.parent)):
             print(path)

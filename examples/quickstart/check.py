@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from megatron_mixtral.data import pretrain as data
-from megatron_mixtral.data.blend import blend_of
+from megatron_mixtral.data.datasets import pretraining as data
+from megatron_mixtral.data.datasets.blend import blend_of
 
 LOGGED = re.compile(r"validation loss at iteration (\d+).*?lm loss value: ([0-9.E+-]+)")
 

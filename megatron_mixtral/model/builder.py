@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.model.cpu.embedding import WordEmbedding
 from megatron_mixtral.model.cross_entropy import chunked_loss
-from megatron_mixtral.model.embedding import WordEmbedding
 from megatron_mixtral.model.router import LayerPool, MicroBatch, MixtralRouter
 from megatron_mixtral.model.spec import block_spec
 

@@ -11,8 +11,8 @@ from megatron_mixtral.runtime.backend import (
     memory_used,
     peak_tflops,
 )
+from megatron_mixtral.runtime.cpu.gloo import lost_a_rank
 from megatron_mixtral.runtime.environment import lead_checkpoints_through, ready
-from megatron_mixtral.runtime.gloo import lost_a_rank
 from megatron_mixtral.runtime.restarts import store_of_this_start
 
 __all__ = ["Backend", "current_device", "detect", "device_memory", "lead_checkpoints_through", "lost_a_rank",

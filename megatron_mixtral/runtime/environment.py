@@ -21,7 +21,8 @@ def ready(training: bool = False) -> Backend:
         _ready_core()
     backend = _state["backend"]
     if training and "training" not in _state:
-        from megatron_mixtral.runtime import cpu, engine_fixes
+        from megatron_mixtral.runtime.cpu import stand_ins as cpu
+        from megatron_mixtral.runtime.engine_fixes import fixes as engine_fixes
 
         if backend.device == "cpu":
             cpu.enable_training(_state["replacements"])
@@ -34,13 +35,13 @@ def _ready_core() -> None:
     backend = detect(int(local) if local else None)
     replacements = Replacements()
     if backend.device == "cpu":
-        from megatron_mixtral.runtime import cpu
+        from megatron_mixtral.runtime.cpu import stand_ins as cpu
 
         cpu.enable(replacements)
     # The order of kernels on the device is what makes the engine's overlap of communication correct before Blackwell;
     # it asserts this variable, also where there is no device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron_mixtral.runtime import engine_fixes
+    from megatron_mixtral.runtime.engine_fixes import fixes as engine_fixes
 
     applied = engine_fixes.apply(replacements)
     _state.update(backend=backend, replacements=replacements)

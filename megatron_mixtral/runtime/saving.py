@@ -2,7 +2,7 @@
 
 The engine has no hook for this: it writes into the checkpoint's final directory, opens the tracker for writing (empty
 until the write), and ends the run when a save fails. Here a save writes into a directory that the keeper gives, and the
-keeper is told how it went, on all ranks together. `training/keeper.py` is the keeper.
+keeper is told how it went, on all ranks together. `training/checkpoints/manager.py` is the keeper.
 
 Failures that all ranks learn of are survived. The engine shares those of writing tensors; those of the small files that
 rank 0 alone writes are taken down here, because the other ranks would wait for it in a collective.

@@ -232,8 +232,8 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         "exit_signal_handler": True,
         "async_strategy": "mcore",
         "use_persistent_ckpt_worker": True,
-        # A gradient that is not finite skips the step (training/metrics.py counts and stops); the engine's own check
-        # would end the run at the first.
+        # A gradient that is not finite skips the step (training/metrics/writer.py counts and stops); the engine's
+        # own check would end the run at the first.
         "check_for_nan_in_loss_and_grad": False,
         "create_attention_mask_in_dataloader": False,
         "eval_interval": 1000,  # the engine divides by it and has no default

@@ -8,7 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from megatron_mixtral.data import blend, instruction_files
+from megatron_mixtral.data.datasets import blend, instruction_files
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RunShape
 from megatron_mixtral.planning.memory import fullest_stage, stage_memory

@@ -45,8 +45,9 @@ def run(argv: list[str]) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_mixtral.training import checkpoint, observer
-    from megatron_mixtral.training.keeper import Keeper
+    from megatron_mixtral.training.checkpoints import start as checkpoint
+    from megatron_mixtral.training.checkpoints.manager import Keeper
+    from megatron_mixtral.training.metrics import hooks as observer
 
     if args.save and args.rank == 0:
         checkpoint.write_identity(Path(args.save), resolved.config)
@@ -55,9 +56,9 @@ def run(argv: list[str]) -> None:
     load = observer.install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
     datasets, forward_step = partial(_datasets, args), _forward_step
     if args.is_instruction_dataset:
-        from megatron_mixtral.training import instruction
+        from megatron_mixtral.training import finetune
 
-        datasets, forward_step = partial(instruction.datasets, args), instruction.forward_step
+        datasets, forward_step = partial(finetune.datasets, args), finetune.forward_step
     datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
@@ -159,7 +160,7 @@ def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, 
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build
-    from megatron_mixtral.training import checkpoint
+    from megatron_mixtral.training.checkpoints import start as checkpoint
 
     model = build(resolved.config, config or core_transformer_config_from_args(args),
                   max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
@@ -178,8 +179,8 @@ def _datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any
     """
     from megatron.training import get_tokenizer
 
-    from megatron_mixtral.data import pretrain as data
-    from megatron_mixtral.data.blend import blend_of
+    from megatron_mixtral.data.datasets import pretraining as data
+    from megatron_mixtral.data.datasets.blend import blend_of
 
     per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
     blends = [blend_of(words) for words in per_split] if any(per_split) else None

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.weights.files.atomic import is_empty
 from megatron_mixtral.weights.plan import all_plans, check_complete, describe, human_size, padded_vocabulary
-from megatron_mixtral.weights.staging import is_empty
 
 if TYPE_CHECKING:
-    from megatron_mixtral.weights.fragments import TensorSink, TensorSource
+    from megatron_mixtral.weights.protocols import TensorSink, TensorSource
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def util(argv: Sequence[str] | None = None) -> str:
     tokenizer = _tokenizer(args.tokenizer_model, config)
 
     from megatron_mixtral.weights.convert import convert, open_megatron
-    from megatron_mixtral.weights.hf import HFSource
+    from megatron_mixtral.weights.formats.hf_source import HFSource
     from megatron_mixtral.weights.preview import preview
 
     source = HFSource(args.load_dir) if args.loader == "mixtral_hf" else open_megatron(
@@ -169,10 +169,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _megatron_sink(source: "TensorSource", layout: ParallelLayout, args: argparse.Namespace) -> "TensorSink":
-    from megatron_mixtral.weights.dist_ckpt import DistSource
-    from megatron_mixtral.weights.dist_sink import DistSink
-    from megatron_mixtral.weights.rank_sink import RankDirSink
-    from megatron_mixtral.weights.run_state import run_state
+    from megatron_mixtral.weights.formats.dist_sink import DistSink
+    from megatron_mixtral.weights.formats.dist_source import DistSource
+    from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+    from megatron_mixtral.weights.formats.run_state import run_state
 
     common = {"vocab_divisible_by": args.make_vocab_size_divisible_by or 1, "replace": args.overwrite}
     if args.target_ckpt_format == "torch":
@@ -192,8 +192,8 @@ def _megatron_sink(source: "TensorSource", layout: ParallelLayout, args: argpars
 def _export(source: "TensorSource", target: Path, template: Path | None, args: argparse.Namespace,
             tokenizer: list[Path], *, replace: bool) -> str:
     from megatron_mixtral.weights.convert import convert
-    from megatron_mixtral.weights.hf import companions_of
-    from megatron_mixtral.weights.hf_sink import HFSink
+    from megatron_mixtral.weights.formats.hf_sink import HFSink
+    from megatron_mixtral.weights.formats.hf_source import companions_of
     from megatron_mixtral.weights.preview import preview
 
     sink = HFSink(target, source.config, template=template, max_shard_size=args.max_shard_size, replace=replace)

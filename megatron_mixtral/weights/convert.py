@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.container import Container
-from megatron_mixtral.weights.dist_ckpt import METADATA_FILE, DistSource
-from megatron_mixtral.weights.dist_metadata import Region
 from megatron_mixtral.weights.dtypes import type_name
-from megatron_mixtral.weights.fragments import OutputFile, TensorSink, TensorSource
-from megatron_mixtral.weights.hf import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, HFSource
+from megatron_mixtral.weights.files.atomic import Stage, need_space, refuse_existing, staged
+from megatron_mixtral.weights.files.file_layout import Container
+from megatron_mixtral.weights.files.writer import FileWriter, Meter, total_bytes, workers, write_files
+from megatron_mixtral.weights.formats.dist_metadata import Region
+from megatron_mixtral.weights.formats.dist_source import METADATA_FILE, DistSource
+from megatron_mixtral.weights.formats.hf_source import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, HFSource
+from megatron_mixtral.weights.formats.rank_source import TRACKER, RankDirSource, iteration_directory
 from megatron_mixtral.weights.plan import human_size, whole
-from megatron_mixtral.weights.rank_dirs import TRACKER, RankDirSource, iteration_directory
+from megatron_mixtral.weights.protocols import OutputFile, TensorSink, TensorSource
 from megatron_mixtral.weights.rules import hf_tensors
-from megatron_mixtral.weights.staging import Stage, need_space, refuse_existing, staged
 from megatron_mixtral.weights.streaming import checksum, region_checksum
-from megatron_mixtral.weights.writing import FileWriter, Meter, total_bytes, workers, write_files
 
 logger = logging.getLogger(__name__)
 

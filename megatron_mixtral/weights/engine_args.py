@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.pickling import Global
+from megatron_mixtral.weights.files.pickle_writer import Global
 
 # Ways of laying out stages that this library does not model, with their harmless values.
 _UNSUPPORTED = {

@@ -12,12 +12,12 @@ from typing import Any
 
 from megatron_mixtral.errors import MixtralError
 from megatron_mixtral.weights.convert import REPORT_FILE, compare, open_source
-from megatron_mixtral.weights.dist_ckpt import DistSource
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.hf import HFSource
+from megatron_mixtral.weights.files.atomic import NOTES, PARTIAL
+from megatron_mixtral.weights.formats.dist_source import DistSource
+from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.plan import human_size
 from megatron_mixtral.weights.rules import hf_tensors
-from megatron_mixtral.weights.staging import NOTES, PARTIAL
 
 
 @dataclass

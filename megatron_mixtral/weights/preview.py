@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.weights.dtypes import type_name
-from megatron_mixtral.weights.fragments import TensorSink, TensorSource
+from megatron_mixtral.weights.files.writer import RELEASE, total_bytes, workers
 from megatron_mixtral.weights.plan import human_size
+from megatron_mixtral.weights.protocols import TensorSink, TensorSource
 from megatron_mixtral.weights.rules import hf_tensors
 from megatron_mixtral.weights.streaming import BLOCK
-from megatron_mixtral.weights.writing import RELEASE, total_bytes, workers
 
 # Bytes of its own that a conversion takes, measured on Linux with Python 3.12 (tests/integration/test_convert_cli.py):
 INTERPRETER = 30 << 20  # Python, numpy and the plan

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.dist_metadata import Region
 from megatron_mixtral.weights.dtypes import FLOATS, cast
-from megatron_mixtral.weights.fragments import Fragment, TensorSource
+from megatron_mixtral.weights.formats.dist_metadata import Region
 from megatron_mixtral.weights.plan import TensorSlice
+from megatron_mixtral.weights.protocols import Fragment, TensorSource
 
 BLOCK = 1 << 20  # bytes handled at a time: small enough to stay in the cache between checksum and write
 

@@ -10,8 +10,8 @@ from helpers.ranks import RankError, run_ranks
 
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.hf import HFSource
-from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 
 LENGTHS = [7, 1, 13, 3]
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.hf import HFSource
-from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 
 BATCH, SEQUENCE, VOCABULARY, HIDDEN, CHUNK_TOKENS = 2, 26, 96, 32, 10
 

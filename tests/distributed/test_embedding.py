@@ -10,8 +10,8 @@ from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.hf import HFSource
-from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 
 BATCH, SEQUENCE, VOCABULARY = 2, 26, 96
 
@@ -20,7 +20,7 @@ def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dt
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.tensor_parallel import VocabParallelEmbedding
 
-    from megatron_mixtral.model.embedding import WordEmbedding
+    from megatron_mixtral.model.cpu.embedding import WordEmbedding
 
     [model] = engine.load_stages(checkpoint, layout, dtype)
     config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)

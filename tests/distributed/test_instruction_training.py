@@ -12,13 +12,13 @@ from helpers.program import pretrain
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.data.instruction import preprocess_instructions
-from megatron_mixtral.data.instruction_files import InstructionFiles
-from megatron_mixtral.data.preprocess_flags import Options
-from megatron_mixtral.data.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.data.cli import Options
+from megatron_mixtral.data.datasets.instruction_files import InstructionFiles
+from megatron_mixtral.data.instruction.run import preprocess_instructions
+from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
 from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.hf import HFSource
-from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 
 SEQUENCE, BATCH, VOCABULARY = 96, 4, 32000
 RECIPE = ["--is-instruction-dataset", "--seq-length", str(SEQUENCE), "--micro-batch-size", "1", "--global-batch-size",
@@ -56,8 +56,8 @@ def _row_logits(rank: int, checkpoint: str, layout: dict[str, int], prefix: str,
     """For each sample of the rows: its tokens and the logits [positions, vocabulary] of the training batch."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_mixtral.data.sft import row_tensors
-    from megatron_mixtral.training.instruction import packed_params
+    from megatron_mixtral.data.datasets.instruction import row_tensors
+    from megatron_mixtral.training.finetune import packed_params
 
     [model] = engine.load_stages(checkpoint, layout)
     files, found = InstructionFiles(prefix), []
@@ -93,7 +93,7 @@ def test_a_packed_sample_has_the_logits_it_has_alone(folder: Path, hf: Path, set
 
 def _rows_read(rank: int, prefix: str, steps: int) -> list[dict[str, torch.Tensor]]:
     """The rows of the first steps, in the order in which a run reads them."""
-    from megatron_mixtral.data import sft
+    from megatron_mixtral.data.datasets import instruction as sft
 
     train, _, _ = sft.build((steps * BATCH, 0, 0), tokenizer=None, seq_length=SEQUENCE, seed=1234,
                             blend=([prefix], None), blend_per_split=None, split="1,0,0", cache=None,
@@ -154,8 +154,8 @@ def _gradients(rank: int, checkpoint: str, seq_length: int, per_token: bool) -> 
     from megatron.core.timers import Timers
     from megatron.training import global_vars
 
-    from megatron_mixtral.data.sft import row_tensors
-    from megatron_mixtral.training.instruction import forward_step
+    from megatron_mixtral.data.datasets.instruction import row_tensors
+    from megatron_mixtral.training.finetune import forward_step
 
     global_vars._GLOBAL_TIMERS = Timers(0, "minmax")
     [model] = engine.load_stages(checkpoint, {}, calculate_per_token_loss=per_token, moe_aux_loss_coeff=3.0,

@@ -15,8 +15,8 @@ from helpers.ranks import run_ranks
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.hf import HFSource
-from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 
 BATCH, SEQUENCE = 4, 32
 COEFFICIENT, Z_COEFFICIENT = 0.5, 0.1  # large, so that a wrong share of the gradient shows

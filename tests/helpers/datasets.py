@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mixtral.data.indexed import IndexedWriter
+from megatron_mixtral.data.indexed.writer import IndexedWriter
 
 
 def write_dataset(prefix: Path, *, vocab_size: int, documents: int = 200, seed: int = 0) -> str:
@@ -29,7 +29,7 @@ def samples(rank: int, prefix: str, cache: str, seq_length: int, wanted: tuple[i
     """The first `count` training samples [count, seq_length + 1] in the order in which a run reads them."""
     from megatron.core.tokenizers import MegatronTokenizer
 
-    from megatron_mixtral.data import pretrain
+    from megatron_mixtral.data.datasets import pretraining as pretrain
 
     tokenizer: Any = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=96)
     train, _, _ = pretrain.build(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from helpers.native_build import JSON, use_extension
-from megatron_mixtral.data import records
-from megatron_mixtral.data.extensions import load_extension
-from megatron_mixtral.data.records import BadRecord
+from megatron_mixtral.data.corpus import records
+from megatron_mixtral.data.corpus.records import BadRecord
+from megatron_mixtral.tokenizer.engines.extensions import load_extension
 
 CHARACTERS = 'abc xyz"\\/\n\t\r\b\f\x00\x1f\x7f{}[],:0\u00e9\u4e2d\u2028\ufeff\U0001f600\U0010ffff'
 DAMAGE = b'"\\{}[],: \n\r\t\x00\x1f\xff\xc3\xed\xa0\xf0u/tfnNe-+.019Dd8'

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixtral.data.extensions import ExtensionMissing, fingerprint, load_extension, sources_of
+from megatron_mixtral.tokenizer.engines.extensions import ExtensionMissing, fingerprint, load_extension, sources_of
 
-BPE = "megatron_mixtral.data.engines._native_bpe"
-JSON = "megatron_mixtral.data._native_json"
+BPE = "megatron_mixtral.tokenizer.engines._native_bpe"
+JSON = "megatron_mixtral.data.corpus._native_json"
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from helpers.documents import first_difference, random_texts, real_documents
 from helpers.native_build import BPE, use_extension
-from megatron_mixtral.data.engines import native
-from megatron_mixtral.data.engines.base import SpecialTokens
-from megatron_mixtral.data.tokenizer import NASTY_STRINGS, open_tokenizer
+from megatron_mixtral.tokenizer.engines import native
+from megatron_mixtral.tokenizer.engines.base import SpecialTokens
+from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
 
 
 def main(extension: str, tokenizer_path: str, count: str) -> int:

@@ -41,7 +41,7 @@ def step(rank: int, checkpoint: str, layout: dict[str, int], batch: dict[str, to
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    from megatron_mixtral.training.expert_load import ExpertLoad
+    from megatron_mixtral.training.metrics.expert_load import ExpertLoad
 
     chunks = engine.load_stages(checkpoint, layout, **options)
     config, load = chunks[0].config, ExpertLoad(chunks[0].mixtral.num_hidden_layers, config_experts(chunks), "cpu")

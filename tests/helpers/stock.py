@@ -92,7 +92,8 @@ def stand_in() -> None:
     from megatron.core.datasets import utils
 
     import megatron_mixtral.runtime.environment as environment
-    from megatron_mixtral.runtime import cpu, engine_fixes
+    from megatron_mixtral.runtime.cpu import stand_ins as cpu
+    from megatron_mixtral.runtime.engine_fixes import fixes as engine_fixes
     from megatron_mixtral.runtime.replacements import Replacements
 
     environment.undo()

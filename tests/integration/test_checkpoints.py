@@ -15,7 +15,8 @@ from helpers.models import assert_same_weights, tiny_hf_mixtral
 from helpers.program import Outcome, Running, pretrain
 from helpers.ranks import run_ranks
 
-from megatron_mixtral.training import manifest, retention
+from megatron_mixtral.training.checkpoints import directory as retention
+from megatron_mixtral.training.checkpoints import integrity as manifest
 from megatron_mixtral.weights import cli
 
 SEQUENCE, BATCH, STEPS = 32, 4, 6

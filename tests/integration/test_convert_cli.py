@@ -254,7 +254,8 @@ def test_refusals_say_what_to_do(hf, tmp_path, capsys):
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(hf, tmp_path, capsys):
-    code = ("import os, sys; from megatron_mixtral.weights import cli, writing; write = writing.FileWriter.write\n"
+    code = ("import os, sys; from megatron_mixtral.weights import cli\n"
+            "from megatron_mixtral.weights.files import writer as writing; write = writing.FileWriter.write\n"
             "def die(self, part):\n"
             "    if '_001' in str(self.path): os.kill(os.getpid(), 9)\n"
             "    write(self, part)\n"

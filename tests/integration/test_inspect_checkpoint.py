@@ -15,10 +15,10 @@ from helpers.models import TINY, random_hf_directory
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.weights import cli
 from megatron_mixtral.weights.convert import compare, convert, open_source
-from megatron_mixtral.weights.dist_sink import DistSink
-from megatron_mixtral.weights.hf import HFSource
+from megatron_mixtral.weights.formats.dist_sink import DistSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 from megatron_mixtral.weights.inspection import inspect
-from megatron_mixtral.weights.rank_sink import RankDirSink
 from megatron_mixtral.weights.rules import hf_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,8 @@ def test_killed_at_random_moments(tmp_path, kills):
     target, partial = tmp_path / "mg", tmp_path / ".mg.partial"
     arguments = ["--loader", "mixtral_hf", "--load-dir", str(tmp_path / "hf"), "--save-dir", str(target), "--verify",
                  "--overwrite", "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "4"]
-    code = ("import sys; from megatron_mixtral.weights import cli, convert, rank_sink; print('go', flush=True); "
+    code = ("import sys; from megatron_mixtral.weights import cli, convert; "
+            "import megatron_mixtral.weights.formats.rank_sink; print('go', flush=True); "
             "cli.util(sys.argv[1:])")
     draw, unfinished = random.Random(3), 0
     started = time.monotonic()

@@ -15,7 +15,8 @@ from helpers import datasets
 from helpers.models import tiny_hf_mixtral
 from helpers.program import Outcome, Running, pretrain
 
-from megatron_mixtral.training import manifest, retention
+from megatron_mixtral.training.checkpoints import directory as retention
+from megatron_mixtral.training.checkpoints import integrity as manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ENCODE = """
 import json, logging, sys
 import megatron_mixtral
-from megatron_mixtral.data.engines.choose import BARE, choose_engine
-from megatron_mixtral.data.records import line_reader
-from megatron_mixtral.data.tokenizer import mixtral_tokenizer_path, open_tokenizer
+from megatron_mixtral.tokenizer.engines.choose import BARE, choose_engine
+from megatron_mixtral.data.corpus.records import line_reader
+from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path, open_tokenizer
 logging.basicConfig(format="%(message)s")
 choice = choose_engine("auto", open_tokenizer(mixtral_tokenizer_path()), ["some text"])
 ids, _ = choice.engine.encode(["some text"], BARE)

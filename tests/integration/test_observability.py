@@ -14,7 +14,7 @@ from helpers.program import Outcome, pretrain
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import MixtralConfig
-from megatron_mixtral.weights.surgery import busiest
+from megatron_mixtral.weights.edits.select_experts import busiest
 
 SEQUENCE = 32
 RECIPE = ["--seq-length", str(SEQUENCE), "--micro-batch-size", "1", "--lr", "0", "--min-lr", "0", "--eval-iters", "0",
@@ -46,7 +46,7 @@ def _slow_optimizer() -> None:
     """A clock on which a micro-step takes one second, the optimizer nine, and everything else none."""
     from megatron.core import timers
 
-    from megatron_mixtral.runtime import adam
+    from megatron_mixtral.runtime.engine_fixes import adam
     from megatron_mixtral.training import pretrain as program
 
     now = 1000.0

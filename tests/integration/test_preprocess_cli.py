@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 from helpers.corpus import python_sources, write_jsonl
 
-from megatron_mixtral.data.hf_tokenizer import write_hf_tokenizer
-from megatron_mixtral.data.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
+from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 120  # generous: a hang is what it is for
@@ -210,7 +210,7 @@ def test_a_worker_that_dies_is_an_error_at_once(tmp_path):
 UNGUARDED = """
 import sys, threading
 from megatron_mixtral.data.preprocess import preprocess
-from megatron_mixtral.data.preprocess_flags import Options
+from megatron_mixtral.data.cli import Options
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 source, prefix, model = sys.argv[1:]
 preprocess(Options((source,), prefix, model, tokenizer_type="Llama2Tokenizer", workers=2, chunk_bytes=1000))

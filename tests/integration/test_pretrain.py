@@ -13,8 +13,8 @@ from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.hf import HFSource
-from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 
 SEQUENCE, BATCH, STEPS, LEARNING_RATE = 32, 4, 10, 3e-3
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",

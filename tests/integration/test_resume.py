@@ -15,8 +15,8 @@ from helpers.program import Outcome, pretrain
 
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.hf import HFSource
-from megatron_mixtral.weights.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 
 SEQUENCE, BATCH, STEPS, SAVED = 32, 12, 6, 3
 TOLERANCE = 1e-5
@@ -179,7 +179,7 @@ def test_rank_directories_of_a_run(name: str, whole: Whole, data: list[str], fol
 
 
 def test_resumes_with_buckets_that_end_in_padding(whole: Whole, data: list[str], folder: Path) -> None:
-    """The engine alone saves optimizer state that is wrong here (`bucket-padding` in runtime/engine_fixes.py)."""
+    """The engine alone saves optimizer state that is wrong here (`bucket-padding` in runtime/engine_fixes/fixes.py)."""
     first, save = whole(DP3)
     assert_goes_on(first, resume(DP2, save, data, folder / "second"))
 

@@ -54,7 +54,7 @@ class Box:
         for name in ("setup.py", "pyproject.toml", "constraints.txt", "examples/environment.sh",
                      "megatron_mixtral/__init__.py"):
             shutil.copy(ROOT / name, self.tree / name)
-        sources = "megatron_mixtral/data/engines/native_bpe"
+        sources = "megatron_mixtral/tokenizer/engines/native_bpe"
         shutil.copytree(ROOT / sources, self.tree / sources)
         for tool in TOOLS:
             found = shutil.which(tool)
@@ -130,7 +130,7 @@ def test_changed_pins_or_sources_update_the_environment_and_a_moved_tree_makes_a
     pyproject = box.tree / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace("line-length = 120", "line-length = 121"))
     assert box.source().stderr == ""  # settings of tools install nothing
-    with open(box.tree / "megatron_mixtral/data/engines/native_bpe/encoder.cpp", "a") as source:
+    with open(box.tree / "megatron_mixtral/tokenizer/engines/native_bpe/encoder.cpp", "a") as source:
         source.write("// changed\n")
     assert "up to date" in box.source().stderr  # the extension is built again
     box.tree = box.tree.rename(box.tree.with_name("moved"))

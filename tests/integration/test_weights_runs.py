@@ -14,12 +14,12 @@ from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import streaming
 from megatron_mixtral.weights.cli import util
 from megatron_mixtral.weights.convert import convert, open_source
-from megatron_mixtral.weights.dist_ckpt import DistSource
-from megatron_mixtral.weights.dist_metadata import read_contents
-from megatron_mixtral.weights.dist_sink import DistSink
+from megatron_mixtral.weights.formats.dist_metadata import read_contents
+from megatron_mixtral.weights.formats.dist_sink import DistSink
+from megatron_mixtral.weights.formats.dist_source import DistSource
+from megatron_mixtral.weights.formats.run_state import run_state
+from megatron_mixtral.weights.formats.saved_args import saved_arguments
 from megatron_mixtral.weights.inspection import inspect
-from megatron_mixtral.weights.run_state import run_state
-from megatron_mixtral.weights.saved_args import saved_arguments
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2",
           "--expert-tensor-parallel-size", "1"]

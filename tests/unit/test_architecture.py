@@ -14,12 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_mixtral"
 LEVELS = {  # a room imports rooms of lower levels only; rooms of one level do not know each other
-    "errors": 0, "config": 1, "runtime": 2,
-    "model": 3, "weights": 3, "data": 3, "lora": 3, "planning": 3,
-    "training": 4, "inference": 4, "evaluation": 4,
+    "errors": 0, "config": 0, "runtime": 1, "tokenizer": 2, "planning": 2, "weights": 3, "data": 3, "model": 4,
+    "lora": 5, "inference": 6, "evaluation": 7, "training": 8, "server": 8,
 }  # fmt: skip
-SIBLINGS = {("training", "evaluation")}  # validation during training
-MAX_LINES, MAX_TOOL_LINES, MAX_FUNCTION_LINES = 300, 60, 70
+MAX_LINES, MAX_TOOL_LINES, MAX_FUNCTION_LINES = 350, 60, 70
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -27,7 +25,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    """`megatron_mixtral/data/readers.py` -> data, `megatron_mixtral/errors.py` -> errors."""
+    """`megatron_mixtral/data/corpus/readers.py` -> data, `megatron_mixtral/errors.py` -> errors."""
     return path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
 
 
@@ -78,8 +76,8 @@ def test_imports_point_downwards():
         room = room_of(path)
         for line, name in imports_of(tree_of(path)):
             other = name.split(".")[1] if name.startswith(PACKAGE + ".") else None
-            if other in LEVELS and room in LEVELS and other != room and (room, other) not in SIBLINGS \
-                    and LEVELS[other] >= LEVELS[room]:
+            if other in LEVELS and room in LEVELS and other != room \
+                    and LEVELS[other] >= LEVELS[room] and {room, other} != {"config", "errors"}:
                 wrong.append(where(path, line, f"{room} imports {other}"))
     assert not wrong, wrong
 
@@ -111,7 +109,7 @@ MACHINE_EXCEPTIONS = {
     ("training/pretrain.py", "torch.cuda.current_device"),  # the engine's name of this rank's device; runtime answers
 }
 ENGINE_EXCEPTIONS = {
-    ("training/observer.py", "global_vars._GLOBAL_TENSORBOARD_WRITER"),  # the engine has no setter for its writer
+    ("training/metrics/hooks.py", "global_vars._GLOBAL_TENSORBOARD_WRITER"),  # the engine has no setter for its writer
 }
 
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a clo
 
 from megatron_mixtral.errors import MixtralError  # noqa: E402
 from megatron_mixtral.weights.convert import convert, open_source  # noqa: E402
-from megatron_mixtral.weights.hf_sink import HFSink  # noqa: E402
-from megatron_mixtral.weights.surgery import SelectedExperts, busiest  # noqa: E402
+from megatron_mixtral.weights.edits.select_experts import SelectedExperts, busiest  # noqa: E402
+from megatron_mixtral.weights.formats.hf_sink import HFSink  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

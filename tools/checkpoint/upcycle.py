@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a clo
 
 from megatron_mixtral.errors import MixtralError  # noqa: E402
 from megatron_mixtral.weights.convert import convert  # noqa: E402
-from megatron_mixtral.weights.hf_sink import HFSink  # noqa: E402
-from megatron_mixtral.weights.upcycling import UpcycledSource  # noqa: E402
+from megatron_mixtral.weights.edits.upcycle import UpcycledSource  # noqa: E402
+from megatron_mixtral.weights.formats.hf_sink import HFSink  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,149 @@
+"""Part files, in the order of their chunks, to whole datasets; and what an earlier run had finished of them.
+
+`data/preprocess/run.py` opens one `Assembly` for a run, lets workers encode what is `unfinished`, and hands the
+results to
+`collect`. A finished part is appended to the dataset and removed as soon as everything before it is there, so the disk
+holds the output once. What a killed run had appended is recognized by the checksums of its parts.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from megatron_mixtral.data.corpus.files import Chunk
+from megatron_mixtral.data.indexed.writer import IndexedWriter, PartSize, whole_parts
+from megatron_mixtral.data.preprocess.parts import FinishedParts
+from megatron_mixtral.data.preprocess.report import Account, Progress
+from megatron_mixtral.data.preprocess.sentences import SentenceRule
+from megatron_mixtral.data.preprocess.workers import ChunkResult, Job, PartPaths
+
+logger = logging.getLogger(__name__)
+
+
+def output_prefix(prefix: str, key: str, sentences: SentenceRule | None = None) -> str:
+    """Where the documents of one key go, without `.bin` and `.idx`; names as Megatron-LM's tool gives them."""
+    return f"{prefix}_{key}_{'sentence' if sentences else 'document'}"
+
+
+class Assembly:
+    """The datasets of one run, one for each key, as they grow.
+
+    Attributes: `unfinished` are the chunks that workers must encode, `pieces` the number of all chunks, `taken_up` the
+    number of those that an earlier run had finished, `account` the counts of all that is assembled.
+    """
+
+    def __init__(
+        self, chunks: Sequence[Chunk], job: Job, prefix: str, dtype: np.dtype, parts: FinishedParts, progress: Progress
+    ) -> None:  # fmt: skip
+        self._chunks, self._job, self._parts, self._progress = chunks, job, parts, progress
+        self._dtype = dtype
+        self.account = Account(job.keys)
+        self._prefixes = [output_prefix(prefix, key, job.sentences) for key in job.keys]
+        for chunk in chunks:
+            if chunk in parts and parts[chunk].bad and not job.skip_bad_lines:
+                parts.forget(chunk)  # finished under --on-error skip; now its bad line must stop the run
+        kept = self._whole_parts()
+        self._writers = [
+            IndexedWriter(prefix, dtype, job.scratch, job.sentences is not None, kept=self._sizes(number, kept))
+            for number, prefix in enumerate(self._prefixes)
+        ]
+        for chunk in chunks[kept:]:
+            if chunk in parts and not parts.is_whole(chunk, job, dtype.itemsize):
+                parts.forget(chunk)
+        self.unfinished = [chunk for chunk in chunks if chunk not in parts]
+        self.pieces, self.taken_up = len(chunks), len(chunks) - len(self.unfinished)
+        self._assembled = 0
+        if len(parts):
+            self._log_resumption()
+        for chunk in chunks[:kept]:
+            self.account.add(chunk, parts[chunk])
+            self._assembled += 1
+            self._remove(chunk)
+        self._append_finished()
+        progress.resume(self.account, sum(chunk.size for chunk in chunks[: self._assembled]))
+
+    def collect(self, results: Iterable[tuple[Chunk, ChunkResult]]) -> None:
+        """Append the parts in the order of the chunks, whatever the order in which workers end.
+
+        Raises `DataError` at the first bad line of the corpus, which therefore does not depend on the number of
+        workers.
+        """
+        failed: dict[str, ChunkResult] = {}
+        for chunk, result in results:
+            if result.failed:
+                failed[chunk.name] = result
+            else:
+                self._parts.add(chunk, result)
+            self._append_finished()
+            if failed and (first := self._chunks[self._assembled]).name in failed:
+                self.account.add(first, failed[first.name])
+        assert self._assembled == len(self._chunks), "every chunk must be collected exactly once"
+
+    def finish(self, may_be_empty: bool) -> None:
+        """Check the counts and write the indexes. Raises `DataError` where something does not add up."""
+        self.account.check({
+            key: (writer.documents, writer.tokens) for key, writer in zip(self._job.keys, self._writers, strict=True)
+        })
+        for writer in self._writers:
+            writer.finish(may_be_empty)
+
+    def publish(self) -> None:
+        """Give all files their final names."""
+        for writer in self._writers:
+            writer.publish()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def _append_finished(self) -> None:
+        while self._assembled < len(self._chunks) and (chunk := self._chunks[self._assembled]) in self._parts:
+            self.account.add(chunk, self._parts[chunk])
+            for number, writer in enumerate(self._writers):
+                paths = PartPaths.of(self._job.scratch, chunk.name, number)
+                writer.add_part(paths.ids, paths.lengths, paths.splits if self._job.sentences else None)
+            # The next run must find the part here or there, so it goes when the writer's buffer is with the system.
+            for writer in self._writers:
+                writer.flush()
+            self._remove(chunk)
+            self._assembled += 1
+            self._progress.update(self.account, chunk)
+
+    def _remove(self, chunk: Chunk) -> None:
+        for number in range(len(self._writers)):
+            paths = PartPaths.of(self._job.scratch, chunk.name, number)
+            for path in (paths.ids, paths.lengths, *([paths.splits] if self._job.sentences else [])):
+                if os.path.exists(path):
+                    os.unlink(path)
+
+    def _sizes(self, key_number: int, count: int) -> list[PartSize]:
+        """What the first `count` chunks add to the dataset of one key."""
+        sizes = []
+        for chunk in self._chunks[:count]:
+            result = self._parts[chunk]
+            counts = result.keys[key_number]
+            sizes.append(
+                PartSize(counts.tokens, counts.sequences, counts.documents, result.checksums[key_number])
+            )
+        return sizes
+
+    def _whole_parts(self) -> int:
+        """How many of the first chunks an earlier run has appended to every dataset."""
+        finished = 0
+        while finished < len(self._chunks) and self._chunks[finished] in self._parts:
+            finished += 1
+        for number, prefix in enumerate(self._prefixes):
+            splits = self._job.sentences is not None
+            finished = min(
+                finished,
+                whole_parts(prefix, self._dtype, self._job.scratch, splits, self._sizes(number, finished)),
+            )
+        return finished
+
+    def _log_resumption(self) -> None:
+        unused = len(self._parts) - self.taken_up
+        logger.info("going on with an unfinished run: %d of %d pieces are finished", self.taken_up, self.pieces)
+        if unused:
+            logger.warning("%d finished pieces belong to inputs that have changed or are not given: not used", unused)

@@ -1,0 +1,139 @@
+"""Finished pieces of a run, kept so that a killed run can be taken up where it was.
+
+The scratch directory of a run holds part files, the dataset so far (`indexed.py`), and `finished.jsonl`: a first line
+that says what the parts were made with, then a line for each finished chunk with its counts and the checksum of its
+ids. The line is what makes a part exist. A part is used again only if size and checksum fit, so nothing needs to be
+flushed to the disk on the way, and a machine that lost power costs no more than the parts that it lost.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mixtral.data.corpus.files import Chunk
+from megatron_mixtral.data.corpus.readers import LineCounts
+from megatron_mixtral.data.preprocess.workers import BadLine, ChunkResult, Job, KeyCounts, PartPaths
+
+logger = logging.getLogger(__name__)
+
+RECORDS = "finished.jsonl"
+
+
+class FinishedParts:
+    """The finished chunks of a scratch directory, from earlier runs and from this one."""
+
+    def __init__(self, scratch: Path, made_with: dict[str, Any]) -> None:
+        """Reads what earlier runs left, or clears the directory with a sentence where it was made with other flags."""
+        self._scratch = scratch
+        self._path = scratch / RECORDS
+        self._records: dict[str, ChunkResult] = {}
+        found, lines = _read_records(self._path)
+        if found == made_with:
+            self._records = {line["chunk"]: _result_of(line) for line in lines}
+        else:
+            if found is not None:
+                differing = [key for key in {**found, **made_with} if found.get(key) != made_with.get(key)]
+                logger.warning(
+                    "%s holds pieces of an unfinished run with another %s: they are cleared, the run starts anew",
+                    scratch, ", ".join(differing),
+                )  # fmt: skip
+            clear(scratch)
+        # Written anew, since the last line of a killed run may be torn.
+        with open(self._path.with_suffix(".tmp"), "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(made_with) + "\n")
+            for name, result in self._records.items():
+                stream.write(_line(name, result))
+        os.replace(self._path.with_suffix(".tmp"), self._path)
+        self._stream = open(self._path, "a", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return chunk.name in self._records
+
+    def __getitem__(self, chunk: Chunk) -> ChunkResult:
+        return self._records[chunk.name]
+
+    def add(self, chunk: Chunk, result: ChunkResult) -> None:
+        """Note that the parts of a chunk are whole."""
+        self._records[chunk.name] = result
+        self._stream.write(_line(chunk.name, result))
+        self._stream.flush()
+
+    def forget(self, chunk: Chunk) -> None:
+        """Take a chunk for unfinished: it will be encoded again."""
+        self._records.pop(chunk.name, None)
+
+    def is_whole(self, chunk: Chunk, job: Job, itemsize: int) -> bool:
+        """Whether the part files of a finished chunk have the size and the checksum that were noted."""
+        result = self._records[chunk.name]
+        for number, (counts, checksum) in enumerate(zip(result.keys, result.checksums, strict=True)):
+            paths = PartPaths.of(job.scratch, chunk.name, number)
+            sizes = {paths.ids: counts.tokens * itemsize, paths.lengths: 4 * counts.sequences}
+            if job.sentences:
+                sizes[paths.splits] = 4 * counts.documents
+            try:
+                if any(os.path.getsize(path) != size for path, size in sizes.items()):
+                    return False
+            except OSError:
+                return False
+            lengths = np.fromfile(paths.lengths, dtype="<i4")
+            if int(lengths.sum(dtype=np.int64)) != counts.tokens or checksum_of(paths.ids) != checksum:
+                return False
+        return True
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def checksum_of(path: str | Path) -> int:
+    """CRC-32 of a file."""
+    checksum = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def clear(scratch: Path) -> None:
+    """Empty a scratch directory, but for its lock."""
+    for left in scratch.iterdir():
+        if left.name != "lock":
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The first line and the others; the last one may be torn, since its writer was killed."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        first = json.loads(lines[0])
+    except (OSError, ValueError, IndexError):
+        return None, []
+    records = []
+    for line in lines[1:]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return first, records
+
+
+def _line(chunk_name: str, result: ChunkResult) -> str:
+    return json.dumps({"chunk": chunk_name, **asdict(result)}) + "\n"
+
+
+def _result_of(record: dict[str, Any]) -> ChunkResult:
+    return ChunkResult(
+        counts=LineCounts(**record["counts"]),
+        keys=[KeyCounts(**counts) for counts in record["keys"]],
+        checksums=record["checksums"],
+        bad=[BadLine(**bad) for bad in record["bad"]],
+    )

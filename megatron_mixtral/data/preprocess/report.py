@@ -1,0 +1,239 @@
+"""The account of a preprocessing run: every line read is a document, an empty text, a blank line or a counted skip.
+
+`preprocess.py` adds the chunks up in order, asks `check` before anything gets its final name, and writes the account as
+JSON beside the output. `Progress` tells the user how far the run is.
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import megatron_mixtral
+from megatron_mixtral.data.corpus.files import PLAIN, REPORT_SUFFIX, Chunk
+from megatron_mixtral.data.corpus.readers import LineCounts, lines_before
+from megatron_mixtral.data.preprocess.workers import ChunkResult, KeyCounts
+from megatron_mixtral.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+BAD_LINES_REPORTED = 1000
+
+
+@dataclass
+class FileAccount:
+    """One input file: lines so far, and the place in it where the lines read so far begin and end (plain files)."""
+
+    first: Chunk
+    last: Chunk
+    lines: int = 0
+    begin: int = 0
+    end: int = 0
+
+
+@dataclass
+class Account:
+    """Sums over all chunks merged so far; `files` turns a chunk's line numbers into those of its file."""
+
+    keys: tuple[str, ...]
+    counts: LineCounts = field(default_factory=LineCounts)
+    per_key: dict[str, KeyCounts] = field(default_factory=dict)
+    bad_lines: list[dict[str, str]] = field(default_factory=list)
+    files: dict[int, FileAccount] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk, result: ChunkResult) -> None:
+        """Take in the next chunk (in order).
+
+        Raises:
+            DataError: with `file:line`, when the chunk stopped at a bad line, or when a byte was passed over.
+        """
+        file = self.files.setdefault(chunk.file_index, FileAccount(chunk, chunk))
+        # A shard may begin inside a file; only a bad line needs to know after how many lines.
+        before = file.lines + (lines_before(file.first) if result.bad else 0)
+        for bad in result.bad:
+            where = f"{chunk.file.path}:{before + bad.line}"
+            if result.failed:
+                raise DataError(f"{where}: {bad.reason}: {bad.message}. To leave such lines out: --on-error skip")
+            if len(self.bad_lines) < BAD_LINES_REPORTED:
+                self.bad_lines.append({"where": where, "reason": bad.reason, "message": bad.message})
+                logger.warning("skipped %s: %s: %s", where, bad.reason, bad.message)
+        self._add_place(file, chunk, result.counts)
+        counts = result.counts
+        for name in ("lines", "blank", "bytes", "boms"):
+            setattr(self.counts, name, getattr(self.counts, name) + getattr(counts, name))
+        for reason, number in counts.skipped.items():
+            self.counts.skipped[reason] = self.counts.skipped.get(reason, 0) + number
+        for key, found in zip(self.keys, result.keys, strict=True):
+            total = self.per_key.setdefault(key, KeyCounts())
+            for name, value in asdict(found).items():
+                setattr(total, name, getattr(total, name) + value)
+
+    def _add_place(self, file: FileAccount, chunk: Chunk, counts: LineCounts) -> None:
+        file.last = chunk
+        file.lines += counts.lines
+        if counts.begin == counts.end:
+            return
+        if file.end and counts.begin != file.end:
+            raise DataError(
+                f"{chunk.file.path}: lines up to byte {file.end} were read, the next begins at {counts.begin}. Did the "
+                f"file change? Nothing is written."
+            )
+        if not file.end:
+            file.begin = counts.begin
+        file.end = counts.end
+
+    def lines_of(self, file_index: int) -> int:
+        """The lines read of one input file."""
+        return self.files[file_index].lines if file_index in self.files else 0
+
+    @property
+    def records(self) -> int:
+        """Lines that are not blank: the documents that came in."""
+        return self.counts.lines - self.counts.blank
+
+    def check(self, written: dict[str, tuple[int, int]]) -> None:
+        """Raises `DataError` unless the counts add up.
+
+        `written` gives, for each key, the documents and tokens that the writer holds. Checked: every byte of every
+        plain file was read as part of a line; no file has another size or time than when it was listed; records =
+        documents + empty + skipped for each key; the writer agrees.
+        """
+        for file in self.files.values():
+            listed = file.first.file
+            status = os.stat(listed.path)
+            if (status.st_size, status.st_mtime_ns) != (listed.size, listed.mtime_ns):
+                raise DataError(f"{listed.path} has changed while it was read. Nothing is written.")
+            if listed.format != PLAIN:
+                continue
+            begins = file.begin == 0 if file.first.start == 0 else file.begin >= file.first.start or not file.end
+            ends = file.end == listed.size if file.last.end == listed.size and file.first.start == 0 else \
+                file.end >= file.last.end or not file.end
+            if not begins or not ends:
+                raise DataError(
+                    f"{listed.path}: bytes {file.begin} to {file.end} were read of {file.first.start} to "
+                    f"{file.last.end}. Nothing is written."
+                )
+        skipped = sum(self.counts.skipped.values())
+        for key in self.keys:
+            found = self.per_key.get(key, KeyCounts())
+            if self.records != found.documents + found.empty + skipped:
+                raise DataError(
+                    f"The counts of key {key!r} do not add up: {self.records} records, but {found.documents} "
+                    f"documents + {found.empty} empty + {skipped} skipped. Nothing is written."
+                )
+            if written[key] != (found.documents, found.tokens):
+                raise DataError(
+                    f"The counts of key {key!r} do not add up: {found.documents} documents and {found.tokens} tokens "
+                    f"were encoded, {written[key][0]} and {written[key][1]} collected. Nothing is written."
+                )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts in the words of the report."""
+        return {
+            "lines": self.counts.lines,
+            "blank_lines": self.counts.blank,
+            "records": self.records,
+            "bytes": self.counts.bytes,
+            "byte_order_marks_removed": self.counts.boms,
+            "skipped": dict(sorted(self.counts.skipped.items())),
+            "skipped_lines": self.bad_lines,
+            "keys": {key: asdict(self.per_key.get(key, KeyCounts())) for key in self.keys},
+        }
+
+
+class Progress:
+    """A log line whenever `interval` more records are done, at most one a second.
+
+    What an earlier run had finished counts as done, but not in the rates.
+    """
+
+    def __init__(self, total_bytes: int, interval: int) -> None:
+        self._total, self._interval = total_bytes, interval
+        self.started = self._last_time = time.monotonic()
+        self._last_records = 0
+        self._bytes = self._bytes_before = 0
+        self._records_before = self._tokens_before = 0
+
+    def resume(self, account: Account, done_bytes: int) -> None:
+        """Begin the rates here: `account` and `done_bytes` are the work of an earlier run."""
+        self._bytes = self._bytes_before = done_bytes
+        self._records_before, self._tokens_before = account.records, _tokens(account)
+
+    def update(self, account: Account, chunk: Chunk) -> None:
+        self._bytes += chunk.size
+        now = time.monotonic()
+        if account.records - self._last_records < self._interval or now - self._last_time < 1.0:
+            return
+        self._last_records, self._last_time = account.records, now
+        left = (self._total - self._bytes) * (now - self.started) / max(self._bytes - self._bytes_before, 1)
+        logger.info("%s, %d:%02d left", self.line(account), *divmod(round(left), 60))
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def line(self, account: Account) -> str:
+        """Documents, bytes and tokens so far, with their rates."""
+        seconds = max(self.elapsed(), 1e-9)
+        tokens = _tokens(account)
+        rate = (self._bytes - self._bytes_before) / 1e6 / seconds
+        return (
+            f"{account.records:,} documents ({(account.records - self._records_before) / seconds:,.0f}/s), "
+            f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({rate:,.2f} MB/s), "
+            f"{tokens:,} tokens ({(tokens - self._tokens_before) / seconds:,.0f}/s)"
+        )
+
+
+def _tokens(account: Account) -> int:
+    return sum(counts.tokens for counts in account.per_key.values())
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that can change an id."""
+    found = {"megatron_mixtral": megatron_mixtral.__version__, "python": platform.python_version()}
+    for name in ("numpy", "sentencepiece", "tokenizers", "nltk"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def find_report(dataset: str) -> dict[str, Any] | None:
+    """The report of the run that wrote a dataset (a prefix), or None. It lies beside it, one for all keys of a run.
+
+    Raises `DataError` for a report that cannot be read.
+    """
+    prefix = Path(dataset.removesuffix(".bin").removesuffix(".idx"))
+    candidates = [prefix.with_name(prefix.name + REPORT_SUFFIX), *sorted(prefix.parent.glob("*" + REPORT_SUFFIX))]
+    for path in candidates:
+        stem = path.name.removesuffix(REPORT_SUFFIX)
+        if not path.is_file() or not (prefix.name == stem or prefix.name.startswith(stem + "_")):
+            continue
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if "merged" in report:
+                names = {stem}
+            else:
+                names = {Path(counts["output"]).name for counts in report["keys"].values()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a report of preprocessing: {error!r}. Remove it.") from error
+        if prefix.name in names:
+            return report
+    return None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that the final name only ever shows a whole file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=True)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,200 @@
+"""Conversations to tokens: ids and loss mask are born together, piece by piece.
+
+A conversation is a list of `Turn`s, a `Template` says in plain text how one is written, and `render` gives the ids and,
+for each id, whether it is trained. What is trained and what is not are never encoded in one string, so the boundary
+between a prompt and its answer cannot shift by a token, and generation (which encodes the prompt alone) sees the very
+ids that training saw.
+
+Text is text: what stands in a turn never becomes a control token. Only the template's own control strings do, and only
+where the vocabulary has them as control tokens.
+
+`data/instruction/run.py` calls this for every record; `data/instruction/formats.py` makes the turns.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_mixtral.errors import ConfigError
+
+IGNORED = -100  # the label of an id that is not trained
+
+
+class TextTokenizer(Protocol):
+    """What rendering needs of a tokenizer (those of `tokenizer/tokenizer.py` have it)."""
+
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text alone; nothing in it becomes a control token."""
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token; None where the vocabulary has no such control token."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer.
+
+    `input` None is plain text: `output` stands alone, without a prompt. `output` None is a question still to be
+    answered: rendering stops after its prompt, which is what generation starts from. `loss` says whether the answer is
+    trained.
+    """
+
+    input: str | None
+    output: str | None
+    system: str = ""
+    loss: bool = True
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a turn is written. `{system}`, `{input}` and `{output}` are the holes; everything else is literal.
+
+    `prompt` and `system` (written before the prompt of a turn that has a system text) are not trained; `answer` is, and
+    so is the end-of-sequence id after it (`eos`); `separator`, between two turns, is not. `system_prompt` replaces
+    `system` + `prompt` where the two are interwoven. `default_system` is the system text of a first turn without one.
+    `bos` is where the begin-of-sequence id goes: "first" turn or "every" turn. `strip` removes white space around the
+    texts. `controls` are the template's strings that are control tokens where the vocabulary knows them.
+    """
+
+    prompt: str
+    answer: str = "{output}"
+    system: str = ""
+    system_prompt: str = ""
+    default_system: str = ""
+    separator: str = ""
+    bos: str = "first"
+    eos: bool = True
+    strip: bool = False
+    controls: tuple[str, ...] = ()
+
+
+_ALPACA = "Below is an instruction that describes a task{} Write a response that appropriately completes the request."
+
+TEMPLATES = {
+    # Mixtral-8x7B-Instruct-v0.1, as mistral-common's v1 instruct tokenizer writes it.
+    "mixtral": Template(prompt="[INST] {input} [/INST]", system_prompt="[INST] {system}\n\n{input} [/INST]"),
+    # OpenAI's chat markup.
+    "chatml": Template(
+        prompt="<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+        answer="{output}<|im_end|>",
+        separator="\n",
+        eos=False,
+        controls=("<|im_start|>", "<|im_end|>"),
+    ),
+    # Meta's Llama-2-chat (generation.py of the reference implementation): every turn is a sequence of its own.
+    "llama2": Template(
+        prompt="[INST] {input} [/INST]",
+        system_prompt="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{input} [/INST]",
+        answer="{output} ",
+        bos="every",
+        strip=True,
+    ),
+    # Stanford's Alpaca without input; an input stands below the instruction, on lines of its own.
+    "alpaca": Template(
+        prompt="### Instruction:\n{input}\n\n### Response:\n",
+        system="{system}\n\n",
+        default_system=_ALPACA.format("."),
+        separator="\n\n",
+    ),
+    # What ModelLink's GeneralInstructionHandler writes. Only `--append-eod` ends it with EOS, as there.
+    "modellink": Template(
+        prompt="### Instruction:\n{input}\n### Response:\n",
+        system="\n{system}\n",
+        default_system=_ALPACA.format(", paired with an input that provides further context.")
+        + " Please note that you need to think through your response logically and step by step.",
+        answer="{output}\n",
+        eos=False,
+    ),
+    # No words of ours: the question, then the answer.
+    "raw": Template(prompt="{input}", system="{system}"),
+}
+
+PLAIN = TEMPLATES["raw"]  # how a turn without a question is written, whatever the template
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text to be encoded on its own, or a single control id; trained or not."""
+
+    content: str | int
+    trained: bool
+
+
+def check_template(template: Template, tokenizer: TextTokenizer) -> None:
+    """Raises `ConfigError` where the tokenizer cannot write the template: an EOS it lacks, or `[INST]` as one id."""
+    if template.eos and tokenizer.eos_id is None:
+        raise ConfigError("This template ends answers with the end-of-sequence id, and the tokenizer declares no "
+                          "eos_token: declare one in tokenizer_config.json, or take --prompt-type chatml.")
+    if "[INST]" in template.prompt and tokenizer.control_id("[INST]") is not None:
+        raise ConfigError("This template writes [INST] as text, as the first Mixtral and Llama-2 do; the tokenizer has "
+                          "a control token of that name, and so belongs to a later format. Take another "
+                          "--prompt-type.")
+
+
+def render(turns: Sequence[Turn], template: Template, tokenizer: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation -> (ids, trained): int32 and bool, both (tokens,).
+
+    The first id is the begin-of-sequence id where the tokenizer has one. Every piece of text is encoded alone.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    for piece in pieces(turns, template, tokenizer):
+        new = [piece.content] if isinstance(piece.content, int) else tokenizer.encode(piece.content)
+        ids += new
+        trained += [piece.trained] * len(new)
+    return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
+
+
+def pieces(turns: Sequence[Turn], template: Template, tokenizer: TextTokenizer) -> Iterator[Piece]:
+    """The pieces of a conversation in order, see `render`."""
+    for number, turn in enumerate(turns):
+        form = PLAIN if turn.input is None else template
+        if tokenizer.bos_id is not None and (number == 0 or form.bos == "every"):
+            yield Piece(tokenizer.bos_id, False)
+        if turn.input is not None:
+            yield from _written(_prompt_form(turn, form, first=number == 0), turn, form, tokenizer, trained=False)
+        if turn.output is None:
+            return
+        yield from _written(form.answer, turn, form, tokenizer, trained=turn.loss)
+        if form.eos and tokenizer.eos_id is not None:
+            yield Piece(tokenizer.eos_id, turn.loss)
+        if form.separator and number + 1 < len(turns):
+            yield from _written(form.separator, turn, form, tokenizer, trained=False)
+
+
+def _prompt_form(turn: Turn, form: Template, first: bool) -> str:
+    """Everything before the answer, with holes."""
+    if turn.system:
+        return form.system_prompt or form.system + form.prompt
+    if first and form.default_system:
+        return form.system.replace("{system}", form.default_system) + form.prompt
+    return form.prompt
+
+
+_HOLES = ("{system}", "{input}", "{output}")
+
+
+def _written(form: str, turn: Turn, template: Template, tokenizer: TextTokenizer, trained: bool) -> Iterator[Piece]:
+    """A form with its holes filled, cut only at control tokens. The texts of the turn are not searched for any."""
+    controls = {word: found for word in template.controls if (found := tokenizer.control_id(word)) is not None}
+    text = ""
+    for part in re.split("(" + "|".join(map(re.escape, (*_HOLES, *controls))) + ")", form):
+        if part in controls:
+            if text:
+                yield Piece(text, trained)
+            yield Piece(controls[part], trained)
+            text = ""
+        elif part in _HOLES:
+            content = getattr(turn, part[1:-1]) or ""
+            text += content.strip() if template.strip else content
+        else:
+            text += part
+    if text:
+        yield Piece(text, trained)

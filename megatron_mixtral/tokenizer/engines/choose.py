@@ -1,0 +1,114 @@
+"""Which engine encodes a run, and the proof that its ids are those of the published tokenizer."""
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.tokenizer.engines.base import Engine, EngineUnavailable, SpecialTokens
+from megatron_mixtral.tokenizer.engines.gigatoken_engine import GigatokenEngine
+from megatron_mixtral.tokenizer.engines.native import NativeEngine
+from megatron_mixtral.tokenizer.engines.reference import ReferenceEngine
+from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("auto", "native", "gigatoken", "tokenizers", "sentencepiece")
+FAST: dict[str, Callable[[Tokenizer], Engine]] = {"native": NativeEngine, "gigatoken": GigatokenEngine}  # in this order
+BARE = SpecialTokens(None, None)
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """`proof` is None for the reference itself, which needs none; `declined` says why others were not taken."""
+
+    engine: Engine
+    reason: str
+    proof: dict[str, Any] | None
+    declined: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "engine": self.engine.name,
+            "engine_version": self.engine.version,
+            "reason": self.reason,
+            "proof": self.proof,
+            "declined": self.declined,
+        }
+
+
+def make_engine(name: str, tokenizer: Tokenizer) -> Engine:
+    """Raises `EngineUnavailable`, with the reason, when the engine cannot serve this tokenizer on this machine."""
+    if name in FAST:
+        return FAST[name](tokenizer)
+    if name != tokenizer.kind:
+        raise EngineUnavailable(f"it does not read {tokenizer.path}; give --tokenizer-model the file that it reads")
+    return ReferenceEngine(tokenizer)
+
+
+def choose_engine(wanted: str, tokenizer: Tokenizer, documents: Sequence[str]) -> EngineChoice:
+    """The engine of `--tokenizer-engine`; for `auto` the first of native, gigatoken and the reference that is proved.
+
+    `documents` are texts of the run, on which an engine is proved, besides strings that are known to be difficult.
+
+    Raises:
+        ConfigError: a named engine that cannot serve, or that gives other ids than the published tokenizer.
+    """
+    if wanted not in ENGINES:
+        raise ConfigError(f"--tokenizer-engine {wanted} is not one of: {', '.join(ENGINES)}.")
+    candidates = [*FAST, tokenizer.kind] if wanted == "auto" else [wanted]
+    declined: dict[str, str] = {}
+    for name in candidates:
+        try:
+            engine = make_engine(name, tokenizer)
+            proof = None if name == tokenizer.kind else prove(engine, tokenizer, documents)
+        except EngineUnavailable as error:
+            declined[name] = str(error)
+            if wanted != "auto":
+                raise ConfigError(f"--tokenizer-engine {name} cannot serve {tokenizer.path}: {error}.") from error
+            logger.warning("tokenizer engine %s is not used: %s", name, error)
+            continue
+        reason = f"--tokenizer-engine {name}" if wanted != "auto" else "the fastest that serves this tokenizer here"
+        return EngineChoice(engine, reason, proof, declined)
+    raise AssertionError("the reference always serves")
+
+
+def prove(engine: Engine, tokenizer: Tokenizer, documents: Sequence[str]) -> dict[str, Any]:
+    """Encode `documents`, `NASTY_STRINGS` and control strings with the engine and with its tokenizer; returns what was
+    compared.
+
+    Raises `EngineUnavailable`, with the text and both encodings, where one id differs.
+    """
+    difficult = [*NASTY_STRINGS, *(f"a{control} b" for control in tokenizer.control_tokens())]
+    texts = [*difficult, *documents]
+    reference = ReferenceEngine(tokenizer)
+    ids, lengths = engine.encode(texts, BARE)
+    expected, expected_lengths = reference.encode(texts, BARE)
+    if not np.array_equal(lengths, expected_lengths) or not np.array_equal(ids, expected):
+        raise EngineUnavailable(_first_difference(texts, (ids, lengths), (expected, expected_lengths), reference.name))
+    return {
+        "reference": f"{reference.name} {reference.version}",
+        "documents": len(documents),
+        "difficult_strings": len(difficult),
+        "characters": sum(map(len, texts)),
+        "tokens": int(expected.size),
+    }
+
+
+def _first_difference(
+    texts: Sequence[str], found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], reference: str
+) -> str:
+    ours, theirs = (
+        [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] for ids, lengths in (found, expected)
+    )
+    text, a, b = next(each for each in zip(texts, ours, theirs, strict=True) if each[1] != each[2])
+    at = next(index for index, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y)
+    return (
+        f"its ids are not those of {reference}: from token {at} of the text {text[:40]!r} on, "
+        f"{a[at:at + 6]} instead of {b[at:at + 6]}"
+    )

@@ -1,0 +1,68 @@
+"""Our own extension as an engine: BPE with byte fallback in C++ (`native_bpe/`), one id after the other without Python.
+
+Exact by construction. Merges only ever join neighbours, so between two characters that no merge can bring together a
+text can be cut, and the words on both sides encoded independently. Words repeat, so most are found in a cache; what is
+not there is encoded by plain byte-pair merging, by rank or score as the published tokenizer does.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import megatron_mixtral
+from megatron_mixtral.errors import DataError
+from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTokens, token_dtype
+from megatron_mixtral.tokenizer.engines.bpe_tables import bpe_tables
+from megatron_mixtral.tokenizer.engines.extensions import ExtensionMissing, load_extension
+from megatron_mixtral.tokenizer.tokenizer import Tokenizer
+
+MODULE = "megatron_mixtral.tokenizer.engines._native_bpe"
+
+
+class NativeEngine:
+    """Holds tables of a few MB and a cache of 4 MB. Threads that share an engine wait for one another."""
+
+    name = "native"
+    version = megatron_mixtral.__version__
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises `EngineUnavailable` where the extension is not built, or for another kind of tokenizer."""
+        load_module()
+        self._tables = bpe_tables(tokenizer)
+        self._make_encoder()
+
+    def _make_encoder(self) -> None:
+        tables = self._tables
+        self._dtype = token_dtype(tables.vocab_size)
+        self._encoder = load_module().Encoder(
+            tables.vocab_size, tables.characters, tables.merges, tables.joins, tables.byte_ids, tables.prefix
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tables": self._tables}  # 1 MB; another process need not read the tokenizer again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_encoder()
+
+    def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.encode`. Ids outside the vocabulary cannot arise: the tables were checked."""
+        bos = -1 if specials.bos_id is None else specials.bos_id
+        eos = -1 if specials.eos_id is None else specials.eos_id
+        try:
+            ids, lengths = self._encoder.encode(texts, bos, eos, self._dtype.itemsize)
+        except UnicodeEncodeError as error:
+            raise DataError(f"A text has half of a surrogate pair in it: {error}") from error
+        except OverflowError as error:
+            raise DataError(f"A document cannot be encoded: {error}. Cut it.") from error
+        return np.frombuffer(ids, dtype=self._dtype), np.frombuffer(lengths, dtype=np.int64)
+
+
+def load_module() -> ModuleType:
+    """The module `_native_bpe`. Raises `EngineUnavailable` where it cannot be used."""
+    try:
+        return load_extension(MODULE)
+    except ExtensionMissing as error:
+        raise EngineUnavailable(str(error)) from error

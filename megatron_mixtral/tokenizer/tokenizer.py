@@ -1,0 +1,273 @@
+"""The text tokenizer of preprocessing: text to ids, by sentencepiece or by the `tokenizers` library, nothing else.
+
+`data/preprocess/run.py` and its workers call it. Two rules hold for every tokenizer here:
+
+- **Text is text.** `<s>`, `</s>` or `<unk>` inside a document are encoded as ordinary characters, never as control ids.
+- **Nothing is added.** `encode` gives the ids of the text alone; BOS and EOS are the caller's choice (`encoding.py`).
+
+`tokenizer.json` is read with `tokenizers.Tokenizer.from_file`. `transformers.AutoTokenizer` is not used: its release 5
+replaces the normalizer of Llama-like tokenizers, which changes the ids of documents that begin with white space.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_mixtral.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+HF_TYPES = ("PretrainedTokenizerFromHF", "PretrainedFromHF", "HuggingFaceTokenizer")
+SENTENCEPIECE_TYPES = ("Llama2Tokenizer",)
+TOKENIZER_TYPES = HF_TYPES + SENTENCEPIECE_TYPES
+
+# Strings on which tokenizers that only look alike give different ids: leading and inner runs of white space, control
+# strings, the metaspace character itself, byte fallback, composed and decomposed letters, long runs.
+NASTY_STRINGS = (
+    "", " ", "  ", "   a", "a  b   c    d", "\n", "\n\n\n", "\t\tx\t", "\r\n", " \n \n", " " * 77, "a" * 50, "\x00",
+    "a\x00b", "<s>", "a</s>b", "<unk>", "[INST] x [/INST]", "<0x0A>", "\u2581", "\u2581\u2581a \u2581", "\ufeffx",
+    "\u00a0x\u3000y",
+    "e\u0301 \u00e9", "\ufb01 \u2460 \uff21", "\u4f60\u597d\uff0c\u4e16\u754c", "\U00020000\U0001f600",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\ud7ff\ue000\uffff", "\x7f\x80\xff", "\u2028\u2029\x85\x0b\x0c",
+    "0123456789 1,234.5e-10", "def f(x):\n    return x  # \u2192\n",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+)  # fmt: skip
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `tokenizer.model`.
+
+    Attributes: `name`, `path`, `sha256` (hex digest of the file), `vocab_size`, `bos_id` and `eos_id` (None if absent).
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises `DataError` when the file is no sentencepiece model."""
+        self.path = Path(path)
+        self.sha256 = _sha256(self.path)
+        self.name = f"sentencepiece:{self.path.name}"
+        self.vocab_size: int = self._model.get_piece_size()
+        self.bos_id = _id_or_none(self._model.bos_id())
+        self.eos_id = _id_or_none(self._model.eos_id())
+
+    @cached_property
+    def _model(self) -> Any:
+        import sentencepiece
+
+        try:
+            return sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{self.path} is not a sentencepiece model: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_model(self)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def control_tokens(self) -> dict[str, int]:
+        """The control pieces as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
+        ids = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
+        return {self._model.id_to_piece(i): i for i in ids}
+
+    def serialized(self) -> bytes:
+        """The model as sentencepiece's own protocol buffer."""
+        return self._model.serialized_model_proto()
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token (which text never becomes); None where there is none of this name."""
+        token_id = self._model.piece_to_id(token)
+        return token_id if self._model.is_control(token_id) else None
+
+
+class JsonTokenizer:
+    """A `tokenizer.json`, by the `tokenizers` library. The attributes are those of `SentencePieceTokenizer`.
+
+    `bos_token` and `eos_token` come from `tokenizer_config.json` or `special_tokens_map.json` beside the file, else
+    they are `<s>` and `</s>` where the vocabulary has them. `vocab_size` is the largest id plus one, with added tokens.
+    """
+
+    kind = "tokenizers"
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises `DataError` when the file is no tokenizer, or one whose ids are random (BPE dropout)."""
+        self.path = Path(path)
+        self.sha256 = _sha256(self.path)
+        self.name = f"tokenizers:{self.path.name}"
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._model.get_added_tokens_decoder()
+        self._controls = {token.content: number for number, token in added.items() if token.special}
+        declared = _declared_specials(self.path.parent)
+        self.bos_id = self._special_id(declared, "bos_token", "<s>")
+        self.eos_id = self._special_id(declared, "eos_token", "</s>")
+
+    @cached_property
+    def _model(self) -> Any:
+        import tokenizers
+
+        try:
+            model = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{self.path} is not a tokenizer.json: {error}") from error
+        if getattr(model.model, "dropout", None):
+            raise DataError(f"{self.path} has BPE dropout, so its ids are random: set model.dropout to null.")
+        model.no_padding()
+        model.no_truncation()
+        model.encode_special_tokens = True  # "</s>" in a document is text, not the end of the document
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_model(self)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        """As `encode`, but control strings in the text become control ids (`--allow-special-in-text`)."""
+        self._model.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._model.encode_special_tokens = True
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
+        return dict(self._controls)
+
+    def serialized(self) -> str:
+        """The tokenizer as JSON, in the form of the library's present release, whatever the form of the file."""
+        return self._model.to_str()
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token (which text never becomes); None where there is none of this name."""
+        return self._controls.get(token)
+
+    def _special_id(self, declared: dict[str, str | None], key: str, usual: str) -> int | None:
+        if key not in declared:
+            return self._model.token_to_id(usual)
+        token = declared[key]
+        if token is None:
+            return None
+        token_id = self._model.token_to_id(token)
+        if token_id is None:
+            raise DataError(f"{self.path.parent} declares {key} {token!r}, which {self.path.name} does not contain.")
+        return token_id
+
+
+Tokenizer = SentencePieceTokenizer | JsonTokenizer
+
+
+def load_tokenizer(tokenizer_type: str, path: str | Path) -> Tokenizer:
+    """The tokenizer of `--tokenizer-type` from a file, or a directory that holds `tokenizer.json`/`tokenizer.model`.
+
+    In a directory that holds both, the two must agree on `NASTY_STRINGS`; then `tokenizer.json` is used.
+
+    Raises:
+        ConfigError: an unknown type, or a path that does not exist.
+        DataError: a directory without a tokenizer, an unreadable file, or two tokenizers that disagree.
+    """
+    path = Path(path)
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise ConfigError(f"--tokenizer-type {tokenizer_type} is not one of: {', '.join(TOKENIZER_TYPES)}.")
+    if not path.exists():
+        raise ConfigError(
+            f"--tokenizer-model {path} does not exist. Give a directory that holds tokenizer.json or tokenizer.model, "
+            f"or one of these files; the name of a repository on the Hugging Face hub is not looked up."
+        )
+    if path.is_file():
+        return open_tokenizer(path, SENTENCEPIECE_TYPES if tokenizer_type in SENTENCEPIECE_TYPES else None)
+    model, as_json = path / "tokenizer.model", path / "tokenizer.json"
+    if tokenizer_type in SENTENCEPIECE_TYPES:
+        if not model.is_file():
+            raise DataError(f"{tokenizer_type} needs a sentencepiece tokenizer.model; {path} holds {_listing(path)}.")
+        return SentencePieceTokenizer(model)
+    if not as_json.is_file() and not model.is_file():
+        raise DataError(f"{path} holds neither tokenizer.json nor tokenizer.model, but {_listing(path)}.")
+    if not as_json.is_file():
+        return SentencePieceTokenizer(model)
+    chosen = JsonTokenizer(as_json)
+    if model.is_file():
+        check_agreement(chosen, SentencePieceTokenizer(model))
+    return chosen
+
+
+def open_tokenizer(path: Path, allowed: tuple[str, ...] | None = None) -> Tokenizer:
+    """The tokenizer of one file: `tokenizers` for a name that ends in `.json`, sentencepiece for any other name."""
+    if path.suffix != ".json":
+        return SentencePieceTokenizer(path)
+    if allowed == SENTENCEPIECE_TYPES:
+        raise ConfigError(f"--tokenizer-type {allowed[0]} needs a sentencepiece tokenizer.model, not {path}.")
+    return JsonTokenizer(path)
+
+
+def check_agreement(first: Tokenizer, second: Tokenizer, texts: tuple[str, ...] = NASTY_STRINGS) -> None:
+    """Raises `DataError`, with the first string and both encodings, unless the two give the same ids for every text."""
+    for text in texts:
+        ours, theirs = first.encode(text), second.encode(text)
+        if ours != theirs:
+            raise DataError(
+                f"{first.path} and {second.path} disagree, for example on {text[:40]!r}: {ours[:12]} and {theirs[:12]}"
+                f". Name the file to use instead of the directory: --tokenizer-model {second.path} or {first.path}."
+            )
+
+
+def mixtral_tokenizer_path() -> Path:
+    """The tokenizer of Mixtral-8x7B-v0.1 (32,000 pieces), the `tokenizer.model.v1` inside the mistral-common package.
+
+    Raises `ConfigError` naming the package where it is not installed. The package is located, not imported.
+    """
+    spec = importlib.util.find_spec("mistral_common")
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(root) / "data" / "tokenizer.model.v1"
+        if path.is_file():
+            return path
+    raise ConfigError(
+        "No tokenizer was given, and the Mixtral tokenizer of the mistral-common package is not here. Give "
+        "--tokenizer-model DIRECTORY, or install it: pip install mistral-common."
+    )
+
+
+def _declared_specials(directory: Path) -> dict[str, str | None]:
+    """`bos_token` and `eos_token` as declared beside `tokenizer.json`; a key that no file declares is absent."""
+    declared: dict[str, str | None] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (directory / name).is_file():
+            continue
+        try:
+            content = json.loads((directory / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{directory / name} is not valid JSON: {error}") from error
+        for key in ("bos_token", "eos_token"):
+            if isinstance(content, dict) and key in content and key not in declared:
+                value = content[key]
+                declared[key] = value["content"] if isinstance(value, dict) else value
+    return declared
+
+
+def _without_model(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer goes to another process: there the file is read again, but only if the tokenizer encodes."""
+    return {name: value for name, value in tokenizer.__dict__.items() if name != "_model"}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _id_or_none(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None
+
+
+def _listing(directory: Path) -> str:
+    names = sorted(entry.name for entry in directory.iterdir())
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "nothing"

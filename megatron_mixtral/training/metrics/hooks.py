@@ -1,0 +1,77 @@
+"""What a run tells of itself each step: installed once by `training/pretrain.py`, called by the engine.
+
+Two seams. The engine hands its scalars to its TensorBoard writer, in whose place `metrics.StepWriter` stands on the
+last rank; and every rank calls its tracker of MoE figures once a step, where the ranks' own figures are put together.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+from megatron.training import get_tensorboard_writer, get_timers, get_wandb_writer, global_vars
+
+from megatron_mixtral import runtime
+from megatron_mixtral.training.arguments import Run
+from megatron_mixtral.training.metrics.expert_load import ExpertLoad
+from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
+
+
+class Tracker(MoEMetricsTracker):
+    """The engine's tracker, which also gives the writer the load of the experts and the memory of the fullest rank."""
+
+    def __init__(self, load: ExpertLoad, device: str, after_first_step: Callable[[], None]) -> None:
+        super().__init__()
+        self._load, self._device = load, device
+        self._after_first_step: Callable[[], None] | None = after_first_step
+
+    def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
+        """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
+        if self._after_first_step is not None:
+            self._after_first_step()
+            self._after_first_step = None
+        text = super().report(*args, writer=writer, **kwargs)
+        tokens = self._load.collect()
+        memory = torch.tensor(runtime.memory_used(), dtype=torch.int64, device=self._device)
+        torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        if writer is not None:
+            writer.observe(expert_tokens=tokens.tolist(), memory_bytes=int(memory))
+        return text
+
+
+def install(run: Run, args: Namespace, device: str, after_first_step: Callable[[], None]) -> ExpertLoad:
+    """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_first_step` is
+    called once, on every rank.
+    """
+    load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
+    set_moe_metrics_tracker(Tracker(load, device, after_first_step))
+    metrics = _metrics_file(run, args)
+    if args.rank == args.world_size - 1:
+        clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)
+        global_vars._GLOBAL_TENSORBOARD_WRITER = StepWriter(
+            _facts(run, args), lap=clock.lap, global_batch_size=get_current_running_global_batch_size,
+            train_iters=lambda: args.train_iters, consumed_samples=lambda: args.consumed_train_samples, path=metrics,
+            load_path=metrics.with_name("expert_load.jsonl") if run.flags.log_expert_load and metrics else None,
+            tensorboard=get_tensorboard_writer(), tensorboard_interval=args.tensorboard_log_interval,
+            wandb=get_wandb_writer(), max_nan_steps=run.flags.max_nan_steps)
+    # The engine hands over its scalars at this interval; the writer keeps to the user's where TensorBoard is concerned.
+    args.tensorboard_log_interval = 1
+    return load
+
+
+def _metrics_file(run: Run, args: Namespace) -> Path | None:
+    """Where the figures of each step go, if anywhere."""
+    if run.flags.metrics_file:
+        return Path(run.flags.metrics_file)
+    return Path(args.save) / "metrics.jsonl" if args.save else None
+
+
+def _facts(run: Run, args: Namespace) -> RunFacts:
+    peak = run.flags.device_peak_tflops
+    if peak is None and (args.bf16 or args.fp16):
+        peak = runtime.peak_tflops()
+    return RunFacts(flops_per_token=run.config.training_flops_per_token(args.seq_length), seq_length=args.seq_length,
+                    devices=args.world_size, peak_tflops=peak)

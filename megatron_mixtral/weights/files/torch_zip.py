@@ -1,0 +1,184 @@
+"""Reading `torch.save` archives, whole files or windows of larger ones, as arrays over the mapped bytes.
+
+An archive is an uncompressed zip: `NAME/data.pkl`, the pickled object, and `NAME/data/KEY`, the bytes of each storage
+that it refers to. Format: `torch.serialization._save` and `torch._utils._rebuild_tensor_v2`.
+"""
+
+import io
+import mmap
+import struct
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy
+
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.dtypes import FLOATS, OTHER_STORAGES
+from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, Record, unpickle
+from megatron_mixtral.weights.files.mapped import MappedFile
+
+_LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # of a zip entry: signature, flags, ... length of name and of extra field
+_ZIP, _DESCRIPTOR, _DESCRIBED = b"PK\x03\x04", b"PK\x07\x08", 8  # flag: size and CRC are behind the data
+MOST_PICKLE = 1 << 28  # bytes of data.pkl; a checkpoint's has a few hundred thousand
+LABEL = "@"  # in the name of an archive's folder: `dist_sink` writes KEY@OFFSETS there
+STORAGES = {kind.storage: kind for kind in FLOATS.values()}
+
+# What the engine's checkpoints contain beside tensors, containers and plain values: the list of
+# `megatron.core.safe_globals`, the arguments that a run stores, and random states. All of it becomes inert records.
+ALLOWED = {
+    "signal": ("Signals",), "_io": ("BytesIO",), "_codecs": ("encode",), "torch": ("Generator",),
+    "pathlib": ("PosixPath", "PurePosixPath"), "pathlib._local": ("PosixPath", "PurePosixPath"),
+    "numpy": ("ndarray", "dtype"), "numpy.dtypes": ("UInt32DType",),
+    "numpy.core.multiarray": ("_reconstruct",), "numpy._core.multiarray": ("_reconstruct",),
+    "megatron.core.enums": ("ModelType",),
+    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
+    "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
+    "megatron.core.transformer.enums": ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"),
+}
+
+
+class Window(io.RawIOBase):
+    """A part of a memory-mapped file as a stream."""
+
+    def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
+        super().__init__()
+        self.data, self.offset, self.length, self._at = data, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self.length - self._at))
+        start = self.offset + self._at
+        buffer[:count] = self.data[start:start + count]
+        self._at += count
+        return count
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of an archive: bit patterns over the mapped file, and torch's name of their type.
+
+    `data` is None for types that are no weights (random states, counters); they are not looked at.
+    """
+
+    data: numpy.ndarray | None
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class _Storage:
+    """What a persistent id names: the type and the number of elements of one storage."""
+
+    def __init__(self, pid: Any) -> None:
+        kind, self.type, self.key, _, self.count = pid
+        if kind != "storage" or not isinstance(self.type, str) or not isinstance(self.count, int) or self.count < 0:
+            raise ValueError("refers to something that is no storage")
+
+
+class _Reader:
+    def __init__(self, file: MappedFile, offset: int, length: int) -> None:
+        self.file, self.base = file, offset
+        self.window = Window(file.bytes, offset, length)
+        with zipfile.ZipFile(self.window) as archive:
+            entries = archive.infolist()
+            names = [entry.filename for entry in entries]
+            # Where each entry ends at the latest: nothing lies between entries.
+            self.ends = sorted([*(entry.header_offset for entry in entries), archive.start_dir])
+            if self.ends[0] != 0:
+                raise ValueError(f"its first entry is at byte {self.ends[0]} of it")
+            if len(set(names)) != len(names):
+                raise ValueError("has two entries of one name")
+            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or pickles[0].file_size > MOST_PICKLE:
+                raise ValueError("has no data.pkl")
+            self.pickle = archive.read(pickles[0])
+            if f"{pickles[0].filename.removesuffix('data.pkl')}byteorder" in names and \
+                    archive.read(f"{pickles[0].filename.removesuffix('data.pkl')}byteorder") != b"little":
+                raise ValueError("is of a big-endian machine")
+        self.label = pickles[0].filename.removesuffix("/data.pkl")
+        folder = f"{self.label}/data/"
+        self.entries = {entry.filename.removeprefix(folder): entry for entry in entries
+                        if entry.filename.startswith(folder)}
+
+    def storage_offset(self, storage: _Storage, itemsize: int) -> int:
+        """Where a storage's bytes begin in the file. Raises `ValueError`."""
+        entry = self.entries.get(str(storage.key))
+        if entry is None:
+            raise ValueError(f"has no storage {storage.key}")
+        size = storage.count * itemsize
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
+            raise ValueError(f"its storage {storage.key} has {entry.file_size} bytes, expected {size}, uncompressed")
+        self.window.seek(entry.header_offset)
+        header = self.window.read(_LOCAL_HEADER.size) or b""
+        if len(header) != _LOCAL_HEADER.size:
+            raise ValueError(f"its storage {storage.key} has no header")
+        signature, flags, name, extra = _LOCAL_HEADER.unpack(header)
+        same = self.window.read(name) == entry.orig_filename.encode("utf-8")
+        start = entry.header_offset + _LOCAL_HEADER.size + name + extra
+        # The header is not under any checksum, and a wrong length in it would move the data.
+        self.window.seek(start + size)
+        described = self.window.read(len(_DESCRIPTOR)) == _DESCRIPTOR
+        ends = described if flags & _DESCRIBED else start + size in self.ends
+        if signature != _ZIP or not same or not ends:
+            raise ValueError(f"its storage {storage.key} lies elsewhere than its header says")
+        return self.base + start
+
+    def rebuild(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
+        """`torch._utils._rebuild_tensor_v2`."""
+        if not isinstance(storage, _Storage) or not isinstance(offset, int) or offset < 0:
+            raise ValueError("has a tensor without a storage")
+        shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+        kind = STORAGES.get(storage.type)
+        if kind is None:
+            return Stored(None, storage.type.removesuffix("Storage").lower(), shape)
+        if min((*shape, *strides, 0)) < 0 or len(shape) != len(strides):
+            raise ValueError("has a tensor of a negative shape")
+        reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if prod(shape) else 0
+        if offset + reach > storage.count:
+            raise ValueError(f"a tensor of {shape} does not fit its storage of {storage.count} elements")
+        start = self.storage_offset(storage, kind.itemsize) + offset * kind.itemsize
+        return Stored(self.file.array(kind.carrier, shape, start, strides if prod(shape) else None), kind.name, shape)
+
+    def load(self, where: str) -> Any:
+        known: dict[tuple[str, str], Any] = {
+            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild, ("torch._utils", "_rebuild_tensor"): self.rebuild,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
+        for name in (*STORAGES, *OTHER_STORAGES):
+            known["torch", name] = known["torch.storage", name] = name
+        return unpickle(self.pickle, where, "weights have", ALLOWED, known, _Storage)
+
+
+def load(file: MappedFile, where: str, offset: int = 0, length: int | None = None, label: str | None = None) -> Any:
+    """The object of the archive in bytes [offset, offset + length) of a file, its tensors as `Stored`.
+
+    With `label`, an archive that is labelled (`LABEL`) must be labelled so.
+    Raises `CheckpointError` that begins with `where`.
+    """
+    length = len(file) - offset if length is None else length
+    if file.bytes[offset:offset + len(_ZIP)] != _ZIP:
+        raise CheckpointError(f"{where} is not a whole torch file: it does not begin as an archive")
+    try:
+        reader = _Reader(file, offset, length)
+        if label is not None and LABEL in reader.label and reader.label != label:
+            raise ValueError(f"it holds {reader.label}, expected {label}; were files swapped?")
+        return reader.load(where)
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, *UNPICKLING_ERRORS) as error:
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{where} is not a whole torch file: {text}") from None
+
+
+__all__ = ["Record", "Stored", "Window", "load"]

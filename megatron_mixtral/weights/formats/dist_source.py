@@ -1,0 +1,277 @@
+"""Reading the engine's distributed checkpoints (`--ckpt-format torch_dist`), whatever layout saved them.
+
+    DIR/latest_checkpointed_iteration.txt
+    DIR/iter_NNNNNNN/.metadata  __R_N.distcp  metadata.json
+    DIR/mixtral_config.json
+
+Tensors are stored as boxes ("chunks") of global tensors that have the layers, and for experts the experts, as leading
+dims. A chunk is a small `torch.save` archive inside a .distcp file; its bytes are memory-mapped where they lie.
+What a run keeps beside the weights is named by `left_behind`; `run_state` takes it over.
+Format: `torch.distributed.checkpoint` and `megatron.core.dist_checkpointing` of the pinned versions.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from megatron_mixtral.config import CONFIG_FILE, MixtralConfig
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.dtypes import FLOATS
+from megatron_mixtral.weights.engine_args import config_from_args
+from megatron_mixtral.weights.files.mapped import MappedFile
+from megatron_mixtral.weights.files.torch_zip import LABEL, Stored, load
+from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
+from megatron_mixtral.weights.formats.hf_source import companions_of
+from megatron_mixtral.weights.formats.rank_source import iteration_directory, narrow
+from megatron_mixtral.weights.formats.saved_args import common_state
+from megatron_mixtral.weights.protocols import Fragment, tiled
+from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
+
+__all__ = ["METADATA_FILE", "DistSource", "Span", "spans"]
+
+STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
+_LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one chunk holds of one piece: units [start, start + length) of its shard dim.
+
+    In the chunk seen as `view`, the piece is [at, at + size) of the rule's join dim (of any, where it has one piece)
+    and the units begin at `skip` of the shard dim.
+    """
+
+    piece: int
+    start: int
+    length: int
+    view: Shape
+    at: int
+    size: int
+    skip: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A `Span` and the chunk's tensor it is in; `lead` indexes the leading layer and expert dims."""
+
+    key: str
+    chunk: int
+    lead: tuple[int, ...]
+    span: Span
+
+
+def spans(rule: WeightRule, config: MixtralConfig, offset: Shape, sizes: Shape) -> list[Span] | None:
+    """The parts of a rule's pieces in a box of its stored (joined, collapsed) tensor; None if it cannot be split so.
+
+    The engine cuts along the shard dim only: whole query groups for qkv, rows within gate or up for fc1.
+    """
+    view = rule.joined_view(config)
+    units = rule.shard_size(config)
+    if len(view) < 3:  # stored as it is viewed
+        dim = rule.shard_dim
+        if any((o, s) != (0, n) for d, (o, s, n) in enumerate(zip(offset, sizes, view, strict=True)) if d != dim):
+            return None
+        length = min(sizes[dim], units - offset[dim])  # padded rows beyond the vocabulary are dropped
+        return [Span(0, offset[dim], length, sizes, 0, sizes[rule.join_dim], 0)] if length > 0 else []
+    if (offset[1], sizes[1]) != (0, view[2]):
+        return None
+    row, rows, width = offset[0], sizes[0], view[1]
+    if rule.shard_dim == 0:
+        if row % width or rows % width:
+            return None
+        found, at = [], 0
+        for index, piece in enumerate(rule.pieces):
+            size = piece.view(config)[rule.join_dim]
+            found.append(Span(index, row // width, rows // width, (rows // width, *view[1:]), at, size, 0))
+            at += size
+        return found
+    found = []
+    for index in range(len(rule.pieces)):  # pieces one below the other, `width` rows each
+        low, high = max(row, index * width), min(row + rows, (index + 1) * width)
+        if low < high:
+            found.append(Span(index, low - index * width, high - low, (1, rows, view[2]), 0, 1, low - row))
+    return found
+
+
+def state_names(keys: Iterable[str]) -> list[str]:
+    """What keys hold beside weights, for a report: "optimizer.state.exp_avg" rather than each of its tensors."""
+    found = set()
+    for key in keys:
+        if key.startswith(STATE_PREFIXES) and not key.startswith("common_state"):
+            parts = key.split("/")[0].split(".")
+            model = [parts.index(part) for part in ("embedding", "decoder", "output_layer") if part in parts]
+            found.add(".".join(parts[:min(model, default=4)]))
+    return sorted(found)
+
+
+class DistSource:
+    """A distributed checkpoint. Raises `CheckpointError` naming tensor and file."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.root, self.where = iteration_directory(Path(directory))
+        self.contents = read_contents(self.where)
+        self._maps: dict[Path, MappedFile] = {}
+        self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
+        self.config = self._find_config()
+        self._places: dict[str, list[_Place]] = {}
+        self.left_behind = state_names((*self.contents.tensors, *self.contents.objects))
+
+    def _find_config(self) -> MixtralConfig:
+        if (self.root / CONFIG_FILE).exists():
+            return MixtralConfig.from_checkpoint(self.root)
+        common, where = common_state(self.where, self.contents)
+        if common.get("args") is None:
+            raise CheckpointError(f"{where}: holds no args; put a {CONFIG_FILE} into {self.root} that says what the "
+                                  "model is")
+        return config_from_args(common["args"], where)
+
+    # -- What is there -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `CheckpointError` for tensors that are missing, left over, misshapen or not stored completely."""
+        if self._places:
+            return
+        places: dict[str, list[_Place]] = {name: [] for name in hf_tensors(self.config)}
+        used: set[str] = set()
+        for rule in dict.fromkeys(tensor.rule for tensor in hf_tensors(self.config).values()):
+            used.update(rule.dist_keys)
+            for key, layers in self._keys_of(rule).items():
+                used.add(key)
+                self._index(rule, key, layers, places)
+        for name, tensor in hf_tensors(self.config).items():
+            self._check_tiling(tensor, places[name])
+        self._check_left_over(used)
+        self._places = places
+
+    def _keys_of(self, rule: WeightRule) -> dict[str, int | None]:
+        """Keys that hold a rule's tensors, each with its layer, or None where layers are a leading dim (or absent)."""
+        stacked = [key for key in rule.dist_keys if key in self.contents.tensors]
+        if len({self.contents.tensors[key] for key in stacked}) > 1:  # two names of the same bytes are one tensor
+            raise CheckpointError(f"{self.where}: {rule.name} is stored twice, as {' and '.join(stacked)}")
+        if stacked or rule.owner != "layer":
+            if not stacked:
+                raise CheckpointError(f"{self.where / METADATA_FILE}: {rule.dist_keys[0]} is missing")
+            return {stacked[0]: None}
+        found: dict[str, int | None] = {}
+        for layer in range(self.config.num_hidden_layers):  # models of unlike layers are stored layer by layer
+            single = [key.replace(_LAYERS, f"{_LAYERS}{layer}.", 1) for key in rule.dist_keys]
+            key = next((key for key in single if key in self.contents.tensors), None)
+            if key is None:
+                raise CheckpointError(f"{self.where / METADATA_FILE}: {rule.dist_keys[0]} is missing")
+            found[key] = layer
+        return found
+
+    def _index(self, rule: WeightRule, key: str, layer: int | None, places: dict[str, list[_Place]]) -> None:
+        """Note where the chunks of one stored tensor put which pieces."""
+        stored = self.contents.tensors[key]
+        lead = self._leading(rule, key, layer, stored)
+        for number, chunk in enumerate(stored.chunks):
+            found = spans(rule, self.config, chunk.offsets[lead:], chunk.sizes[lead:])
+            if found is None:
+                raise CheckpointError(f"{chunk.region.file}: {key} has a chunk of {chunk.sizes} at {chunk.offsets}, "
+                                      "which no tensor-parallel split of it gives")
+            for at in _indices(chunk.sizes[:lead]):
+                numbers = [offset + index for offset, index in zip(chunk.offsets[:lead], at, strict=True)]
+                if layer is not None:
+                    numbers.insert(0, layer)
+                names = rule.hf_names(numbers[0] if numbers else 0, numbers[1] if len(numbers) > 1 else 0)
+                for span in found:
+                    places[names[span.piece]].append(_Place(key, number, at, span))
+
+    def _leading(self, rule: WeightRule, key: str, layer: int | None, stored: StoredTensor) -> int:
+        """How many leading dims count layers and experts; the global shape is checked on the way."""
+        lead: Shape = (self.config.num_hidden_layers,) if rule.owner == "layer" and layer is None else ()
+        lead += (self.config.num_local_experts,) if rule.per_expert else ()
+        expected = (*lead, *collapse(rule.joined_view(self.config)))
+        found = stored.size
+        padded = rule.padded and len(found) == 2 and found[0] >= expected[0] and found[1] == expected[1]
+        if found != expected and not padded:
+            raise CheckpointError(f"{self.where / METADATA_FILE}: {key} has shape {found}, expected {expected}")
+        if stored.dtype not in FLOATS:
+            raise CheckpointError(f"{self.where / METADATA_FILE}: {key} is {stored.dtype}, expected floating "
+                                  "point weights")
+        return len(lead)
+
+    def _check_tiling(self, tensor: HFTensor, places: list[_Place]) -> None:
+        size, at = tensor.view[tensor.rule.shard_dim], 0
+        for span in sorted((place.span for place in places), key=lambda span: span.start):
+            if span.start != at:
+                raise CheckpointError(f"{self.where / METADATA_FILE}: {tensor.name}: units {at} to {span.start} of "
+                                      f"{size} are missing or stored twice")
+            at += span.length
+        if at != size:
+            raise CheckpointError(f"{self.where / METADATA_FILE}: {tensor.name}: {at} of {size} units are stored")
+
+    def _check_left_over(self, used: set[str]) -> None:
+        keys = (*self.contents.tensors, *self.contents.objects)
+        extra = [key for key in keys if key not in used and "_extra_state" not in key
+                 and not key.startswith(STATE_PREFIXES)]
+        if extra:
+            raise CheckpointError(f"{self.where / METADATA_FILE}: {len(extra)} entries that a Mixtral does not have, "
+                                  f"first {min(extra)}")
+
+    # -- Reading -----------------------------------------------------------------------------------------
+
+    def dtype(self, tensor: HFTensor) -> str:
+        """The name of the type a tensor is stored in."""
+        self.check()
+        return self.contents.tensors[self._places[tensor.name][0].key].dtype
+
+    def fragments(self, tensor: HFTensor) -> list[Fragment]:
+        """One memory-mapped fragment for each stored chunk."""
+        self.check()
+        found = []
+        for place in self._places[tensor.name]:
+            span, rule = place.span, tensor.rule
+            data = self._read(place.key, place.chunk)[place.lead].reshape(span.view)
+            if len(rule.pieces) > 1:
+                data = narrow(data, rule.join_dim, span.at, span.size)
+            data = narrow(data, rule.shard_dim, span.skip, span.length)
+            stored = self.contents.tensors[place.key]
+            where = stored.chunks[place.chunk].region.file
+            found.append(Fragment(span.start, span.length, data, stored.dtype, f"{where} ({place.key})"))
+        return tiled(tensor, found)
+
+    def _map(self, path: Path) -> MappedFile:
+        if path not in self._maps:
+            self._maps[path] = MappedFile(path)
+        return self._maps[path]
+
+    def _read(self, key: str, number: int) -> numpy.ndarray:
+        """One chunk over the mapped file. Its archive is checked against the metadata."""
+        if (key, number) not in self._chunks:
+            stored = self.contents.tensors[key]
+            chunk = stored.chunks[number]
+            where = f"{chunk.region.file} ({key} at {chunk.offsets})"
+            found = load(self._map(chunk.region.file), where, chunk.region.offset, chunk.region.length,
+                         chunk_label(key, chunk.offsets))
+            if not isinstance(found, Stored) or found.data is None or found.shape != chunk.sizes \
+                    or found.dtype != stored.dtype or not found.data.flags.c_contiguous:
+                raise CheckpointError(f"{where}: is not the {stored.dtype} tensor of {chunk.sizes} that the metadata "
+                                      "says")
+            self._chunks[key, number] = found.data
+        return self._chunks[key, number]
+
+    def companions(self) -> list[Path]:
+        """Tokenizer and generation files beside the weights."""
+        return companions_of(self.root)
+
+    def release(self) -> None:
+        """Give mapped pages back to the system."""
+        for file in self._maps.values():
+            file.release()
+
+
+def chunk_label(key: str, offsets: Shape) -> str:
+    """What our writer calls the archive of a chunk, so that one in the wrong place is noticed."""
+    return f"{key.replace('/', '.')}{LABEL}{'.'.join(map(str, offsets))}"
+
+
+def _indices(sizes: Shape) -> list[tuple[int, ...]]:
+    """Every index into dims of these sizes; one empty index for no dims."""
+    found: list[tuple[int, ...]] = [()]
+    for size in sizes:
+        found = [(*index, i) for index in found for i in range(size)]
+    return found

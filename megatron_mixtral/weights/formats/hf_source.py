@@ -1,0 +1,159 @@
+"""Reading Hugging Face directories: safetensors or .bin files, one or many with an index.
+
+Accepted are the original per-expert names (`block_sparse_moe.experts.N.w1`), which every published Mixtral has on
+disk, and the fused names that transformers 5 uses in memory. Files are memory-mapped, so a tensor costs memory only
+while its bytes are being copied. `hf_sink` writes such directories.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+
+import numpy
+
+from megatron_mixtral.config import MixtralConfig
+from megatron_mixtral.config.mixtral import read_json
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.files.safetensors import TensorFile, TorchFile
+from megatron_mixtral.weights.protocols import Fragment, tiled
+from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, Shape, hf_tensors
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"  # what came before safetensors
+TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
+
+# What belongs to a model beside its weights and its config.json, in the names that are in use.
+COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+              "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt")
+
+
+def companions_of(directory: Path) -> list[Path]:
+    """The tokenizer and generation files of a directory."""
+    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
+
+
+class HFSource:
+    """A Hugging Face Mixtral directory. `config.json` says what must be in it; `check` compares.
+
+    Raises `ConfigError` for a config.json this library cannot compute, `CheckpointError` for unreadable files.
+    """
+
+    def __init__(self, directory: str | Path, config: MixtralConfig | None = None) -> None:
+        self.where = Path(directory)
+        self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
+        self.left_behind: list[str] = []
+        self._handles: dict[str, TensorFile | TorchFile] = {}
+        self._files = self._read_names()
+
+    # -- What is there -----------------------------------------------------------------------------------
+
+    def _read_names(self) -> dict[str, str]:
+        """File name of every stored tensor; each file is opened once and compared with the index."""
+        present = [name for name in (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE) if (self.where / name).exists()]
+        present = [name for name in present if "bin" not in name] or present  # both kinds: the safe one
+        if len(present) > 1:
+            raise CheckpointError(f"{self.where} has both {present[0]} and {present[1]}; remove the one that is stale")
+        if not present:
+            raise CheckpointError(f"{self.where}: no {SINGLE_FILE} and no {INDEX_FILE} (nor {BIN_FILE} or its index); "
+                                  "is it a Hugging Face model with weights?")
+        if present[0] in (SINGLE_FILE, BIN_FILE):
+            return dict.fromkeys(self._open(present[0]).names(), present[0])
+        index = self.where / present[0]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: expected a weight_map of tensor names to files")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or PurePath(file).name != file or "\\" in file:
+                raise CheckpointError(f"{index}: {name} points to {file!r}, expected a file name in the same folder")
+            if not (self.where / file).is_file():
+                raise CheckpointError(f"{index}: {name} points to {file}, which does not exist in {self.where}")
+        for file in sorted(set(weight_map.values())):
+            stored = set(self._open(file).names())
+            listed = {name for name, where in weight_map.items() if where == file}
+            for name in sorted(stored ^ listed):
+                lacking = f"{index.name} lists it there" if name in listed else f"{index.name} does not list it there"
+                present = "has no tensor" if name in listed else "has the tensor"
+                raise CheckpointError(f"{self.where / file} {present} {name}, but {lacking}")
+        return dict(weight_map)
+
+    def _open(self, file: str) -> TensorFile | TorchFile:
+        if file not in self._handles:
+            self._handles[file] = (TorchFile if file.endswith(".bin") else TensorFile)(self.where / file)
+        return self._handles[file]
+
+    def check(self) -> None:
+        """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
+        used: set[str] = set()
+        for tensor in self._stored():
+            name, expected = self._locate(tensor)
+            used.add(name)
+            found = self._open(self._files[name]).shape(name)
+            if found != expected:
+                raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found}, expected "
+                                      f"{expected} by config.json")
+        self._check_tied_copy(used)
+        extra = [n for n in self._files if n not in used and not n.endswith(IGNORABLE_HF_SUFFIXES)]
+        if extra:
+            raise CheckpointError(f"{self.where / self._files[extra[0]]}: {len(extra)} tensors that a Mixtral of this "
+                                  f"config.json does not have, first {extra[0]}")
+
+    def _stored(self) -> Iterable[HFTensor]:
+        """The tensors that must be in the files."""
+        return hf_tensors(self.config).values()
+
+    def _check_tied_copy(self, used: set[str]) -> None:
+        """Some tools store a tied output layer too; it must then be the embedding."""
+        if self.config.tie_word_embeddings and TIED_COPY in self._files and TIED_COPY not in used:
+            if not numpy.array_equal(self._read(TIED_COPY), self._read(TIED_ORIGINAL)):
+                raise CheckpointError(f"{self.where / self._files[TIED_COPY]}: {TIED_COPY} differs from "
+                                      f"{TIED_ORIGINAL}, though config.json says tie_word_embeddings")
+            used.add(TIED_COPY)
+
+    def _locate(self, tensor: HFTensor) -> tuple[str, Shape]:
+        """The stored name that holds a tensor, and the shape that stored tensor must have."""
+        fused = tensor.fused()
+        found = [name for name in tensor.names() if name in self._files]
+        whole = fused.name if fused is not None and fused.name in self._files else None
+        if len(found) + (whole is not None) > 1:
+            raise CheckpointError(f"{self.where}: {tensor.name} is stored twice, as {', '.join([*found, whole or ''])}")
+        if whole is not None:
+            rows, columns = tensor.shape
+            return whole, (self.config.num_local_experts, fused.parts * rows, columns)
+        if not found:
+            files = ", ".join(sorted(set(self._files.values())))
+            raise CheckpointError(f"{self.where}: {tensor.name} is missing from {files}")
+        return found[0], tensor.shape
+
+    # -- Reading -----------------------------------------------------------------------------------------
+
+    def _read(self, name: str) -> numpy.ndarray:
+        return self._open(self._files[name]).array(name)
+
+    def dtype(self, tensor: HFTensor) -> str:
+        """The name of the type a tensor is stored in."""
+        name, _ = self._locate(tensor)
+        return self._open(self._files[name]).dtype(name)
+
+    def fragments(self, tensor: HFTensor) -> list[Fragment]:
+        """The whole tensor as one memory-mapped fragment."""
+        name, expected = self._locate(tensor)
+        file = self._open(self._files[name])
+        if file.shape(name) != expected:
+            raise CheckpointError(f"{file.path}: {name} has shape {file.shape(name)}, expected {expected}")
+        data = file.array(name)
+        if name not in tensor.names():
+            fused = tensor.fused()
+            rows = tensor.shape[0]
+            data = data[tensor.expert, fused.part * rows:(fused.part + 1) * rows]
+        length, where = tensor.view[tensor.rule.shard_dim], f"{file.path} ({name})"
+        return tiled(tensor, [Fragment(0, length, data.reshape(tensor.view), file.dtype(name), where)])
+
+    def companions(self) -> list[Path]:
+        """Tokenizer and generation files of the directory."""
+        return companions_of(self.where)
+
+    def release(self) -> None:
+        """Give mapped pages back to the system."""
+        for file in self._handles.values():
+            file.map.release()

@@ -1,0 +1,271 @@
+"""Reading rank directories: the engine's `--ckpt-format torch`, one `model_optim_rng.pt` for each shard.
+
+    DIR/latest_checkpointed_iteration.txt         "release" for converted weights, else an iteration number
+    DIR/release/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt      _PPP only with pp > 1, _EEE only with ep > 1
+    DIR/mixtral_config.json
+
+`mp_rank_00_001` may mean pp 1 or ep 1, so the layout is taken from the `args` that every file holds, never guessed.
+Names as in `megatron.training.checkpointing.get_checkpoint_name`. `rank_sink` writes such directories.
+"""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from megatron_mixtral.config import CONFIG_FILE, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.weights.engine_args import config_from_args, layout_from_args
+from megatron_mixtral.weights.files.mapped import MappedFile
+from megatron_mixtral.weights.files.torch_zip import Stored, load
+from megatron_mixtral.weights.formats.hf_source import companions_of
+from megatron_mixtral.weights.formats.legacy_names import today
+from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete
+from megatron_mixtral.weights.protocols import Fragment, tiled
+from megatron_mixtral.weights.rules import HFTensor, Shape, collapse
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FILE_NAME = "model_optim_rng.pt"
+OPTIMIZER_FILE = "distrib_optim.pt"
+LABEL = "megatron_mixtral"  # our own entry in a rank file: the coordinate it belongs to
+IGNORABLE_SUFFIXES = ("_extra_state", "rotary_pos_emb.inv_freq")
+LEFT_BEHIND = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
+COMPARED = 1 << 22  # elements of two copies compared at a time
+
+
+class _Copy(NamedTuple):
+    """One rank's values of a part of a tensor."""
+
+    data: numpy.ndarray
+    dtype: str
+    where: str
+
+
+def rank_name(coord: Coord, pipeline: bool, expert: bool) -> str:
+    """The directory of one shard; the engine appends pipeline and expert ranks only where there are several."""
+    name = f"mp_rank_{coord.tp:02d}"
+    if pipeline:
+        name += f"_{coord.pp:03d}"
+    return f"{name}_{coord.ep:03d}" if expert else name
+
+
+def rank_names(layout: ParallelLayout) -> dict[Coord, str]:
+    """Directory name of every shard. Raises `ConfigError` where two shards would share one."""
+    names = {coord: rank_name(coord, layout.pp > 1, layout.ep > 1) for coord in layout.coords()}
+    if len(set(names.values())) != len(names):
+        raise ConfigError(f"layout {layout}: {len(names)} shards but {len(set(names.values()))} file names; the engine "
+                          "names files by tensor, pipeline and expert rank only, so expert tensor parallelism "
+                          f"(etp {layout.etp}) must not exceed tensor parallelism (tp {layout.tp}) here")
+    return names
+
+
+def iteration_directory(directory: Path) -> tuple[Path, Path]:
+    """(checkpoint directory, directory of the iteration it points to). An iteration's directory may be given itself."""
+    tracker = directory / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if text != "release" and not text.isdecimal():
+            raise CheckpointError(f"{tracker}: expected 'release' or an iteration number, found {text[:40]!r}")
+        found = directory / (text if text == "release" else f"iter_{int(text):07d}")
+        if not found.is_dir():
+            raise CheckpointError(f"{tracker} says {text}, but {found} does not exist")
+        return directory, found
+    return directory.parent, directory
+
+
+class RankDirSource:
+    """A checkpoint in rank directories, of any layout that `ParallelLayout` can say.
+
+    `compare_copies` compares every tensor that several ranks hold (norms, the router, dense weights under expert
+    parallelism) and refuses contradicting copies. Raises `CheckpointError`.
+    """
+
+    def __init__(self, directory: str | Path, *, compare_copies: bool = True) -> None:
+        self.root, self.where = iteration_directory(Path(directory))
+        self.compare_copies = compare_copies
+        self._maps: list[MappedFile] = []
+        first = self._first_file()
+        contents = self._load(first)
+        args = contents.get("args")
+        if args is None:
+            raise CheckpointError(f"{first}: has no args, so its layout is not known")
+        self.args, self.layout = args, layout_from_args(args, str(first))
+        if (self.root / CONFIG_FILE).exists():
+            self.config = MixtralConfig.from_checkpoint(self.root)
+        else:
+            self.config = config_from_args(args, str(first))
+        try:
+            self.layout.validate(self.config)
+            self._names = rank_names(self.layout)
+        except ConfigError as error:
+            raise CheckpointError(f"{first}: the layout in its args does not fit the model: {error}") from None
+        self._files: dict[Coord, dict[str, Any]] = {}
+        self._stored: dict[str, dict[tuple[int, int], list[_Copy]]] = {}
+        self._compared: set[str] = set()
+        self.padded_vocab = self._padded_vocab(contents, first)
+        self.left_behind = [key for key in LEFT_BEHIND if key in contents]
+        if (first.parent / OPTIMIZER_FILE).exists():
+            self.left_behind.append(OPTIMIZER_FILE)
+
+    def _first_file(self) -> Path:
+        names = [rank_name(Coord(), pipeline, expert) for pipeline in (False, True) for expert in (False, True)]
+        found = [self.where / name / FILE_NAME for name in dict.fromkeys(names)]
+        existing = [path for path in found if path.is_file()]
+        if not existing:
+            looked = ", ".join(path.parent.name for path in found)
+            raise CheckpointError(f"{self.where}: no shard of rank 0; looked for {FILE_NAME} in {looked}")
+        return existing[0]
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
+        self._maps.append(MappedFile(path))
+        contents = load(self._maps[-1], str(path))
+        if not isinstance(contents, dict):
+            raise CheckpointError(f"{path}: expected a dictionary, found {type(contents).__name__}")
+        return contents
+
+    def _padded_vocab(self, contents: dict[str, Any], first: Path) -> int:
+        name = "embedding.word_embeddings.weight"
+        weight = self._model(contents, Coord(), 0, first).get(name)
+        if not isinstance(weight, Stored) or len(weight.shape) != 2:
+            raise CheckpointError(f"{first}: {name} is missing")
+        rows = weight.shape[0] * self.layout.tp
+        if rows < self.config.vocab_size:
+            raise CheckpointError(f"{first}: {name} has {weight.shape[0]} rows, x tp {self.layout.tp} = {rows}, fewer "
+                                  f"than the vocabulary of {self.config.vocab_size}")
+        return rows
+
+    def _model(self, contents: dict[str, Any], coord: Coord, chunk: int, path: Path) -> dict[str, Any]:
+        """The state dict of a model chunk, under the names of the local specification."""
+        key = f"model{chunk}" if self.layout.vpp > 1 else "model"
+        if not isinstance(contents.get(key), dict):
+            raise CheckpointError(f"{path}: has no {key}")
+        experts = len(self.layout.experts_of(coord.ep, self.config.num_local_experts))
+        return today(contents[key], experts, contents.get("checkpoint_version"), str(path))
+
+    def files(self) -> list[Path]:
+        """The file of every shard, whether it exists or not."""
+        return [self.where / name / FILE_NAME for name in self._names.values()]
+
+    # -- What is there -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Open every file and raise `CheckpointError` for anything missing, left over, misplaced or misshapen."""
+        present = {path.name for path in self.where.iterdir() if re.fullmatch(r"mp_rank_[\d_]+", path.name)}
+        extra = sorted(present - set(self._names.values()))
+        if extra:
+            raise CheckpointError(f"{self.where / extra[0]}: does not belong to layout {self.layout} of the checkpoint")
+        plans = []
+        for coord, name in self._names.items():
+            path = self.where / name / FILE_NAME
+            contents = self._files.setdefault(coord, self._load(path))
+            self._check_label(contents, coord, path)
+            for chunk in range(self.layout.vpp):
+                plan = ShardPlan(self.config, self.layout, coord, chunk, self.padded_vocab)
+                self._take(plan, self._model(contents, coord, chunk, path), path)
+                plans.append(plan)
+        check_complete(plans, self.config)
+
+    def _check_label(self, contents: dict[str, Any], coord: Coord, path: Path) -> None:
+        """A shard under another shard's name loads without complaint, so each of ours says which it is."""
+        label = contents.get(LABEL)
+        if label is not None and label != asdict(coord):
+            raise CheckpointError(f"{path}: is the shard of {label}, expected {asdict(coord)}; were files swapped?")
+        args = contents.get("args")
+        layout = self.layout if args is None else layout_from_args(args, str(path))
+        if layout != self.layout:
+            raise CheckpointError(f"{path}: is of layout {layout}, the others of {self.layout}")
+
+    def _take(self, plan: ShardPlan, group: dict[str, Any], path: Path) -> None:
+        """Index the tensors of one model chunk by Hugging Face name; each of them must be planned, and be there."""
+        left = {name for name in group if not name.endswith(IGNORABLE_SUFFIXES)}
+        for planned in plan.tensors():
+            name = next((n for n in (planned.name, *planned.aliases) if n in group), None)
+            if name is None:
+                raise CheckpointError(f"{path}: {planned.name} is missing")
+            left.discard(name)
+            parts = group[name] if isinstance(group[name], tuple) else (group[name],)
+            views = [planned.view] if len(parts) == 1 else [
+                _narrowed(piece.view, planned.rule.shard_dim, planned.length) for piece in planned.pieces]
+            for stored, view in zip(parts, views, strict=True):
+                shape = collapse(view)
+                if not isinstance(stored, Stored) or stored.shape != shape:
+                    found = stored.shape if isinstance(stored, Stored) else type(stored).__name__
+                    raise CheckpointError(f"{path}: {name} has shape {found}, expected {shape} in layout {self.layout}")
+                if stored.data is None:
+                    raise CheckpointError(f"{path}: {name} is {stored.dtype}, expected floating point weights")
+            self._index(planned, parts, views, f"{path} ({name})")
+        if left:
+            raise CheckpointError(f"{path}: {len(left)} tensors that this shard does not have, first {min(left)}")
+
+    def _index(self, planned: TensorSlice, parts: tuple[Stored, ...], views: list[Shape], where: str) -> None:
+        """Note the pieces of a tensor, which is stored whole or as one part for each piece."""
+        length = planned.length - planned.padding
+        if length <= 0:
+            return
+        local = [narrow(stored.data.reshape(view), planned.rule.shard_dim, 0, length)
+                 for stored, view in zip(parts, views, strict=True)]
+        for number, (piece, at, size) in enumerate(planned.piece_spans()):
+            stored, part = (parts[0], local[0]) if len(parts) == 1 else (parts[number], local[number])
+            if len(parts) < len(planned.pieces):
+                part = narrow(part, planned.rule.join_dim, at, size)
+            copies = self._stored.setdefault(piece.name, {}).setdefault((planned.start, length), [])
+            copies.append(_Copy(part, stored.dtype, where))
+
+    # -- Reading -----------------------------------------------------------------------------------------
+
+    def dtype(self, tensor: HFTensor) -> str:
+        """The name of the type a tensor is stored in (of its first fragment)."""
+        return next(iter(self._intervals(tensor).values()))[0].dtype
+
+    def _intervals(self, tensor: HFTensor) -> dict[tuple[int, int], list[_Copy]]:
+        if not self._stored:
+            self.check()
+        return self._stored[tensor.name]
+
+    def fragments(self, tensor: HFTensor) -> list[Fragment]:
+        """One memory-mapped fragment for each tensor-parallel shard."""
+        found = []
+        for (start, length), copies in self._intervals(tensor).items():
+            one = copies[0]
+            if self.compare_copies and tensor.name not in self._compared:
+                for other in copies[1:]:
+                    if one.dtype != other.dtype or not same_bits(one.data, other.data):
+                        raise CheckpointError(f"{tensor.name}: {one.where} and {other.where} hold different values of "
+                                              "the same weights")
+            found.append(Fragment(start, length, one.data, one.dtype, one.where))
+        self._compared.add(tensor.name)
+        return tiled(tensor, found)
+
+    def companions(self) -> list[Path]:
+        """Tokenizer and generation files that a conversion put beside the weights."""
+        return companions_of(self.root)
+
+    def release(self) -> None:
+        """Give mapped pages back to the system."""
+        for file in self._maps:
+            file.release()
+
+
+def _narrowed(view: Shape, dim: int, length: int) -> Shape:
+    return (*view[:dim], length, *view[dim + 1:])
+
+
+def narrow(data: numpy.ndarray, dim: int, start: int, length: int) -> numpy.ndarray:
+    """The interval [start, start + length) of a dim, as a view."""
+    return data[(slice(None),) * dim + (slice(start, start + length),)]
+
+
+def same_bits(one: numpy.ndarray, other: numpy.ndarray) -> bool:
+    """Whether two arrays of bit patterns are the same: a NaN equals itself. In parts, to need little memory."""
+    if one.shape != other.shape:
+        return False
+    if one.size <= COMPARED:
+        return numpy.array_equal(one, other)
+    if len(one) == 1:
+        return same_bits(one[0], other[0])
+    half = len(one) // 2
+    return same_bits(one[:half], other[:half]) and same_bits(one[half:], other[half:])

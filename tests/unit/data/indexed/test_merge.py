@@ -1,0 +1,171 @@
+"""Shards, merged datasets and their inspection, against the engine's builder."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.corpus import python_sources, write_jsonl
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from megatron_mixtral.data.cli import Options
+from megatron_mixtral.data.indexed import merge as merging
+from megatron_mixtral.data.indexed.inspection import inspect
+from megatron_mixtral.data.indexed.merge import merge
+from megatron_mixtral.data.indexed.writer import IndexedWriter
+from megatron_mixtral.data.preprocess.run import preprocess
+from megatron_mixtral.errors import ConfigError, DataError
+from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+
+MODEL = str(mixtral_tokenizer_path())
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def run(tmp_path, inputs, name="set", **changes):
+    settings = {"append_eod": True, "tokenizer_type": "Llama2Tokenizer", **changes}
+    prefix = str(tmp_path / name)
+    preprocess(Options(tuple(map(str, inputs)), prefix, MODEL, **settings))
+    return f"{prefix}_text_document"
+
+
+def pair(prefix):
+    return [Path(f"{prefix}{end}").read_bytes() for end in (".bin", ".idx")]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    texts = python_sources(90, largest=9000)
+    return [write_jsonl(tmp_path / "in" / name, part) for name, part in
+            {"0.jsonl": texts[:50], "1.jsonl.gz": texts[50:60], "2.jsonl": texts[60:]}.items()]  # fmt: skip
+
+
+def test_shards_merged_in_order_are_the_whole(tmp_path, corpus):
+    whole = run(tmp_path, corpus)
+    for count in (2, 3):
+        shards = []
+        for index in range(count):
+            run(tmp_path, corpus, f"s{count}", num_shards=count, shard_index=index)
+            shards.append(str(tmp_path / f"s{count}-{index:05d}-of-{count:05d}_text_document"))
+        assert all(0 < len(pair(shard)[0]) < len(pair(whole)[0]) for shard in shards)
+        report = merge([*reversed(shards)], str(tmp_path / f"merged{count}"))
+        assert pair(tmp_path / f"merged{count}") == pair(whole)
+        assert report["documents"] == 90 and report["tokenizer"]["sha256"].startswith("dadfd56d")
+    with pytest.raises(DataError, match=r"\[1\] are missing"):
+        merge([shards[0], shards[2]], str(tmp_path / "x"))
+    with pytest.raises(DataError, match=r"they come in the order \[1, 0, 2\]"):
+        merge([shards[1], shards[0], shards[2]], str(tmp_path / "x"), natural_order=False)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_bad_line_of_a_shard_has_the_line_number_of_its_file(tmp_path):
+    lines = [b'{"text": "a %d"}\n' % number for number in range(20000)]
+    lines[17000] = b"{}\n"
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=r"x\.jsonl:17001: missing_key"):
+        run(tmp_path, [path], num_shards=2, shard_index=1)
+    run(tmp_path, [path], num_shards=2, shard_index=0)
+    with pytest.raises(ConfigError, match="gets nothing: the input has only"):
+        run(tmp_path, [path], num_shards=900, shard_index=899)
+
+
+def engine_merge(prefixes, output):
+    builder = IndexedDatasetBuilder(f"{output}.bin", dtype=DType.optimal_dtype(32000))
+    for prefix in prefixes:
+        builder.add_index(prefix)
+    builder.finalize(f"{output}.idx")
+
+
+def several_sequences(prefix, seed):
+    """A dataset of the engine's builder whose documents have one to five sequences."""
+    draw = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(32000))
+    for _ in range(40):
+        lengths = draw.integers(1, 30, size=draw.integers(1, 6)).tolist()
+        builder.add_document(torch.from_numpy(draw.integers(0, 32000, sum(lengths))), lengths)
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.mark.parametrize("block", [3, 1 << 20])
+def test_documents_of_several_sequences_as_the_engine_merges_them(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(merging, "BLOCK", block)
+    prefixes = [several_sequences(tmp_path / f"d{number}", number) for number in (2, 10)]
+    engine_merge(prefixes, tmp_path / "engine")
+    assert tool("merge_datasets")(["--input", *(f"{p}.idx" for p in reversed(prefixes)),
+                                   "--output-prefix", str(tmp_path / "ours")]) == 0  # fmt: skip
+    assert pair(tmp_path / "ours") == pair(tmp_path / "engine")
+    assert len(IndexedDataset(str(tmp_path / "ours")).document_indices) == 81
+    assert inspect(str(tmp_path / "ours")).problems == []
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, corpus, capsys):
+    first = run(tmp_path, corpus[:1], "a")
+    with pytest.raises(DataError, match="prepend_bod False, .* has True"):
+        merge([first, run(tmp_path, corpus[:1], "b", prepend_bod=True)], str(tmp_path / "x"))
+    wide = tmp_path / "wide"
+    (tmp_path / "scratch").mkdir()
+    writer = IndexedWriter(wide, np.dtype(np.int32), tmp_path / "scratch")
+    writer.add(np.arange(3, dtype=np.int32), np.array([3], dtype=np.int32))
+    writer.finish()
+    writer.publish()
+    writer.close()
+    with pytest.raises(DataError, match="uint16 and .*wide int32"):
+        merge([first, str(wide)], str(tmp_path / "x"))
+    second = run(tmp_path, corpus[2:], "c")
+    report = json.loads((tmp_path / "c.report.json").read_text())
+    report["tokenizer"]["sha256"] = "0" * 64
+    (tmp_path / "c.report.json").write_text(json.dumps(report))
+    assert tool("merge_datasets")(["--input", first, second, "--output-prefix", str(tmp_path / "x")]) == 1
+    assert "different tokenizers" in capsys.readouterr().err
+    for wrong in ([first], [first, first]):
+        with pytest.raises(ConfigError, match="at least two different"):
+            merge(wrong, str(tmp_path / "x"))
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_inspection_counts_and_decodes(tmp_path, corpus, capsys):
+    prefix = run(tmp_path, corpus)
+    assert tool("inspect_dataset")([prefix + ".idx", "--show", "3"]) == 0
+    shown = capsys.readouterr().out
+    dataset = IndexedDataset(prefix)  # a name: its arrays are views of a map that ends with it
+    lengths = dataset.sequence_lengths
+    assert re.search(rf"^  tokens +{lengths.sum()}$", shown, re.M) and "  whole\n" in shown
+    assert re.search(rf"end with EOS +{len(lengths)}$", shown, re.M) and "[0] " in shown and "[89] " in shown
+    first = json.loads(corpus[0].read_text().splitlines()[0])["text"]
+    assert first[:40] in shown
+
+
+def test_inspection_finds_damage(tmp_path, corpus, capsys):
+    prefix = run(tmp_path, corpus[:1])
+    index = bytearray(Path(prefix + ".idx").read_bytes())
+    count = int.from_bytes(index[18:26], "little")
+    pointers = 34 + 4 * count
+    for at, value, words in ((pointers + 8, 9, "sequence 1 should begin at byte"),
+                             (pointers + 8 * count, 1, "do not cover"),
+                             (pointers + 8 * count + 16, 0, "decrease")):  # fmt: skip
+        damaged = bytearray(index)
+        damaged[at : at + 8] = value.to_bytes(8, "little")
+        Path(prefix + ".idx").write_bytes(damaged)
+        assert any(words in problem for problem in inspect(prefix).problems), words
+    Path(prefix + ".idx").write_bytes(index)
+    assert inspect(prefix).problems == []
+    assert any("the vocabulary has 100" in problem for problem in inspect(prefix, 100).problems)
+    report = json.loads((tmp_path / "set.report.json").read_text())
+    report["keys"]["text"]["documents"] += 1
+    (tmp_path / "set.report.json").write_text(json.dumps(report))
+    assert tool("inspect_dataset")([prefix]) == 1
+    assert f"the report says {count + 1} documents, found {count}" in capsys.readouterr().out
+    with open(prefix + ".bin", "ab") as stream:
+        stream.write(b"\0")
+    assert tool("inspect_dataset")([prefix]) == 1 and "are not of one data set" in capsys.readouterr().err

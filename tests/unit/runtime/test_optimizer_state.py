@@ -1,0 +1,55 @@
+"""The state of optimizers that a checkpoint was saved by, in the form of those that read it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mixtral.runtime.engine_fixes.optimizer_state import regroup, with_bucket_padding
+
+DENSE, EXPERT = ({"lr": 0.1, "step": 5, "is_expert_parallel": expert} for expert in (False, True))
+
+
+def test_distributed_optimizers_are_regrouped() -> None:
+    def part(group: dict, **more: object) -> dict:
+        return {"optimizer": {"param_groups": [group]}, "param_state_sharding_type": "fully_reshardable", **more}
+
+    as_two = {0: part(DENSE), 1: part(EXPERT)}
+    one = regroup({**as_two, "param_state": "tensors"}, wanted=1)
+    assert one == {**part(DENSE, param_state="tensors"), "optimizer": {"param_groups": [DENSE, EXPERT]}}
+    two = regroup({**part(DENSE), 0: {"param_state": "dense"}, 1: {"param_state": "experts"}}, wanted=2)
+    for index, tensors in enumerate(("dense", "experts")):
+        assert two[index] == {**part(DENSE, param_state=tensors), "optimizer": {"param_groups": [DENSE, EXPERT]}}
+    assert regroup(as_two, wanted=2) is as_two
+    assert regroup(part(DENSE), wanted=1) == part(DENSE)
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_whole_optimizers_are_regrouped(mixed_precision: bool) -> None:
+    """Without the distributed optimizer the parameters of the groups are read into place, by their order."""
+    def state(groups: list[dict], tensors: dict, **more: object) -> dict:
+        inner = {"param_groups": groups, "state": tensors}
+        return {"optimizer": inner, **more} if mixed_precision else inner
+
+    more = {"grad_scaler": "scale"} if mixed_precision else {}
+    read = {"fp32_from_fp16_params": [["weight"]]} if mixed_precision else {}
+    saved = {0: state([DENSE], {"common_step": 5}, **more), 1: state([EXPERT], {"common_step": 5}, **more)}
+    one = regroup({**saved, **state([{"params": [0]}], {0: "moments"}, **read)}, wanted=1)
+    groups = [{**DENSE, "params": [0]}, {**EXPERT, "params": []}]
+    assert one == state(groups, {"common_step": 5, 0: "moments"}, **more, **read)
+
+    parts = {index: state([{"params": [index]}], {index: "moments"}, **read) for index in (0, 1)}
+    two = regroup({**state([DENSE], {"common_step": 5}, **more), **parts}, wanted=2)
+    for index in (0, 1):
+        groups = [{**DENSE, "params": [index]}, {**EXPERT, "params": []}]
+        assert two[index] == state(groups, {"common_step": 5, index: "moments"}, **more, **read)
+
+
+def test_bucket_padding_is_where_the_buffer_has_it() -> None:
+    buckets = [SimpleNamespace(offset=0, numel_unpadded=3, grad_data=torch.empty(4)),
+               SimpleNamespace(offset=4, numel_unpadded=2, grad_data=torch.empty(4))]
+    state = {"buckets_coalesced": True, 0: {"dtype": {"param": torch.arange(1.0, 6.0), "numel_unpadded": 5}}}
+    found = with_bucket_padding(state, [SimpleNamespace(buckets=buckets)])
+    assert found[0]["dtype"]["param"].tolist() == [1, 2, 3, 0, 4, 5, 0, 0]
+    assert found[0]["dtype"]["numel_unpadded"] == 5
+    assert with_bucket_padding(None, []) is None

@@ -1,0 +1,154 @@
+"""Resolving a command line: which model, which layout, from where; refused early and with a sentence."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, preset
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.training import arguments
+from megatron_mixtral.training.arguments import TRACKER, architecture_args, engine_defaults, resolve, strip_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def checkpoint(folder: Path, config: MixtralConfig, tracker: bool = True) -> str:
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(config.to_json())
+    if tracker:
+        (folder / TRACKER).write_text("release")
+    return str(folder)
+
+
+def test_preset_gives_the_model() -> None:
+    run = resolve(["--model", "mixtral-8x7b", "--tensor-model-parallel-size", "4", "--lr", "1e-3"],
+                  {"WORLD_SIZE": "8"})
+    assert run.config == preset("mixtral-8x7b")
+    assert (run.layout.tp, run.layout.etp, run.layout.world, run.start) == (4, 4, 8, "random weights")
+
+
+def test_checkpoint_gives_the_model(tmp_path: Path) -> None:
+    run = resolve(["--load", checkpoint(tmp_path / "run", preset("tiny"))], {})
+    assert run.config == preset("tiny")
+    assert run.start == f"weights of {tmp_path / 'run'}, converted, without an optimizer: begins at step 0"
+    (tmp_path / "run" / TRACKER).write_text("7")
+    assert resolve(["--load", str(tmp_path / "run")], {}).start == f"checkpoint {tmp_path / 'run'}"
+
+
+def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    import json
+
+    (hf / "config.json").write_text(json.dumps(preset("tiny").to_hf_dict()))
+    argv = ["--hf-checkpoint", str(hf), "--load", checkpoint(tmp_path / "run", preset("tiny"), tracker=False)]
+    assert resolve(argv, {}).load_hf
+    (tmp_path / "run" / TRACKER).write_text("100")
+    assert not resolve(argv, {}).load_hf
+
+
+@pytest.mark.parametrize(("argv", "world", "sentence"), [
+    ([], 1, "no model is given"),
+    (["--model", "tiny", "--tensor-model-parallel-size", "3"], 3, r"4 is not divisible by tp 3: 4 = 1 x 3 \+ 1"),
+    (["--model", "tiny", "--expert-model-parallel-size", "3"], 3, "num_local_experts 8 is not divisible by ep 3"),
+    (["--model", "tiny", "--pipeline-model-parallel-size", "3"], 3, "num_hidden_layers 4 is not divisible by pp 3"),
+    (["--model", "tiny", "--tensor-model-parallel-size", "4"], 6, "world size 6 is not a multiple of tp x pp x cp = 4"),
+    (["--model", "tiny", "--seq-length", "4097"], 1, "--seq-length 4097 is longer"),
+    (["--model", "huge"], 1, "--model huge: no such preset"),
+    (["--model", "tiny", "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "3"], 2,
+     "does not divide the 2 layers"),
+    (["--model", "tiny", "--moe-aux-loss-convention", "hf", "--pipeline-model-parallel-size", "2"], 2,
+     "convention megatron, where --moe-aux-loss-coeff 0.01 "),
+    (["--model", "tiny", "--cuda-graph-impl", "local"], 1, "add --cuda-graph-modules attn"),
+    (["--model", "tiny", "--log-expert-load"], 1, "give --save or --metrics-file"),
+    (["--model", "tiny", "--use-checkpoint-args", "--use-mp-args-from-checkpoint-args"], 1, "drop the flag and give"),
+])
+def test_refusals(argv: list[str], world: int, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(argv, {"WORLD_SIZE": str(world)})
+
+
+def test_different_models_are_refused(tmp_path: Path) -> None:
+    load = checkpoint(tmp_path / "run", preset("mixtral-8x22b"))
+    with pytest.raises(ConfigError, match="hidden_size 6144, --model tiny has 128"):
+        resolve(["--load", load, "--model", "tiny"], {})
+
+
+def test_layers_per_virtual_stage() -> None:
+    run = resolve(["--model", "mixtral-8x7b", "--pipeline-model-parallel-size", "4",
+                   "--num-layers-per-virtual-pipeline-stage", "2"], {"WORLD_SIZE": "4"})
+    assert run.layout.vpp == 4
+
+
+def test_wrong_layout_is_refused_within_seconds_by_the_program() -> None:
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--model", "mixtral-8x7b",
+                           "--tensor-model-parallel-size", "3"], capture_output=True, text=True, check=False)
+    assert time.monotonic() - start < 5.0
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "8 = 2 x 3 + 2; set --tensor-model-parallel-size to one of 1, 2, 4, 8" in done.stderr
+
+
+def test_dry_run_says_what_would_run_and_starts_nothing() -> None:
+    argv = ["--model", "mixtral-8x7b", "--pipeline-model-parallel-size", "8", "--expert-model-parallel-size", "2",
+            "--micro-batch-size", "1", "--global-batch-size", "128", "--seq-length", "4096", "--bf16"]
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), *argv, "--dry-run"],
+                          capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": "16"})
+    assert done.returncode == 0
+    first, *needs = done.stderr.splitlines()
+    assert first == ("Mixtral of 46702.8 M parameters (12879.9 M active) on tp1-pp8-ep2, 16 device(s), "
+                     "data parallel 2; start: random weights")
+    kinds = [line.split(":")[0] for line in needs]
+    assert kinds == ["batch", "parameters per device", "memory per device", "sent per device and step",
+                     "pipeline bubble"]
+
+
+def test_defaults_that_matter() -> None:
+    run = resolve(["--model", "mixtral-8x7b", "--tensor-model-parallel-size", "2"], {"WORLD_SIZE": "2"})
+    defaults = engine_defaults(run, "local", "gloo")
+    assert defaults["moe_router_pre_softmax"] is False and defaults["rotary_base"] == 1e6
+    assert defaults["sequence_parallel"] is True
+    # HF's 0.02 over 32 layers and top-2 is 0.00125 for each layer of the engine.
+    assert defaults["moe_aux_loss_coeff"] == pytest.approx(0.00125)
+    with_te = engine_defaults(run, "transformer_engine", "nccl")
+    assert with_te.keys().isdisjoint({"masked_softmax_fusion", "num_workers"})
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    """The engine's own, with this library's defaults for the tiny model."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser.set_defaults(**engine_defaults(resolve(["--model", "tiny"], {}), "local", "gloo"))
+    return parser
+
+
+def test_every_default_is_a_flag_of_the_engine(parser: argparse.ArgumentParser) -> None:
+    known = {action.dest for action in parser._actions}
+    run = resolve(["--model", "tiny"], {})
+    assert set(engine_defaults(run, "local", "gloo")) | set(architecture_args(run.config)) <= known
+    unknown = set(arguments._OF_OTHER_MODELS) - known
+    assert not unknown, "nothing would be refused by these"
+
+
+@pytest.mark.parametrize("flags", [
+    "--use-rope-scaling", "--rotary-seq-len-interpolation-factor 2", "--qk-layernorm", "--softmax-type learnable",
+    "--moe-router-topk-scaling-factor 2.5", "--no-rope-freq 2", "--moe-router-num-groups 2 --moe-router-group-topk 1",
+    "--moe-shared-expert-intermediate-size 16", "--mtp-num-layers 1", "--activation-func-clamp-value 7",
+    "--rotary-base 10000", "--reset-attention-mask", "--rampup-batch-size 4 4 24",
+])
+def test_flags_of_other_models_are_refused(flags: str, parser: argparse.ArgumentParser) -> None:
+    arguments.check_contradictions(parser.parse_args([]), preset("tiny"))
+    with pytest.raises(ConfigError, match=f"{flags.split()[0]}.* drop "):
+        arguments.check_contradictions(parser.parse_args(flags.split()), preset("tiny"))
+
+
+def test_tokenizer_type_is_dropped() -> None:
+    assert strip_tokenizer(["--a", "--tokenizer-type", "PretrainedFromHF", "--b"]) == ["--a", "--b"]
+    assert strip_tokenizer(["--tokenizer-type=X", "--b", "1"]) == ["--b", "1"]

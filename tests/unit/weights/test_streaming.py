@@ -1,0 +1,168 @@
+"""Planned files: what plain torch and zip readers make of them, checksums, NaN, disk space, one writer at a time."""
+
+import shutil
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.models import TINY, assert_same_weights, random_hf_directory, tensors_of
+from safetensors.torch import save_file
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights import convert
+from megatron_mixtral.weights.files import (
+    atomic as staging,
+)
+from megatron_mixtral.weights.files import (
+    file_layout as container,
+)
+from megatron_mixtral.weights.files import (
+    torch_zip as archive,
+)
+from megatron_mixtral.weights.files import (
+    writer as writing,
+)
+from megatron_mixtral.weights.files.mapped import MappedFile
+from megatron_mixtral.weights.formats.hf_sink import HFSink
+from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights.formats.rank_source import RankDirSource
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> Path:
+    return random_hf_directory(tmp_path_factory.mktemp("hf") / "hf", MixtralConfig(**TINY), torch.bfloat16)
+
+
+def to_ranks(hf: Path, target: Path, **options) -> convert.Report:
+    source = HFSource(hf)
+    return convert.convert(source, RankDirSink(target, source.config, ParallelLayout(tp=2, ep=2)), **options)
+
+
+def test_torch_maps_the_archive_and_zip_readers_find_its_checksums_right(hf, tmp_path):
+    to_ranks(hf, tmp_path / "mg")
+    path = tmp_path / "mg/release/mp_rank_01_001/model_optim_rng.pt"
+    import argparse
+
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        model = torch.load(path, mmap=True, weights_only=True)["model"]
+    norm = model["decoder.final_layernorm.weight"]
+    assert torch.equal(norm, tensors_of(hf)["model.norm.weight"]) and norm.data_ptr() % 64 == 0
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+
+
+def test_offsets_beyond_4_gib(tmp_path):
+    """A sparse file of 6 GB, which takes no room on the disk."""
+    sizes = (1_500_000_000, 1_500_000_000, 3)
+    contents = {"tensors": [container.tensor_reference(key, "bfloat16", (size,)) for key, size in enumerate(sizes)],
+                "plain": {"number": -2**40, "float": 0.5, "rest": [None, (True, "x")]}}
+    planned = container.torch_archive(contents, [(SimpleNamespace(elements=size), "bfloat16") for size in sizes])
+    with open(tmp_path / "large.pt", "wb") as file:
+        file.truncate(planned.size)
+        for placed in planned.placed:
+            file.seek(placed.offset - len(placed.before))
+            file.write(placed.before)
+            file.seek(placed.offset + placed.size)
+            file.write(placed.after(0))
+        file.seek(planned.placed[2].offset)
+        file.write(b"\x80\x3f" * 3)
+        file.seek(planned.end_at)
+        file.write(planned.end([0, 0, 0]))
+    loaded = torch.load(tmp_path / "large.pt", mmap=True, weights_only=True)
+    assert loaded["plain"] == contents["plain"]
+    assert loaded["tensors"][2].tolist() == [1, 1, 1] and loaded["tensors"][1].shape == (1_500_000_000,)
+    ours = archive.load(MappedFile(tmp_path / "large.pt"), "large.pt")
+    assert ours["tensors"][2].data.tolist() == [0x3F80] * 3 and ours["plain"] == contents["plain"]
+
+
+def test_not_a_number_is_named(hf, tmp_path):
+    tensors = tensors_of(hf)
+    name = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    tensors[name][3, 5] = float("inf")
+    shutil.copytree(hf, tmp_path / "bad")
+    save_file(tensors, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
+    report = to_ranks(tmp_path / "bad", tmp_path / "mg", check_finite=True)
+    # Expert 3 is the second of its rank; column 5 is in the first half.
+    assert report.not_finite == ["release/mp_rank_00_001/model_optim_rng.pt: "
+                                 "decoder.layers.2.mlp.experts.local_experts.1.linear_fc2.weight"]
+    assert to_ranks(hf, tmp_path / "good", check_finite=True).not_finite == []
+
+
+def test_a_bit_that_flips_on_the_way_is_found(hf, tmp_path, monkeypatch):
+    write = writing._write
+
+    def flip(handle, data, at):
+        data = bytearray(data)
+        if len(data) == 2 * 32 * 4:  # a router
+            data[7] ^= 1
+        write(handle, memoryview(data), at)
+
+    monkeypatch.setattr(writing, "_write", flip)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.block_sparse_moe\.gate.*when read back"):
+        to_ranks(hf, tmp_path / "mg", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_noticed_before_the_first_byte(hf, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage(10**6, 0, 1000))
+    with pytest.raises(CheckpointError, match=r"needs .* kB, but .* has 1 kB free"):
+        to_ranks(hf, tmp_path / "mg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_conversions_to_one_target_exclude_each_other(hf, tmp_path):
+    with staging.staged(tmp_path / "mg"):
+        with pytest.raises(CheckpointError, match="another conversion"):
+            to_ranks(hf, tmp_path / "mg")
+        assert (tmp_path / ".mg.partial").exists()
+
+
+def test_resuming_something_else_starts_anew(hf, tmp_path):
+    other = random_hf_directory(tmp_path / "other", MixtralConfig(**TINY), torch.bfloat16, seed=5)
+    to_ranks(other, tmp_path / "mg")
+    (tmp_path / "mg").rename(tmp_path / ".mg.partial")
+    report = to_ranks(hf, tmp_path / "mg", resume=True)
+    assert report.resumed == []
+    back = RankDirSource(tmp_path / "mg")
+    convert.convert(back, HFSink(tmp_path / "hf", back.config))
+    assert_same_weights(hf, tmp_path / "hf")
+
+
+def test_a_failing_file_stops_the_others_and_leaves_nothing(hf, tmp_path, monkeypatch):
+    write = writing.FileWriter.write
+
+    def fail(self, part):
+        if "00_001" in str(self.path):
+            raise OSError("No space left on device")
+        write(self, part)
+
+    monkeypatch.setattr(writing.FileWriter, "write", fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+        to_ranks(hf, tmp_path / "mg", jobs=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bin_files_are_read(hf, tmp_path):
+    (tmp_path / "bin").mkdir()
+    shutil.copy(hf / "config.json", tmp_path / "bin")
+    torch.save(tensors_of(hf), tmp_path / "bin" / "pytorch_model.bin")
+    source = HFSource(tmp_path / "bin")
+    convert.convert(source, HFSink(tmp_path / "back", source.config))
+    assert_same_weights(hf, tmp_path / "back")
+
+
+def test_moving_weights_needs_no_torch(hf, tmp_path):
+    import subprocess
+    import sys
+
+    code = ("import sys; from megatron_mixtral.weights import cli; cli.util(sys.argv[1:]); "
+            "sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir",
+                           str(tmp_path / "mg")], check=False)
+    assert done.returncode == 0
