@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_mixtral"
 LEVELS = {  # a room imports rooms of lower levels only; rooms of one level do not know each other
-    "errors": 0, "disk": 0, "_door": 0, "config": 0, "runtime": 1, "tokenizer": 2, "planning": 2, "weights": 3, "data": 3, "model": 4,
+    "errors": 0, "disk": 0, "_door": 0, "config": 0,
+    "runtime": 1, "tokenizer": 2, "planning": 2, "weights": 3, "data": 3, "model": 4,
     "lora": 5, "inference": 6, "evaluation": 7, "training": 8, "server": 8,
 }  # fmt: skip
 MAX_LINES, MAX_TOOL_LINES, MAX_FUNCTION_LINES = 350, 60, 70
