@@ -1,4 +1,4 @@
-"""The command line of `tools/plan_layout.py`."""
+"""The planner on the command line: which layouts of a Mixtral fit a machine, fastest first."""
 
 import argparse
 import json
@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 
 from megatron_mixtral.config import MixtralConfig, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.planning import report
-from megatron_mixtral.planning.search import Candidate, Question, plan
+from megatron_mixtral.planning import report, search
+from megatron_mixtral.planning.search import Candidate, Question
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
 
 _HELP = {
@@ -39,14 +39,21 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Print the ranking. Raises `ConfigError` where nothing fits."""
+    for line in lines(argv):
+        print(line)
+    return 0
+
+
 def lines(argv: Sequence[str]) -> Iterator[str]:
-    """What the tool prints. Raises `ConfigError` where nothing fits, with the smallest that does not."""
+    """What the command prints. Raises `ConfigError` where nothing fits, with the smallest that does not."""
     args = parser().parse_args(argv)
     config = preset(args.model) if args.model else MixtralConfig.from_hf_dir(args.hf_checkpoint)
     machine = Machine(**{item.name: getattr(args, item.name) for item in fields(Machine)})
     _check(args, config, machine)
     question = Question(config, machine, args.seq_length, args.global_batch_size, tuple(args.micro_batch_size))
-    fitting, too_large = plan(question)
+    fitting, too_large = search.plan(question)
     if not fitting:
         raise ConfigError(_nothing_fits(too_large, question))
     if args.json:

@@ -25,7 +25,6 @@ class RunShape:
     recompute: str = "none"
     weight_bytes: int = 2
     distributed_optimizer: bool = True
-    grouped_experts: bool = True
 
     def __post_init__(self) -> None:
         layout, data_parallel = self.layout, self.layout.data_parallel

@@ -8,10 +8,10 @@ Mixtral on H100 (docs/parallelism.md has the points, and the error of each).
 from dataclasses import dataclass, fields
 
 from megatron_mixtral.planning import activations
+from megatron_mixtral.planning.communication import Volume, communication_volume
 from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
 from megatron_mixtral.planning.schedule import bubble
 from megatron_mixtral.planning.shape import RunShape
-from megatron_mixtral.planning.traffic import Traffic, traffic
 
 MATRIX_SHARE = 0.73  # of the peak, for large matrix products
 ATTENTION_SHARE = 0.45  # of the peak, for causal flash attention
@@ -74,12 +74,12 @@ def model_flops_rate(shape: RunShape, seconds: float) -> float:
     return shape.config.training_flops_per_token(shape.seq_length) * shape.tokens / seconds / shape.layout.world
 
 
-def step_time(shape: RunShape, machine: Machine) -> StepTime:
+def predicted_step(shape: RunShape, machine: Machine) -> StepTime:
     """The predicted step; the slowest stage decides, which is the last: it has the output layer."""
     stage = shape.layout.pp - 1
     parameters = stage_parameters(shape, stage)
     rounds = shape.layers_of_stage(stage) * shape.micro_batches
-    volume = traffic(shape, stage, parameters)
+    volume = communication_volume(shape, stage, parameters)
     work = {
         "dense": rounds * _dense(shape, machine) + shape.micro_batches * _output_layer(shape, machine),
         "attention": rounds * _attention(shape, machine),
@@ -136,7 +136,7 @@ def _experts(shape: RunShape, machine: Machine) -> float:
     return IMBALANCE * _passes(shape) * _product_seconds(flops, machine, rows, config.intermediate_size / layout.etp)
 
 
-def _within_layers(shape: RunShape, machine: Machine, volume: Traffic) -> dict[str, float]:
+def _within_layers(shape: RunShape, machine: Machine, volume: Volume) -> dict[str, float]:
     """Collectives that a layer waits for. Ranks of a group are neighbours: tp, then cp; etp, then ep; then replicas."""
     layout = shape.layout
     replicas_span = shape.layout.world // layout.pp
@@ -149,7 +149,7 @@ def _within_layers(shape: RunShape, machine: Machine, volume: Traffic) -> dict[s
     }
 
 
-def _replicas(shape: RunShape, machine: Machine, volume: Traffic) -> float:
+def _replicas(shape: RunShape, machine: Machine, volume: Volume) -> float:
     layout = shape.layout
     span = layout.world // layout.pp
     dense = volume.dense_gradients / machine.link(span if shape.dense_replicas > 1 else 1)
