@@ -121,8 +121,8 @@ def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
     for word in unknown:
         flag = word.partition("=")[0]
         near = difflib.get_close_matches(flag, parser.flags(), 3) if flag.startswith("-") else ()
-        raise ConfigError(f"{word}: neither a flag of {engine['engine']} nor one of ours, nor a value of the flag before"
-                          + (f"; is it {' or '.join(near)}?" if near else ""))
+        raise ConfigError(f"{word} is neither a flag of {engine['engine']} nor one of ours, nor a value of the flag "
+                          "before it" + (f"; is it {' or '.join(near)}?" if near else ""))
     ours, early = ({item.name: getattr(given, item.name) for item in dataclasses.fields(kind)}
                    for kind in (Flags, EngineFlags))
     return Flags(**ours), EngineFlags(**early)

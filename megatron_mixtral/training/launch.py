@@ -30,6 +30,13 @@ class Launch:
     starts: bool = False  # whether this process is to become torchrun
     planned: bool = False  # WORLD_SIZE alone: enough for a dry run or an index cache, not to train
 
+    def to_train(self) -> Mapping[str, str]:
+        """The variables to set. `ConfigError` where it is not said which rank this is."""
+        if self.planned:
+            raise ConfigError("WORLD_SIZE is set and RANK is not: unset it, and the program starts its ranks itself "
+                              "(--nproc); or start it by torchrun or srun, which set both")
+        return self.variables
+
 
 def decide(environ: Mapping[str, str], needed: int, nproc: int | None = None) -> Launch:
     """Who starts the ranks. `needed` is the smallest number that holds the layout, `nproc` is `--nproc`. Whether the

@@ -1,4 +1,4 @@
-"""The pretraining program: providers, forward step, one call of the engine. `tools/pretrain_mixtral.py` runs it."""
+"""The training program: providers, forward step, one call of the engine. `training/cli.py` makes a command of it."""
 
 import logging
 import os
@@ -7,34 +7,54 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.errors import ConfigError, RankLostError
-from megatron_mixtral.planning.report import describe
-from megatron_mixtral.training import arguments, preflight
+from megatron_mixtral.errors import ConfigError, DivergedError, MixtralError, RankLostError
+from megatron_mixtral.planning import describe
+from megatron_mixtral.training import arguments, launch, preflight
 from megatron_mixtral.training.arguments import Run
-from megatron_mixtral.training.flags import add_flags
+from megatron_mixtral.training.flags import add_flags, strip_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def run(argv: list[str]) -> None:
-    """Train as the command line says. `MixtralError` before the first step for whatever can be known before it."""
+def run(argv: Sequence[str]) -> int:
+    """Train as the command line says, or start the ranks that do. `MixtralError` before the first step for whatever can
+    be known before it. Returns 0, or 1 on a rank that leaves it to rank 0 to say what is wrong.
+    """
+    try:
+        _run(list(argv))
+    except (DivergedError, RankLostError):
+        raise
+    except MixtralError:
+        if launch.is_first(os.environ):
+            raise
+        return 1
+    return 0
+
+
+def _run(argv: list[str]) -> None:
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
-    shape = preflight.shape_of(resolved, argv)
+    shape = preflight.shape_of(resolved)
     if resolved.flags.dry_run:
         logger.info("%s", resolved)
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
         return
+    preflight.check_data(resolved)
+    if shape is not None:
+        preflight.check_disk(resolved, shape)
     from megatron_mixtral import runtime
 
-    preflight.check_data(resolved, argv)
+    runtime.set_variables(resolved.ranks.to_train())
+    if resolved.ranks.starts:
+        logger.info("starting %d ranks on this machine", resolved.ranks.world)
+        command = launch.torchrun(resolved.ranks.world, argv)
+        os.execv(command[0], command)  # signals reach torchrun, which passes them on
     if shape is not None:
-        preflight.check_disk(shape, argv)
         preflight.check_memory(shape, runtime.device_memory())
     backend = runtime.ready(training=True)
     args = _engine_args(resolved, argv, backend)
@@ -45,15 +65,14 @@ def run(argv: list[str]) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_mixtral.training.checkpoints import start as checkpoint
-    from megatron_mixtral.training.checkpoints.manager import Keeper
-    from megatron_mixtral.training.metrics import hooks as observer
+    from megatron_mixtral.training.checkpoints import CheckpointManager, write_identity
+    from megatron_mixtral.training.metrics import install
 
     if args.save and args.rank == 0:
-        checkpoint.write_identity(Path(args.save), resolved.config)
-    keeper = Keeper(args)
-    runtime.lead_checkpoints_through(keeper)
-    load = observer.install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
+        write_identity(Path(args.save), resolved.config)
+    manager = CheckpointManager(args)
+    runtime.lead_checkpoints_through(manager)
+    load = install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
     datasets, forward_step = partial(_datasets, args), _forward_step
     if args.is_instruction_dataset:
         from megatron_mixtral.training import finetune
@@ -68,23 +87,23 @@ def run(argv: list[str]) -> None:
                  model_provider=partial(_model, resolved, args, load), store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
-            keeper.close()
+            manager.close()
         raise
     except RuntimeError as error:
         if runtime.lost_a_rank(error):
             raise RankLostError(f"rank {args.rank} stops, because another rank has ended: torchrun's report names the "
                                 "first one. The same command goes on from the last checkpoint") from error
         raise
-    keeper.close()
+    manager.close()
 
 
-def build_index_cache(argv: list[str]) -> None:
+def build_index_cache(argv: Sequence[str]) -> None:
     """Build the index cache that a run with this command line looks for, in one process and without a model.
 
     WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
     """
     resolved = arguments.resolve(argv, os.environ)
-    preflight.check_data(resolved, argv)
+    preflight.check_data(resolved)
     from megatron_mixtral import runtime
 
     args = _engine_args(resolved, argv, runtime.ready(training=True))
@@ -102,21 +121,18 @@ def build_index_cache(argv: list[str]) -> None:
             logger.info("%s: %d samples, index in %s", name, len(dataset), dataset.config.path_to_cache)
 
 
-def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
+def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
     """The engine's arguments, parsed, validated and made the engine's global ones."""
     from megatron.training.arguments import parse_and_validate_args
 
+    grouped = not resolved.flags.no_moe_grouped_gemm  # the engine has the switch on only
     defaults = arguments.engine_defaults(resolved, backend.transformer_impl, backend.collectives)
 
     def extra(parser: Any) -> Any:
-        add_flags(parser)
-        # The engine has the switch on only.
-        parser.add_argument("--no-moe-grouped-gemm", action="store_false", dest="moe_grouped_gemm",
-                            help="one matrix product per expert, as the engine's local experts compute")
-        parser.set_defaults(**defaults)
+        add_flags(parser).set_defaults(**{**defaults, "moe_grouped_gemm": grouped})
         return parser
 
-    saved, sys.argv = sys.argv, [sys.argv[0], *arguments.strip_tokenizer(argv)]
+    saved, sys.argv = sys.argv, [sys.argv[0], *strip_tokenizer(argv)]
     try:
         args = parse_and_validate_args(extra)
     except (AssertionError, ValueError) as error:
@@ -125,7 +141,7 @@ def _engine_args(resolved: Run, argv: list[str], backend: Any) -> Namespace:
     finally:
         sys.argv = saved
     # --use-checkpoint-args takes it from the checkpoint, as if it were architecture. Our experts read either form.
-    args.moe_grouped_gemm = "--no-moe-grouped-gemm" not in argv
+    args.moe_grouped_gemm = grouped
     arguments.check_contradictions(args, resolved.config)
     if backend.device == "cpu":
         # A process forked for each save has the weights as they were at that moment. The persistent one would get them
@@ -160,15 +176,15 @@ def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, 
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build
-    from megatron_mixtral.training.checkpoints import start as checkpoint
+    from megatron_mixtral.training.checkpoints import load_hf
 
     model = build(resolved.config, config or core_transformer_config_from_args(args),
                   max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
                   pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
                   pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
     if resolved.load_hf:
-        checkpoint.load_hf(model, resolved.flags.hf_checkpoint, resolved.layout.coord_of(args.rank), resolved.layout,
-                           chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+        load_hf(model, resolved.flags.hf_checkpoint, resolved.layout.coord_of(args.rank), resolved.layout,
+                chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
     load.watch(model)
     return model
 

@@ -12,9 +12,9 @@ from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.planning import RunShape, activations
+from megatron_mixtral.planning.communication import communication_volume
 from megatron_mixtral.planning.memory import stage_memory
 from megatron_mixtral.planning.parameters import stage_parameters
-from megatron_mixtral.planning.communication import communication_volume
 
 MODEL = MixtralConfig(vocab_size=512, hidden_size=64, intermediate_size=224, num_hidden_layers=4,
                       num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=512)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mixtral.training.metrics.divergence import Divergence
-from megatron_mixtral.training.metrics.imbalance import Imbalance
+from megatron_mixtral.training.metrics.expert_load import Imbalance
 
 logger = logging.getLogger(__name__)
 

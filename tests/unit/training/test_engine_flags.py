@@ -40,4 +40,5 @@ def test_the_table_is_the_engine_s_parser() -> None:
 if __name__ == "__main__":
     found = table()
     lines = [f"  {json.dumps(names)}: {json.dumps(values)}" for names, values in sorted(found["flags"].items())]
-    flags.ENGINE_FLAGS.write_text('{"engine": %s, "flags": {\n%s\n}}\n' % (json.dumps(found["engine"]), ",\n".join(lines)))
+    text = ",\n".join(lines)
+    flags.ENGINE_FLAGS.write_text(f'{{"engine": {json.dumps(found["engine"])}, "flags": {{\n{text}\n}}}}\n')

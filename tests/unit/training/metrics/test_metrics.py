@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mixtral.errors import DivergedError
 from megatron_mixtral.training.metrics import writer as metrics
-from megatron_mixtral.training.metrics.imbalance import Imbalance
+from megatron_mixtral.training.metrics.expert_load import Imbalance
 from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
 
 
