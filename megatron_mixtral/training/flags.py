@@ -117,7 +117,7 @@ def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
             group.add_argument(*names.split(), **values | {"type": types.get(values.get("type"))})
     add_flags(parser)
     parser.set_defaults(**{item.name: item.default for item in dataclasses.fields(EngineFlags)})
-    given, unknown = parser.parse_known_args(strip_tokenizer(argv))
+    given, unknown = parser.parse_known_args(without(argv, "--tokenizer-type"))  # see pretrain._engine_args
     for word in unknown:
         flag = word.partition("=")[0]
         near = difflib.get_close_matches(flag, parser.flags(), 3) if flag.startswith("-") else ()
@@ -151,14 +151,14 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def strip_tokenizer(argv: Sequence[str]) -> list[str]:
-    """Drop `--tokenizer-type X`: training loads no tokenizer, and the engine does not know the names of our tools."""
+def without(argv: Sequence[str], flag: str) -> list[str]:
+    """The command line without a flag and its one value."""
     kept, skip = [], False
     for word in argv:
         if skip:
             skip = False
-        elif word == "--tokenizer-type":
+        elif word == flag:
             skip = True
-        elif not word.startswith("--tokenizer-type="):
+        elif not word.startswith(flag + "="):
             kept.append(word)
     return kept

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.training.flags import without
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # step ids from here on are the shells of sbatch and salloc, not tasks of srun
 _LOWEST_PORT, _PORTS = 10_000, 20_000  # below those that Linux gives to clients
@@ -65,9 +66,12 @@ def decide(environ: Mapping[str, str], needed: int, nproc: int | None = None) ->
 
 
 def torchrun(processes: int, argv: Sequence[str]) -> list[str]:
-    """The command that starts the program with this command line as so many ranks of this machine."""
+    """The command that starts the program with this command line as so many ranks of this machine.
+
+    torchrun would take `--nproc`, wherever it stands, for the beginning of a flag of its own.
+    """
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-            "-m", "megatron_mixtral", "pretrain", *argv]
+            "-m", "megatron_mixtral", "pretrain", *without(argv, "--nproc")]
 
 
 def is_first(environ: Mapping[str, str]) -> bool:

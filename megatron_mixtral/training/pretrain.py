@@ -16,7 +16,7 @@ from megatron_mixtral.errors import ConfigError, DivergedError, MixtralError, Ra
 from megatron_mixtral.planning import describe
 from megatron_mixtral.training import arguments, launch, preflight
 from megatron_mixtral.training.arguments import Run
-from megatron_mixtral.training.flags import add_flags, strip_tokenizer
+from megatron_mixtral.training.flags import add_flags, without
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
         add_flags(parser).set_defaults(**{**defaults, "moe_grouped_gemm": grouped})
         return parser
 
-    saved, sys.argv = sys.argv, [sys.argv[0], *strip_tokenizer(argv)]
+    # Training loads no tokenizer, and the engine does not know the names of our tools.
+    saved, sys.argv = sys.argv, [sys.argv[0], *without(argv, "--tokenizer-type")]
     try:
         args = parse_and_validate_args(extra)
     except (AssertionError, ValueError) as error:
