@@ -72,7 +72,7 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
 
 def _check_routers(flags: Flags, engine: EngineFlags, config: MixtralConfig, layout: ParallelLayout) -> None:
     if flags.log_expert_load and not (flags.metrics_file or engine.save):
-        raise ConfigError("--log-expert-load writes beside the figures of each step, and there is no place for these: "
+        raise ConfigError("--log-expert-load writes beside the metrics of each step, and there is no place for these: "
                           "give --save or --metrics-file")
     if flags.moe_aux_loss_convention == "hf" and layout.pp > 1:
         raise ConfigError(

@@ -146,7 +146,7 @@ def test_the_expert_load_selects_experts(seen: Outcome, folder: Path, hf: Path) 
     assert all(total[layer, experts].min() >= total[layer].sort().values[2] for layer, experts in enumerate(chosen))
 
 
-def test_the_same_figures_everywhere(seen: Outcome, folder: Path) -> None:
+def test_the_same_metrics_everywhere(seen: Outcome, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged: dict[int, dict[str, float]] = {1: {}, 2: {}}
@@ -168,7 +168,7 @@ def test_the_same_figures_everywhere(seen: Outcome, folder: Path) -> None:
         seen.steps[1]["expert_imbalance_worst"])
 
 
-def test_figures_agree_with_one_another(seen: Outcome, hf: Path) -> None:
+def test_metrics_agree_with_one_another(seen: Outcome, hf: Path) -> None:
     flops = MixtralConfig.from_hf_dir(hf).training_flops_per_token(SEQUENCE)
     for figures in seen.steps.values():
         assert figures["tokens"] == 4 * SEQUENCE
