@@ -11,16 +11,6 @@ from megatron_mixtral.planning import report, search
 from megatron_mixtral.planning.search import Candidate, Question
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
 
-_HELP = {
-    "devices": "number of devices",
-    "device_memory": "memory of a device, GB (1e9 bytes)",
-    "device_tflops": "dense bf16 peak of a device, TFLOP/s",
-    "device_bandwidth": "bandwidth of a device's memory, GB/s",
-    "intra_node_gbps": "link of a device inside its node, Gb/s in one direction (NVLink 4: 3600)",
-    "inter_node_gbps": "link of a device to other nodes, Gb/s in one direction (one NDR InfiniBand adapter: 400)",
-    "devices_per_node": "devices of a node",
-}
-
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description="Rank the parallel layouts of a Mixtral that fit a machine.")
@@ -29,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--hf-checkpoint", help="Hugging Face Mixtral directory; its config.json is read")
     for item in fields(Machine):
         needed = item.name == "devices"
-        found.add_argument("--" + item.name.replace("_", "-"), type=item.type, required=needed, help=_HELP[item.name],
-                           default=None if needed else item.default)
+        found.add_argument("--" + item.name.replace("_", "-"), type=item.type, required=needed,
+                           default=None if needed else item.default, help=item.metadata["help"])
     found.add_argument("--seq-length", type=int, default=4096)
     found.add_argument("--global-batch-size", type=int, required=True)
     found.add_argument("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help="sizes to try")

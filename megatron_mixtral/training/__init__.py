@@ -13,5 +13,5 @@ if TYPE_CHECKING:
     from megatron_mixtral.training.cli import calc as calc_command
     from megatron_mixtral.training.cli import plot as plot_command
     from megatron_mixtral.training.cli import pretrain as pretrain_command
-    from megatron_mixtral.training.loss import masked_sum
+    from megatron_mixtral.training.micro_batch import masked_sum
 __all__, __getattr__, __dir__ = door(__name__, __file__)

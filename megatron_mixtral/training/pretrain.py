@@ -1,4 +1,4 @@
-"""The training program: providers, forward step, one call of the engine. `training/cli.py` makes a command of it."""
+"""The training program: checks, arguments, one call of the engine. `training/cli.py` makes a command of it."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def _run(argv: list[str]) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_mixtral.training import micro_batch
     from megatron_mixtral.training.checkpoints import CheckpointManager, write_identity
     from megatron_mixtral.training.metrics import install
 
@@ -73,12 +74,9 @@ def _run(argv: list[str]) -> None:
     manager = CheckpointManager(args)
     runtime.lead_checkpoints_through(manager)
     load = install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
-    datasets, forward_step = partial(_datasets, args), _forward_step
-    if args.is_instruction_dataset:
-        from megatron_mixtral.training import finetune
-
-        datasets, forward_step = partial(finetune.datasets, args), finetune.forward_step
-    datasets.is_distributed = True  # every rank that needs data reads its own; see _datasets
+    forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
+    datasets = partial(micro_batch.datasets, args)
+    datasets.is_distributed = True  # every rank that needs data reads its own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
@@ -106,6 +104,7 @@ def build_index_cache(argv: Sequence[str]) -> None:
     preflight.check_data(resolved)
     from megatron_mixtral import runtime
 
+    runtime.set_variables({"WORLD_SIZE": str(resolved.ranks.world)})
     args = _engine_args(resolved, argv, runtime.ready(training=True))
     if args.is_instruction_dataset:
         raise ConfigError("--is-instruction-dataset needs no index cache: packed samples are read in their order")
@@ -114,8 +113,10 @@ def build_index_cache(argv: Sequence[str]) -> None:
     from megatron.training import get_train_valid_test_num_samples
     from megatron.training.training import update_train_iters
 
+    from megatron_mixtral.training import micro_batch
+
     update_train_iters(args)
-    built = _datasets(args, get_train_valid_test_num_samples())
+    built = micro_batch.datasets(args, get_train_valid_test_num_samples())
     for name, dataset in zip(("training", "validation", "test"), built, strict=True):
         if dataset is not None:
             logger.info("%s: %d samples, index in %s", name, len(dataset), dataset.config.path_to_cache)
@@ -168,9 +169,6 @@ def _end_at_signals(args: Namespace) -> Callable[[], None]:
     return save_first
 
 
-# -- providers -------------------------------------------------------------------------------------------
-
-
 def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, post_process: bool = True,
            vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
@@ -188,67 +186,3 @@ def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, 
                 chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
     load.watch(model)
     return model
-
-
-def _datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any:
-    """The engine's datasets provider. Each rank that reads does so for itself: the files are memory-mapped, so this
-    costs less than a broadcast of every batch.
-    """
-    from megatron.training import get_tokenizer
-
-    from megatron_mixtral.data.datasets import pretraining as data
-    from megatron_mixtral.data.datasets.blend import blend_of
-
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
-    blends = [blend_of(words) for words in per_split] if any(per_split) else None
-    return data.build(
-        samples, tokenizer=get_tokenizer(), seq_length=args.seq_length, seed=args.seed, blend=blend_of(args.data_path),
-        blend_per_split=blends, split=args.split if blends is None else None, cache=args.data_cache_path,
-        is_built_on_rank=lambda: _reads(args, vp_stage),
-        reset_position_ids=args.reset_position_ids, reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss, mmap_bin_files=args.mmap_bin_files,
-        num_dataset_builder_threads=args.num_dataset_builder_threads)
-
-
-def _reads(args: Namespace, vp_stage: int | None) -> bool:
-    """Whether this stage needs batches: the first and the last, and all whose routers must know the trained tokens."""
-    from megatron.training.utils import is_first_or_last_pipeline_stage
-
-    return is_first_or_last_pipeline_stage(vp_stage) or (args.calculate_per_token_loss and args.eod_mask_loss)
-
-
-# -- one micro-batch -------------------------------------------------------------------------------------
-
-_BATCH = ("tokens", "labels", "loss_mask", "position_ids")
-
-
-def _batch(data_iterator: Iterator[dict[str, Any]] | None, reads: bool) -> dict[str, Any]:
-    """The next micro-batch on this rank's device: each [micro_batch, sequence], or None in the middle stages."""
-    import torch
-    from megatron.core import mpu
-    from megatron.core.utils import get_batch_on_this_cp_rank
-
-    if data_iterator is None or not reads:
-        return dict.fromkeys(_BATCH)
-    sample = next(data_iterator)
-    batch = {name: sample[name].to(torch.cuda.current_device(), non_blocking=True) for name in _BATCH}
-    if mpu.get_context_parallel_world_size() > 1:
-        batch = get_batch_on_this_cp_rank({**batch, "cu_seqlens": None}, is_hybrid_cp=False,
-                                          cp_group=mpu.get_context_parallel_group())
-    return batch
-
-
-def _forward_step(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> tuple[Any, Any]:
-    """The engine's forward step: (token losses or hidden states, the function that makes the loss of them)."""
-    from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_args, get_timers
-
-    from megatron_mixtral.training.loss import masked_sum
-
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = _batch(data_iterator, _reads(get_args(), get_attr_wrapped_model(model, "vp_stage")))
-    timers("batch-generator").stop()
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
-                   loss_mask=batch["loss_mask"])
-    return output, partial(masked_sum, loss_mask_bs=batch["loss_mask"])

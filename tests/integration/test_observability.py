@@ -47,10 +47,10 @@ def _slow_optimizer() -> None:
     from megatron.core import timers
 
     from megatron_mixtral.runtime.engine_fixes import adam
-    from megatron_mixtral.training import pretrain as program
+    from megatron_mixtral.training import micro_batch
 
     now = 1000.0
-    forward, optimizer = program._forward_step, adam.FusedAdam.step
+    forward, optimizer = micro_batch.text_step, adam.FusedAdam.step
 
     def forward_step(*args: object) -> object:
         nonlocal now
@@ -62,7 +62,7 @@ def _slow_optimizer() -> None:
         now += OPTIMIZER
         return optimizer(*args, **kwargs)
 
-    program._forward_step, adam.FusedAdam.step = forward_step, step
+    micro_batch.text_step, adam.FusedAdam.step = forward_step, step
     timers.time = SimpleNamespace(time=lambda: now)
 
 

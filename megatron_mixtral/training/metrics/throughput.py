@@ -3,8 +3,8 @@
 Read are our `metrics.jsonl`, the output of the training program, and XTuner's log. The averages are tokens per second
 and device (TGS):
 
-- mean: of the steps' own rates, as published figures of XTuner are made. Fast steps count as much as slow ones, so it is
-  never below the next, and far above it where steps differ (arithmetic against harmonic mean).
+- mean: of the steps' own rates, as published figures of XTuner are made. Fast steps count as much as slow ones, so it
+  is never below the next, and far above it where steps differ (arithmetic against harmonic mean).
 - time-weighted mean: each step weighted by its seconds, which is all tokens / all time. This is the throughput.
 - median: of the steps' own rates; a few disturbed steps do not move it.
 """

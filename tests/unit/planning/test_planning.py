@@ -11,7 +11,6 @@ from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RunShape, cli
 from megatron_mixtral.planning.memory import stage_memory
 from megatron_mixtral.planning.parameters import stage_parameters
-from megatron_mixtral.planning.schedule import bubble, chunks_in_flight
 from megatron_mixtral.planning.search import Question, plan
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate, predicted_step
 
@@ -42,12 +41,12 @@ def test_parameters_of_all_shards_are_the_model(sizes: dict[str, int], tied: boo
 
 def test_bubble_and_chunks_in_flight_are_those_of_the_schedules() -> None:
     plain, interleaved = shape(16, 128, ep=2, pp=8), shape(64, ep=8, pp=4, vpp=8)
-    assert plain.micro_batches == 64 and bubble(plain) == 7 / 64
-    assert [chunks_in_flight(plain, stage) for stage in range(8)] == [8, 7, 6, 5, 4, 3, 2, 1]
-    assert interleaved.micro_batches == 16 and bubble(interleaved) == 3 / (8 * 16)
-    assert [chunks_in_flight(interleaved, stage) for stage in range(4)] == [35, 33, 31, 29]
+    assert plain.micro_batches == 64 and plain.bubble == 7 / 64
+    assert [plain.chunks_in_flight(stage) for stage in range(8)] == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert interleaved.micro_batches == 16 and interleaved.bubble == 3 / (8 * 16)
+    assert [interleaved.chunks_in_flight(stage) for stage in range(4)] == [35, 33, 31, 29]
     few = RunShape(MIXTRAL, ParallelLayout(pp=8, ep=2, world=16), 4096, 1, 4)
-    assert chunks_in_flight(few, 0) == 2  # no more than there are
+    assert few.chunks_in_flight(0) == 2  # no more than there are
 
 
 def test_memory_by_kind_of_a_bf16_run() -> None:
