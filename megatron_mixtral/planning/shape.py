@@ -81,7 +81,7 @@ class RunShape:
         layers = self.config.num_hidden_layers
         return sum(len(self.layout.layers_of(stage, layers, chunk)) for chunk in range(self.layout.vpp))
 
-    # -- The pipeline schedule: 1F1B, or the interleaved one of Narayanan et al. 2021 (arXiv 2104.04473, section 2.2), as
+    # -- The pipeline schedule: 1F1B, or the interleaved one of Narayanan et al. 2021 (arXiv 2104.04473, 2.2), as
     # `megatron.core.pipeline_parallel.schedules` has them.
 
     @property

@@ -120,8 +120,10 @@ def _rank_of_task(environ: Mapping[str, str], world: int) -> dict[str, str]:
     rank, local = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
     if rank >= world:
         raise ConfigError(f"SLURM_PROCID is {rank} in a step of {world} tasks")
-    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local),
-            "LOCAL_WORLD_SIZE": str(_tasks_of_node(environ, world)),
+    here = _tasks_of_node(environ, world)
+    if environ.get("SLURM_GPUS_PER_TASK", "").endswith("1") and "," not in environ.get("CUDA_VISIBLE_DEVICES", ","):
+        local, here = 0, 1  # each task sees its own GPU alone, as the first
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(here),
             "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodes),
             "MASTER_PORT": environ.get("MASTER_PORT") or str(_LOWEST_PORT + (16 * job + step) % _PORTS)}
 

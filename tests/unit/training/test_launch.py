@@ -48,6 +48,9 @@ def test_a_task_of_slurm_is_a_rank() -> None:
     found = launch.decide(part, 1)
     assert found.world == 6 and found.variables["MASTER_ADDR"] == "gpu008"
     assert found.variables["LOCAL_WORLD_SIZE"] == "2"
+    bound = {**TASK, "SLURM_GPUS_PER_TASK": "h100:1", "CUDA_VISIBLE_DEVICES": "0"}
+    assert launch.decide(bound, 1).variables["LOCAL_RANK"] == "0"
+    assert launch.decide({**bound, "CUDA_VISIBLE_DEVICES": "0,1,2"}, 1).variables["LOCAL_RANK"] == "1"
 
 
 @pytest.mark.parametrize("alone", [
