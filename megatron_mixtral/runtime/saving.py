@@ -1,8 +1,8 @@
-"""Where the engine's saving and loading are led past a checkpoint manager, which decides on directories and failures.
+"""Where the engine's saving and loading are led past the checkpoint manager.
 
 The engine has no hook for this: it writes into the checkpoint's final directory, opens the tracker for writing (empty
 until the write), and ends the run when a save fails. Here a save writes into a directory that the manager gives, and
-the manager is told how it went, on all ranks together. The manager is `training/checkpoints/manager.py`.
+the manager is told how it went, on all ranks together. `training/checkpoints/manager.py` has it.
 
 Failures that all ranks learn of are survived. The engine shares those of writing tensors; those of the small files that
 rank 0 alone writes are taken down here, because the other ranks would wait for it in a collective.

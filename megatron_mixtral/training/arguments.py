@@ -40,38 +40,38 @@ class Run:
 
 def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     """Resolve model, layout and ranks. Raises `ConfigError` for anything that cannot work."""
-    flags, engine = parse(argv)
-    _check_saving(flags, engine)
-    if engine.use_mp_args_from_checkpoint_args:
+    flags, given = parse(argv)
+    _check_saving(flags, given)
+    if given.use_mp_args_from_checkpoint_args:
         raise ConfigError("--use-mp-args-from-checkpoint-args: the layout is checked before the checkpoint is read, so "
                           "it is needed on the command line; drop the flag and give the sizes (a distributed "
                           "checkpoint is read in any layout)")
-    config = _one_config(flags, engine)
-    layout = _layout(engine, config).validate(config)
+    config = _one_config(flags, given)
+    layout = _layout(given, config).validate(config)
     ranks = launch.decide(environ, layout.min_world, flags.nproc)
     layout = dataclasses.replace(layout, world=ranks.world)
     layout.validate(config, {**TRAINING_FLAGS, "world": ranks.changed_by})
-    _check_routers(flags, engine, config, layout)
-    if engine.seq_length is not None and engine.seq_length > config.max_position_embeddings:
-        raise ConfigError(f"--seq-length {engine.seq_length} is longer than the model's max_position_embeddings "
+    _check_routers(flags, given, config, layout)
+    if given.seq_length is not None and given.seq_length > config.max_position_embeddings:
+        raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
-    has_checkpoint = engine.load is not None and (Path(engine.load) / TRACKER).is_file()
+    has_checkpoint = given.load is not None and (Path(given.load) / TRACKER).is_file()
     load_hf = flags.hf_checkpoint is not None and not has_checkpoint
-    if load_hf and engine.pretrained_checkpoint:
+    if load_hf and given.pretrained_checkpoint:
         raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")
     if has_checkpoint:
-        start = _start(engine.load)
+        start = _start(given.load)
     elif load_hf:
         start = f"Hugging Face weights {flags.hf_checkpoint}"
-    elif engine.pretrained_checkpoint:
-        start = _start(engine.pretrained_checkpoint)
+    elif given.pretrained_checkpoint:
+        start = _start(given.pretrained_checkpoint)
     else:
         start = "random weights"
-    return Run(flags, engine, config, layout, ranks, start, load_hf)
+    return Run(flags, given, config, layout, ranks, start, load_hf)
 
 
-def _check_routers(flags: Flags, engine: EngineFlags, config: MixtralConfig, layout: ParallelLayout) -> None:
-    if flags.log_expert_load and not (flags.metrics_file or engine.save):
+def _check_routers(flags: Flags, given: EngineFlags, config: MixtralConfig, layout: ParallelLayout) -> None:
+    if flags.log_expert_load and not (flags.metrics_file or given.save):
         raise ConfigError("--log-expert-load writes beside the metrics of each step, and there is no place for these: "
                           "give --save or --metrics-file")
     if flags.moe_aux_loss_convention == "hf" and layout.pp > 1:
@@ -79,17 +79,17 @@ def _check_routers(flags: Flags, engine: EngineFlags, config: MixtralConfig, lay
             "--moe-aux-loss-convention hf pools the loss over all layers, and --pipeline-model-parallel-size "
             f"{layout.pp} spreads them over ranks that work on different micro-batches: use the convention megatron, "
             f"where --moe-aux-loss-coeff {aux_loss_coefficient(config, 'megatron'):g} (its default) is as strong")
-    if engine.cuda_graph_impl != "none" and list(engine.cuda_graph_modules) != ["attn"]:
-        raise ConfigError(f"--cuda-graph-impl {engine.cuda_graph_impl} would capture the routers, whose loads and "
+    if given.cuda_graph_impl != "none" and list(given.cuda_graph_modules) != ["attn"]:
+        raise ConfigError(f"--cuda-graph-impl {given.cuda_graph_impl} would capture the routers, whose loads and "
                           "losses are noted by Python code that a graph does not run again: add --cuda-graph-modules "
                           "attn, or leave the flag out")
 
 
-def _check_saving(flags: Flags, engine: EngineFlags) -> None:
+def _check_saving(flags: Flags, given: EngineFlags) -> None:
     if flags.save_total_limit is not None and flags.save_total_limit < 1:
         raise ConfigError(f"--save-total-limit {flags.save_total_limit} would remove every checkpoint; give 1 or more")
-    every, export = engine.save_interval, flags.export_hf_interval
-    if export is not None and (engine.save is None or every is None):
+    every, export = given.save_interval, flags.export_hf_interval
+    if export is not None and (given.save is None or every is None):
         raise ConfigError(f"--export-hf-interval {export} converts saved checkpoints: give --save and --save-interval")
     if export is not None and (export < 1 or export % every):
         raise ConfigError(f"--export-hf-interval {export} is not a multiple of --save-interval {every}; an export is "
@@ -107,11 +107,11 @@ def _start(directory: str) -> str:
 _NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")
 
 
-def _one_config(flags: Flags, engine: EngineFlags) -> MixtralConfig:
+def _one_config(flags: Flags, given: EngineFlags) -> MixtralConfig:
     """The architecture from whatever names one; all that do must agree."""
     found: list[tuple[str, MixtralConfig]] = []
     for name in ("load", "pretrained_checkpoint"):
-        directory = getattr(engine, name)
+        directory = getattr(given, name)
         if directory and (Path(directory) / CONFIG_FILE).is_file():
             found.append((f"--{name.replace('_', '-')} {directory}", MixtralConfig.from_checkpoint(directory)))
     if flags.hf_checkpoint:
@@ -131,10 +131,10 @@ def _one_config(flags: Flags, engine: EngineFlags) -> MixtralConfig:
     return first
 
 
-def _layout(engine: EngineFlags, config: MixtralConfig) -> ParallelLayout:
-    vpp = engine.num_virtual_stages_per_pipeline_rank or 1
-    per_chunk = engine.num_layers_per_virtual_pipeline_stage
-    pp = engine.pipeline_model_parallel_size
+def _layout(given: EngineFlags, config: MixtralConfig) -> ParallelLayout:
+    vpp = given.num_virtual_stages_per_pipeline_rank or 1
+    per_chunk = given.num_layers_per_virtual_pipeline_stage
+    pp = given.pipeline_model_parallel_size
     if per_chunk is not None:
         per_stage = config.num_hidden_layers // pp
         if per_chunk < 1 or per_stage % per_chunk:
@@ -142,9 +142,9 @@ def _layout(engine: EngineFlags, config: MixtralConfig) -> ParallelLayout:
                               f"layers of a pipeline stage ({config.num_hidden_layers} layers / pp {pp})")
         vpp = per_stage // per_chunk
     return ParallelLayout(
-        tp=engine.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=engine.expert_model_parallel_size,
-        etp=engine.expert_tensor_parallel_size, cp=engine.context_parallel_size,
-        first=engine.decoder_first_pipeline_num_layers, last=engine.decoder_last_pipeline_num_layers)
+        tp=given.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=given.expert_model_parallel_size,
+        etp=given.expert_tensor_parallel_size, cp=given.context_parallel_size,
+        first=given.decoder_first_pipeline_num_layers, last=given.decoder_last_pipeline_num_layers)
 
 
 # -- the engine's flags ----------------------------------------------------------------------------------

@@ -140,6 +140,12 @@ def test_a_dry_run_imports_neither_torch_nor_the_engine() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_help_lists_the_flags_of_the_engine_and_ours() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--help"], capture_output=True,
+                          text=True, check=True)
+    assert "--adam-beta1 " in done.stdout and "how many ranks to start on this" in done.stdout
+
+
 def test_defaults_that_matter() -> None:
     run = resolve(["--model", "mixtral-8x7b", "--tensor-model-parallel-size", "2"], {"WORLD_SIZE": "2"})
     defaults = engine_defaults(run, "local", "gloo")
