@@ -16,8 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout, preset
-from megatron_mixtral.planning import RunShape
-from megatron_mixtral.planning.step_time import Machine, model_flops_rate, step_time
+from megatron_mixtral.planning import Machine, RunShape, model_flops_rate, predicted_step
 
 A100 = {"device_tflops": 312.0, "device_bandwidth": 2039.0, "intra_node_gbps": 2400.0, "inter_node_gbps": 200.0}
 
@@ -58,7 +57,7 @@ def megatron_share(model: MixtralConfig, seq_length: int) -> float:
 def row(run: Published) -> str:
     model = preset(run.model)
     shape = RunShape(model, run.layout, 4096, 1, run.batch, run.recompute)
-    seconds = step_time(shape, run.machine).total
+    seconds = predicted_step(shape, run.machine).total
     if run.tflops is not None:
         unit, published = "TFLOP/s", run.tflops
         predicted = model_flops_rate(shape, seconds) * megatron_share(model, 4096) / 1e12

@@ -22,7 +22,7 @@ class DataError(MixtralError):
 
 
 class DivergedError(MixtralError):
-    """Loss or gradient are not finite, step after step. Raised on the rank that writes the figures."""
+    """Loss or gradient are not finite, step after step. Raised on the rank that writes the metrics."""
 
 
 class RankLostError(MixtralError):

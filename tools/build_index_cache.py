@@ -12,18 +12,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mixtral.errors import MixtralError
-from megatron_mixtral.training import pretrain
+from megatron_mixtral.training import build_index_cache_command
 
 
 def main(argv: list[str]) -> int:
     """0 when the cache is there, 1 with one sentence otherwise."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        pretrain.build_index_cache(argv)
+        return build_index_cache_command(argv)
     except MixtralError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mixtral.errors import MixtralError
-from megatron_mixtral.planning import cli
+from megatron_mixtral.planning import plan_command
 
 
 def main(argv: list[str]) -> int:
     """Print the ranking; 0, or 1 with a sentence where nothing fits."""
     try:
-        for line in cli.lines(argv):
-            print(line)
+        return plan_command(argv)
     except MixtralError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line of `tools/plan_layout.py`."""
+"""The planner on the command line: which layouts of a Mixtral fit a machine, fastest first."""
 
 import argparse
 import json
@@ -7,19 +7,9 @@ from dataclasses import asdict, fields
 
 from megatron_mixtral.config import MixtralConfig, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.planning import report
-from megatron_mixtral.planning.search import Candidate, Question, plan
+from megatron_mixtral.planning import report, search
+from megatron_mixtral.planning.search import Candidate, Question
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
-
-_HELP = {
-    "devices": "number of devices",
-    "device_memory": "memory of a device, GB (1e9 bytes)",
-    "device_tflops": "dense bf16 peak of a device, TFLOP/s",
-    "device_bandwidth": "bandwidth of a device's memory, GB/s",
-    "intra_node_gbps": "link of a device inside its node, Gb/s in one direction (NVLink 4: 3600)",
-    "inter_node_gbps": "link of a device to other nodes, Gb/s in one direction (one NDR InfiniBand adapter: 400)",
-    "devices_per_node": "devices of a node",
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--hf-checkpoint", help="Hugging Face Mixtral directory; its config.json is read")
     for item in fields(Machine):
         needed = item.name == "devices"
-        found.add_argument("--" + item.name.replace("_", "-"), type=item.type, required=needed, help=_HELP[item.name],
-                           default=None if needed else item.default)
+        found.add_argument("--" + item.name.replace("_", "-"), type=item.type, required=needed,
+                           default=None if needed else item.default, help=item.metadata["help"])
     found.add_argument("--seq-length", type=int, default=4096)
     found.add_argument("--global-batch-size", type=int, required=True)
     found.add_argument("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help="sizes to try")
@@ -39,14 +29,21 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Print the ranking. Raises `ConfigError` where nothing fits."""
+    for line in lines(argv):
+        print(line)
+    return 0
+
+
 def lines(argv: Sequence[str]) -> Iterator[str]:
-    """What the tool prints. Raises `ConfigError` where nothing fits, with the smallest that does not."""
+    """What the command prints. Raises `ConfigError` where nothing fits, with the smallest that does not."""
     args = parser().parse_args(argv)
     config = preset(args.model) if args.model else MixtralConfig.from_hf_dir(args.hf_checkpoint)
     machine = Machine(**{item.name: getattr(args, item.name) for item in fields(Machine)})
     _check(args, config, machine)
     question = Question(config, machine, args.seq_length, args.global_batch_size, tuple(args.micro_batch_size))
-    fitting, too_large = plan(question)
+    fitting, too_large = search.plan(question)
     if not fitting:
         raise ConfigError(_nothing_fits(too_large, question))
     if args.json:

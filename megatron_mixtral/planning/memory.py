@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 
 from megatron_mixtral.planning import activations
 from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
-from megatron_mixtral.planning.schedule import chunks_in_flight, layers_in_flight
 from megatron_mixtral.planning.shape import RunShape
 
 
@@ -53,11 +52,11 @@ def _optimizer(shape: RunShape, parameters: StageParameters) -> float:
 
 
 def _activations(shape: RunShape, stage: int) -> float:
-    kept = layers_in_flight(shape, stage) * activations.layer(shape)
+    kept = shape.layers_in_flight(stage) * activations.layer(shape)
     if shape.recompute != "none":  # one layer at a time has what is computed again; there are no logits by then
         again = activations.layer(shape, recompute="none")
         again -= activations.layer(shape) if shape.recompute == "selective" else 0.0
         kept += max(0.0, again - (activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0))
     if stage == 0:
-        kept += chunks_in_flight(shape, stage) / shape.layout.vpp * activations.embedding(shape)
+        kept += shape.chunks_in_flight(stage) / shape.layout.vpp * activations.embedding(shape)
     return kept

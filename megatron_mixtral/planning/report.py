@@ -4,50 +4,37 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.planning.memory import fullest_stage, stage_memory
+from megatron_mixtral.disk import human_size
+from megatron_mixtral.planning.communication import Volume, communication_volume
+from megatron_mixtral.planning.memory import Memory, fullest_stage, stage_memory
 from megatron_mixtral.planning.parameters import stage_parameters
-from megatron_mixtral.planning.schedule import bubble, chunks_in_flight
 from megatron_mixtral.planning.search import Candidate
 from megatron_mixtral.planning.shape import RunShape
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
-from megatron_mixtral.planning.traffic import traffic
-
-_TERMS = {
-    "dense": "matrix products of attention, router and output layer", "attention": "scores and values",
-    "experts": "matrix products of the experts", "memory_bound": "norms, rotary, permutation, SwiGLU",
-    "launches": "kernel launches", "tensor": "tensor parallelism", "expert_tensor": "tensor parallelism of the experts",
-    "expert": "tokens to their experts and back", "context": "context parallelism", "pipeline": "between stages",
-    "bubble": "idle pipeline", "replicas": "gradients and weights of replicas, uncovered", "optimizer": "Adam",
-}
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def describe(shape: RunShape) -> list[str]:
     """What the run needs: one line a kind, for the stage that needs most."""
     stage = fullest_stage(shape)
     layout, parameters, memory = shape.layout, stage_parameters(shape, stage), stage_memory(shape, stage)
-    volume = traffic(shape, stage, parameters)
-    kinds = ", ".join(f"{item.name} {size(getattr(memory, item.name))}" for item in fields(memory))
-    sent = ", ".join(f"{item.name.replace('_', ' ')} {size(getattr(volume, item.name))}" for item in fields(volume)
-                     if getattr(volume, item.name))
+    volume = communication_volume(shape, stage, parameters)
+    kinds, sent = _by_kind(memory), _by_kind(volume, leave_out=0)
     return [
         f"batch: {shape.global_batch_size} x {shape.seq_length} tokens = {shape.micro_batches} micro-batch(es) of "
         f"{shape.micro_batch_size} on {layout.data_parallel} replica(s)",
         f"parameters per device: {parameters.dense / 1e6:.2f} M dense + {parameters.expert / 1e6:.2f} M in experts"
         + (f" (stage {stage} of {layout.pp}, which needs most)" if layout.pp > 1 else ""),
-        f"memory per device: {size(memory.total)} = {kinds}"
-        + (f"; activations of {chunks_in_flight(shape, stage)} model chunk(s) in flight" if layout.pp > 1 else "")
+        f"memory per device: {human_size(memory.total)} = {kinds}"
+        + (f"; activations of {shape.chunks_in_flight(stage)} model chunk(s) in flight" if layout.pp > 1 else "")
         + (f"; recompute {shape.recompute}" if shape.recompute != "none" else ""),
-        f"sent per device and step: {size(volume.total)}" + (f" = {sent}" if sent else ""),
-        f"pipeline bubble: {100 * bubble(shape):.1f} % of the time at work",
+        f"sent per device and step: {human_size(volume.total)}" + (f" = {sent}" if sent else ""),
+        f"pipeline bubble: {100 * shape.bubble:.1f} % of the time at work",
     ]
+
+
+def _by_kind(found: Memory | Volume, leave_out: float | None = None) -> str:
+    return ", ".join(f"{item.name.replace('_', ' ')} {human_size(getattr(found, item.name))}" for item in fields(found)
+                     if getattr(found, item.name) != leave_out)
 
 
 def ranking(candidates: Sequence[Candidate], top: int) -> list[str]:
@@ -60,19 +47,20 @@ def ranking(candidates: Sequence[Candidate], top: int) -> list[str]:
         lines.append(
             f"{place:>3} {str(shape.layout):<28} {shape.layout.data_parallel:>4} {shape.micro_batch_size:>4} "
             f"{shape.recompute:<10} {seconds:>8.2f} {rate:>13.0f} {model_flops_rate(shape, seconds) / 1e12:>12.0f} "
-            f"{100 * bubble(shape):>6.1f}% {size(one.needs):>9}")
+            f"{100 * shape.bubble:>6.1f}% {human_size(one.needs):>9}")
     return lines
 
 
 def explain(candidate: Candidate, machine: Machine) -> list[str]:
     """Where the predicted step goes, longest first, and what fills the memory."""
     total = candidate.step.total
-    terms = sorted(((getattr(candidate.step, name), name) for name in _TERMS), reverse=True)
+    terms = sorted(((getattr(candidate.step, item.name), item.name, item.metadata["is"])
+                    for item in fields(candidate.step)), reverse=True)
     lines = [f"{candidate.shape.layout}: a step of {total:.2f} s"]
-    lines += [f"  {100 * seconds / total:5.1f} %  {seconds:8.3f} s  {name.replace('_', ' '):<14} {_TERMS[name]}"
-              for seconds, name in terms if seconds > 0]
-    kinds = ", ".join(f"{item.name} {size(getattr(candidate.memory, item.name))}" for item in fields(candidate.memory))
-    return [*lines, f"  memory {size(candidate.needs)} of {machine.device_memory:g} GB with reserve: {kinds}"]
+    lines += [f"  {100 * seconds / total:5.1f} %  {seconds:8.3f} s  {name.replace('_', ' '):<14} {what}"
+              for seconds, name, what in terms if seconds > 0]
+    return [*lines, f"  memory {human_size(candidate.needs)} of {machine.device_memory:g} GB with reserve: "
+                    + _by_kind(candidate.memory)]
 
 
 def flags(shape: RunShape) -> list[str]:

@@ -7,7 +7,7 @@ from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning.memory import Memory, fullest_stage, stage_memory
 from megatron_mixtral.planning.shape import RECOMPUTE, RunShape
-from megatron_mixtral.planning.step_time import Machine, StepTime, step_time
+from megatron_mixtral.planning.step_time import Machine, StepTime, predicted_step
 
 MEMORY_SHARE = 0.92  # of a device's memory that a run may plan with: fragmentation
 RESERVED = 4e9  # bytes of a device for its context and communication buffers
@@ -47,7 +47,7 @@ def plan(question: Question) -> tuple[list[Candidate], list[Candidate]]:
     fits: dict[tuple, Candidate] = {}
     too_large: dict[tuple, Candidate] = {}
     for shape in shapes(question):
-        candidate = Candidate(shape, stage_memory(shape, fullest_stage(shape)), step_time(shape, question.machine))
+        candidate = Candidate(shape, stage_memory(shape, fullest_stage(shape)), predicted_step(shape, question.machine))
         layout = shape.layout
         key = (layout.tp, layout.pp, layout.ep, layout.etp, layout.cp, shape.micro_batch_size)
         if candidate.needs <= question.machine.device_memory * 1e9:

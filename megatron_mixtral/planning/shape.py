@@ -25,7 +25,6 @@ class RunShape:
     recompute: str = "none"
     weight_bytes: int = 2
     distributed_optimizer: bool = True
-    grouped_experts: bool = True
 
     def __post_init__(self) -> None:
         layout, data_parallel = self.layout, self.layout.data_parallel
@@ -81,3 +80,26 @@ class RunShape:
         """Transformer layers of a pipeline stage, all its virtual chunks together."""
         layers = self.config.num_hidden_layers
         return sum(len(self.layout.layers_of(stage, layers, chunk)) for chunk in range(self.layout.vpp))
+
+    # -- The pipeline schedule: 1F1B, or the interleaved one of Narayanan et al. 2021 (arXiv 2104.04473, 2.2), as
+    # `megatron.core.pipeline_parallel.schedules` has them.
+
+    @property
+    def bubble(self) -> float:
+        """Idle time of a pipeline as a share of the time at work: (pp - 1) / (vpp x micro-batches)."""
+        return (self.layout.pp - 1) / (self.layout.vpp * self.micro_batches)
+
+    def chunks_in_flight(self, stage: int) -> int:
+        """Model chunks whose activations a stage holds at its fullest moment.
+
+        1F1B: a stage is pp - stage - 1 micro-batches ahead of the first backward, and holds one more. Interleaved: each
+        stage warms up with 2 (pp - stage - 1) + (vpp - 1) pp chunks. No schedule holds more than there are.
+        """
+        pp, vpp = self.layout.pp, self.layout.vpp
+        if vpp == 1:
+            return min(self.micro_batches, pp - stage)
+        return min(self.micro_batches * vpp, 2 * (pp - stage - 1) + (vpp - 1) * pp + 1)
+
+    def layers_in_flight(self, stage: int) -> float:
+        """Layers times micro-batches whose activations a stage holds at its fullest moment."""
+        return self.chunks_in_flight(stage) * self.layers_of_stage(stage) / self.layout.vpp

@@ -5,13 +5,12 @@ uncovered of the reduction of gradients, and the optimizer. The constants below 
 Mixtral on H100 (docs/parallelism.md has the points, and the error of each).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from megatron_mixtral.planning import activations
+from megatron_mixtral.planning.communication import Volume, communication_volume
 from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
-from megatron_mixtral.planning.schedule import bubble
 from megatron_mixtral.planning.shape import RunShape
-from megatron_mixtral.planning.traffic import Traffic, traffic
 
 MATRIX_SHARE = 0.73  # of the peak, for large matrix products
 ATTENTION_SHARE = 0.45  # of the peak, for causal flash attention
@@ -27,18 +26,19 @@ UNCOVERED_PIPELINE = 0.25  # of the transfers between stages; interleaved stages
 
 @dataclass(frozen=True)
 class Machine:
-    """A cluster. Rates are per device and direction; `*_gbps` are gigabits per second, as links are sold.
-
-    Defaults are those of an H100 SXM node with one 400 Gb/s adapter a device.
+    """A cluster; each field is a flag of the planner. Defaults are those of an H100 SXM node with one 400 Gb/s adapter
+    a device.
     """
 
-    devices: int
-    device_memory: float = 80.0  # GB (1e9 bytes)
-    device_tflops: float = 989.0  # dense bf16 peak
-    device_bandwidth: float = 3350.0  # GB/s of the device's memory
-    intra_node_gbps: float = 3600.0
-    inter_node_gbps: float = 400.0
-    devices_per_node: int = 8
+    devices: int = field(metadata={"help": "number of devices"})
+    device_memory: float = field(default=80.0, metadata={"help": "memory of a device, GB (1e9 bytes)"})
+    device_tflops: float = field(default=989.0, metadata={"help": "dense bf16 peak of a device, TFLOP/s"})
+    device_bandwidth: float = field(default=3350.0, metadata={"help": "bandwidth of a device's memory, GB/s"})
+    intra_node_gbps: float = field(default=3600.0, metadata={
+        "help": "link of a device inside its node, Gb/s in one direction (NVLink 4: 3600)"})
+    inter_node_gbps: float = field(default=400.0, metadata={
+        "help": "link of a device to other nodes, Gb/s in one direction (one NDR InfiniBand adapter: 400)"})
+    devices_per_node: int = field(default=8, metadata={"help": "devices of a node"})
 
     def link(self, span: int) -> float:
         """Bytes per second of a group of neighbouring ranks that spans `span` of them."""
@@ -50,19 +50,19 @@ class Machine:
 class StepTime:
     """Seconds of one optimizer step, by what they are spent on."""
 
-    dense: float  # matrix products of attention, router and output layer
-    attention: float  # scores and their products with the values
-    experts: float
-    memory_bound: float  # norms, rotary embedding, permutation, SwiGLU, residuals
-    launches: float
-    tensor: float
-    expert_tensor: float
-    expert: float
-    context: float
-    pipeline: float
-    bubble: float
-    replicas: float
-    optimizer: float
+    dense: float = field(metadata={"is": "matrix products of attention, router and output layer"})
+    attention: float = field(metadata={"is": "scores and values"})
+    experts: float = field(metadata={"is": "matrix products of the experts"})
+    memory_bound: float = field(metadata={"is": "norms, rotary, permutation, SwiGLU"})
+    launches: float = field(metadata={"is": "kernel launches"})
+    tensor: float = field(metadata={"is": "tensor parallelism"})
+    expert_tensor: float = field(metadata={"is": "tensor parallelism of the experts"})
+    expert: float = field(metadata={"is": "tokens to their experts and back"})
+    context: float = field(metadata={"is": "context parallelism"})
+    pipeline: float = field(metadata={"is": "between stages"})
+    bubble: float = field(metadata={"is": "idle pipeline"})
+    replicas: float = field(metadata={"is": "gradients and weights of replicas, uncovered"})
+    optimizer: float = field(metadata={"is": "Adam"})
 
     @property
     def total(self) -> float:
@@ -74,12 +74,12 @@ def model_flops_rate(shape: RunShape, seconds: float) -> float:
     return shape.config.training_flops_per_token(shape.seq_length) * shape.tokens / seconds / shape.layout.world
 
 
-def step_time(shape: RunShape, machine: Machine) -> StepTime:
+def predicted_step(shape: RunShape, machine: Machine) -> StepTime:
     """The predicted step; the slowest stage decides, which is the last: it has the output layer."""
     stage = shape.layout.pp - 1
     parameters = stage_parameters(shape, stage)
     rounds = shape.layers_of_stage(stage) * shape.micro_batches
-    volume = traffic(shape, stage, parameters)
+    volume = communication_volume(shape, stage, parameters)
     work = {
         "dense": rounds * _dense(shape, machine) + shape.micro_batches * _output_layer(shape, machine),
         "attention": rounds * _attention(shape, machine),
@@ -89,7 +89,7 @@ def step_time(shape: RunShape, machine: Machine) -> StepTime:
         "launches": rounds * LAUNCH_SECONDS,
         **_within_layers(shape, machine, volume),
     }
-    return StepTime(**work, bubble=bubble(shape) * sum(work.values()),
+    return StepTime(**work, bubble=shape.bubble * sum(work.values()),
                     replicas=UNCOVERED_REPLICAS * _replicas(shape, machine, volume),
                     optimizer=_optimizer(shape, machine, parameters))
 
@@ -136,7 +136,7 @@ def _experts(shape: RunShape, machine: Machine) -> float:
     return IMBALANCE * _passes(shape) * _product_seconds(flops, machine, rows, config.intermediate_size / layout.etp)
 
 
-def _within_layers(shape: RunShape, machine: Machine, volume: Traffic) -> dict[str, float]:
+def _within_layers(shape: RunShape, machine: Machine, volume: Volume) -> dict[str, float]:
     """Collectives that a layer waits for. Ranks of a group are neighbours: tp, then cp; etp, then ep; then replicas."""
     layout = shape.layout
     replicas_span = shape.layout.world // layout.pp
@@ -149,7 +149,7 @@ def _within_layers(shape: RunShape, machine: Machine, volume: Traffic) -> dict[s
     }
 
 
-def _replicas(shape: RunShape, machine: Machine, volume: Traffic) -> float:
+def _replicas(shape: RunShape, machine: Machine, volume: Volume) -> float:
     layout = shape.layout
     span = layout.world // layout.pp
     dense = volume.dense_gradients / machine.link(span if shape.dense_replicas > 1 else 1)

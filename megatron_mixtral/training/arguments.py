@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout, preset
+from megatron_mixtral.config import CONFIG_FILE, TRAINING_FLAGS, MixtralConfig, ParallelLayout, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training.flags import Flags, add_flags
+from megatron_mixtral.training import launch
+from megatron_mixtral.training.flags import EngineFlags, Flags, parse
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -24,8 +25,10 @@ class Run:
     """What is known before the engine is imported."""
 
     flags: Flags
+    engine: EngineFlags
     config: MixtralConfig
     layout: ParallelLayout
+    ranks: launch.Launch
     start: str  # where the weights come from, as a sentence for the log
     load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there
 
@@ -36,69 +39,57 @@ class Run:
 
 
 def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
-    """Resolve model and layout. Raises `ConfigError` for anything that cannot work."""
-    parser = add_flags(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-                 "context_parallel_size"):
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=1)
-    for name in ("expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank",
-                 "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers",
-                 "decoder_last_pipeline_num_layers", "seq_length", "max_position_embeddings"):
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
-    for name in ("load", "pretrained_checkpoint", "save"):
-        parser.add_argument("--" + name.replace("_", "-"), type=str, default=None)
-    parser.add_argument("--save-interval", type=int, default=None)
-    parser.add_argument("--use-mp-args-from-checkpoint-args", action="store_true")
-    parser.add_argument("--cuda-graph-impl", default="none")
-    parser.add_argument("--cuda-graph-modules", nargs="+", default=[])
-    known, _ = parser.parse_known_args(argv)
-    flags = Flags(**{item.name: getattr(known, item.name) for item in dataclasses.fields(Flags)})
-    _check_saving(flags, known)
-    if known.use_mp_args_from_checkpoint_args:
+    """Resolve model, layout and ranks. Raises `ConfigError` for anything that cannot work."""
+    flags, given = parse(argv)
+    _check_saving(flags, given)
+    if given.use_mp_args_from_checkpoint_args:
         raise ConfigError("--use-mp-args-from-checkpoint-args: the layout is checked before the checkpoint is read, so "
                           "it is needed on the command line; drop the flag and give the sizes (a distributed "
                           "checkpoint is read in any layout)")
-    config = _one_config(flags, known)
-    layout = _layout(known, config, int(environ.get("WORLD_SIZE", "1"))).validate(config)
-    _check_routers(flags, known, config, layout)
-    if known.seq_length is not None and known.seq_length > config.max_position_embeddings:
-        raise ConfigError(f"--seq-length {known.seq_length} is longer than the model's max_position_embeddings "
+    config = _one_config(flags, given)
+    layout = _layout(given, config).validate(config)
+    ranks = launch.decide(environ, layout.min_world, flags.nproc)
+    layout = dataclasses.replace(layout, world=ranks.world)
+    layout.validate(config, {**TRAINING_FLAGS, "world": ranks.changed_by})
+    _check_routers(flags, given, config, layout)
+    if given.seq_length is not None and given.seq_length > config.max_position_embeddings:
+        raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
-    has_checkpoint = known.load is not None and (Path(known.load) / TRACKER).is_file()
+    has_checkpoint = given.load is not None and (Path(given.load) / TRACKER).is_file()
     load_hf = flags.hf_checkpoint is not None and not has_checkpoint
-    if load_hf and known.pretrained_checkpoint:
+    if load_hf and given.pretrained_checkpoint:
         raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")
     if has_checkpoint:
-        start = _start(known.load)
+        start = _start(given.load)
     elif load_hf:
         start = f"Hugging Face weights {flags.hf_checkpoint}"
-    elif known.pretrained_checkpoint:
-        start = _start(known.pretrained_checkpoint)
+    elif given.pretrained_checkpoint:
+        start = _start(given.pretrained_checkpoint)
     else:
         start = "random weights"
-    return Run(flags, config, layout, start, load_hf)
+    return Run(flags, given, config, layout, ranks, start, load_hf)
 
 
-def _check_routers(flags: Flags, known: argparse.Namespace, config: MixtralConfig, layout: ParallelLayout) -> None:
-    if flags.log_expert_load and not (flags.metrics_file or known.save):
-        raise ConfigError("--log-expert-load writes beside the figures of each step, and there is no place for these: "
+def _check_routers(flags: Flags, given: EngineFlags, config: MixtralConfig, layout: ParallelLayout) -> None:
+    if flags.log_expert_load and not (flags.metrics_file or given.save):
+        raise ConfigError("--log-expert-load writes beside the metrics of each step, and there is no place for these: "
                           "give --save or --metrics-file")
     if flags.moe_aux_loss_convention == "hf" and layout.pp > 1:
         raise ConfigError(
             "--moe-aux-loss-convention hf pools the loss over all layers, and --pipeline-model-parallel-size "
             f"{layout.pp} spreads them over ranks that work on different micro-batches: use the convention megatron, "
             f"where --moe-aux-loss-coeff {aux_loss_coefficient(config, 'megatron'):g} (its default) is as strong")
-    if known.cuda_graph_impl != "none" and known.cuda_graph_modules != ["attn"]:
-        raise ConfigError(f"--cuda-graph-impl {known.cuda_graph_impl} would capture the routers, whose loads and "
+    if given.cuda_graph_impl != "none" and list(given.cuda_graph_modules) != ["attn"]:
+        raise ConfigError(f"--cuda-graph-impl {given.cuda_graph_impl} would capture the routers, whose loads and "
                           "losses are noted by Python code that a graph does not run again: add --cuda-graph-modules "
                           "attn, or leave the flag out")
 
 
-def _check_saving(flags: Flags, known: argparse.Namespace) -> None:
+def _check_saving(flags: Flags, given: EngineFlags) -> None:
     if flags.save_total_limit is not None and flags.save_total_limit < 1:
         raise ConfigError(f"--save-total-limit {flags.save_total_limit} would remove every checkpoint; give 1 or more")
-    every, export = known.save_interval, flags.export_hf_interval
-    if export is not None and (known.save is None or every is None):
+    every, export = given.save_interval, flags.export_hf_interval
+    if export is not None and (given.save is None or every is None):
         raise ConfigError(f"--export-hf-interval {export} converts saved checkpoints: give --save and --save-interval")
     if export is not None and (export < 1 or export % every):
         raise ConfigError(f"--export-hf-interval {export} is not a multiple of --save-interval {every}; an export is "
@@ -116,11 +107,11 @@ def _start(directory: str) -> str:
 _NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")
 
 
-def _one_config(flags: Flags, known: argparse.Namespace) -> MixtralConfig:
+def _one_config(flags: Flags, given: EngineFlags) -> MixtralConfig:
     """The architecture from whatever names one; all that do must agree."""
     found: list[tuple[str, MixtralConfig]] = []
     for name in ("load", "pretrained_checkpoint"):
-        directory = getattr(known, name)
+        directory = getattr(given, name)
         if directory and (Path(directory) / CONFIG_FILE).is_file():
             found.append((f"--{name.replace('_', '-')} {directory}", MixtralConfig.from_checkpoint(directory)))
     if flags.hf_checkpoint:
@@ -140,10 +131,10 @@ def _one_config(flags: Flags, known: argparse.Namespace) -> MixtralConfig:
     return first
 
 
-def _layout(known: argparse.Namespace, config: MixtralConfig, world: int) -> ParallelLayout:
-    vpp = known.num_virtual_stages_per_pipeline_rank or 1
-    per_chunk = known.num_layers_per_virtual_pipeline_stage
-    pp = known.pipeline_model_parallel_size
+def _layout(given: EngineFlags, config: MixtralConfig) -> ParallelLayout:
+    vpp = given.num_virtual_stages_per_pipeline_rank or 1
+    per_chunk = given.num_layers_per_virtual_pipeline_stage
+    pp = given.pipeline_model_parallel_size
     if per_chunk is not None:
         per_stage = config.num_hidden_layers // pp
         if per_chunk < 1 or per_stage % per_chunk:
@@ -151,9 +142,9 @@ def _layout(known: argparse.Namespace, config: MixtralConfig, world: int) -> Par
                               f"layers of a pipeline stage ({config.num_hidden_layers} layers / pp {pp})")
         vpp = per_stage // per_chunk
     return ParallelLayout(
-        tp=known.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=known.expert_model_parallel_size,
-        etp=known.expert_tensor_parallel_size, cp=known.context_parallel_size, world=world,
-        first=known.decoder_first_pipeline_num_layers, last=known.decoder_last_pipeline_num_layers)
+        tp=given.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=given.expert_model_parallel_size,
+        etp=given.expert_tensor_parallel_size, cp=given.context_parallel_size,
+        first=given.decoder_first_pipeline_num_layers, last=given.decoder_last_pipeline_num_layers)
 
 
 # -- the engine's flags ----------------------------------------------------------------------------------
@@ -285,16 +276,3 @@ def check_contradictions(args: argparse.Namespace, config: MixtralConfig) -> Non
             flag = _FLAG_OF.get(name, "--" + name.replace("_", "-"))
             raise ConfigError(f"{flag} {found} contradicts the model's {name} {expected}: drop the flag; the "
                               "architecture comes from the checkpoint or from --model")
-
-
-def strip_tokenizer(argv: list[str]) -> list[str]:
-    """Drop `--tokenizer-type X`: training loads no tokenizer, and the engine does not know the names of our tools."""
-    kept, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word == "--tokenizer-type":
-            skip = True
-        elif not word.startswith("--tokenizer-type="):
-            kept.append(word)
-    return kept

@@ -1,29 +1,47 @@
-"""Our flags beside the engine's: one declaration gives name, default, type and help.
+"""The command line of a training run: our flags, those of the engine that are needed early, and one parse of all.
 
-`training/arguments.py` reads them before torch is imported; the engine's parser gets them as its extra arguments, so
-that `--help` lists them and a checkpoint remembers them. Metadata: `help`, and `choices` where there are only some.
+`parse()` needs the standard library only. It knows every flag of the pinned engine by name, type and number of values
+from `engine_flags.json` (written and tested by tests/unit/training/test_engine_flags.py), so that a flag that nobody
+knows is refused before torch is imported, also in a dry run. The engine's own parser then gets the same words, with
+`Flags` as its extra arguments, so that a checkpoint remembers them.
 """
 
 import argparse
 import dataclasses
+import difflib
+import json
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_mixtral.errors import ConfigError
+
+ENGINE_FLAGS = Path(__file__).with_name("engine_flags.json")
 
 
 @dataclass(frozen=True)
 class Flags:
-    """A field is a flag: `bool` a switch; `str`, `int` or `float`, also with `| None`, a value."""
+    """Ours. A field is a flag: `bool` a switch; `str`, `int` or `float`, also with `| None`, a value. Metadata: `help`,
+    and `choices` where there are only some.
+    """
 
     model: str | None = field(default=None, metadata={
         "help": "preset that gives the architecture: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b"})
     hf_checkpoint: str | None = field(default=None, metadata={
         "help": "Hugging Face Mixtral directory to start from, where --load holds no checkpoint yet"})
+    nproc: int | None = field(default=None, metadata={
+        "help": "started plainly: how many ranks to start on this machine (default: as many as the layout needs)"})
     metrics_file: str | None = field(default=None, metadata={
-        "help": "where the figures of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
+        "help": "where the metrics of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
     moe_aux_loss_convention: str = field(default="megatron", metadata={
         "choices": ("megatron", "hf"),
         "help": "megatron: a balancing loss in each layer; hf: one over all layers, as transformers computes it "
                 "(docs/training.md#the-balancing-loss)"})
+    no_moe_grouped_gemm: bool = field(default=False, metadata={
+        "help": "one matrix product per expert, as the engine's local experts compute (the engine has the switch on "
+                "only)"})
     log_expert_load: bool = field(default=False, metadata={
         "help": "write each step's tokens of each expert of each layer to expert_load.jsonl beside the metrics file"})
     device_peak_tflops: float | None = field(default=None, metadata={
@@ -46,15 +64,101 @@ class Flags:
         "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
 
 
+@dataclass(frozen=True)
+class EngineFlags:
+    """The engine's flags that are looked at before the engine is imported; a field is `--` and its name."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    seq_length: int | None = None
+    micro_batch_size: int | None = None
+    eval_micro_batch_size: int | None = None
+    global_batch_size: int | None = None
+    decrease_batch_size_if_needed: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    use_distributed_optimizer: bool = False
+    recompute_granularity: str | None = None
+    recompute_modules: Sequence[str] = ()
+    cuda_graph_impl: str = "none"
+    cuda_graph_modules: Sequence[str] = ()
+    data_path: Sequence[str] = ()
+    train_data_path: Sequence[str] = ()
+    valid_data_path: Sequence[str] = ()
+    test_data_path: Sequence[str] = ()
+    load: str | None = None
+    pretrained_checkpoint: str | None = None
+    use_mp_args_from_checkpoint_args: bool = False
+    save: str | None = None
+    save_interval: int | None = None
+    no_save_optim: bool = False
+
+
+def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
+    """Every word of a command line, read once. `ConfigError` for a flag that neither we nor the engine has, for a value
+    that is missing or of another type, and for a flag that is cut short.
+    """
+    parser = _Parser(prog="pretrain", usage="pretrain [flag ...]", allow_abbrev=False,
+                     description="Train a Mixtral: a flag of megatron-core's training program, or one of ours.")
+    engine = json.loads(ENGINE_FLAGS.read_text(encoding="utf-8"))
+    group = parser.add_argument_group(engine["engine"])
+    types = {"int": int, "float": float}
+    for names, values in engine["flags"].items():
+        if values is None:
+            group.add_argument(*names.split(), action="store_true")
+        else:
+            group.add_argument(*names.split(), **values | {"type": types.get(values.get("type"))})
+    add_flags(parser)
+    parser.set_defaults(**{item.name: item.default for item in dataclasses.fields(EngineFlags)})
+    given, unknown = parser.parse_known_args(without(argv, "--tokenizer-type"))  # see pretrain._engine_args
+    for word in unknown:
+        flag = word.partition("=")[0]
+        near = difflib.get_close_matches(flag, parser.flags(), 3) if flag.startswith("-") else ()
+        raise ConfigError(f"{word} is neither a flag of {engine['engine']} nor one of ours, nor a value of the flag "
+                          "before it" + (f"; is it {' or '.join(near)}?" if near else ""))
+    ours, early = ({item.name: getattr(given, item.name) for item in dataclasses.fields(kind)}
+                   for kind in (Flags, EngineFlags))
+    return Flags(**ours), EngineFlags(**early)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def flags(self) -> Iterator[str]:
+        return (flag for action in self._actions for flag in action.option_strings)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `Flags` to a parser (the engine's extra_args_provider)."""
     group = parser.add_argument_group("megatron_mixtral")
     for item in dataclasses.fields(Flags):
-        flag = "--" + item.name.replace("_", "-")
+        flag, keywords = "--" + item.name.replace("_", "-"), {"help": item.metadata["help"]}
         if item.type is bool:
-            group.add_argument(flag, action="store_true", help=item.metadata["help"])
+            group.add_argument(flag, action="store_true", **keywords)
         else:
             kind = next(one for one in typing.get_args(item.type) or (item.type,) if one is not type(None))
-            group.add_argument(flag, type=kind, default=item.default, choices=item.metadata.get("choices"),
-                               help=item.metadata["help"])
+            group.add_argument(flag, type=kind, default=item.default, choices=item.metadata.get("choices"), **keywords)
     return parser
+
+
+def without(argv: Sequence[str], flag: str) -> list[str]:
+    """The command line without a flag and its one value."""
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == flag:
+            skip = True
+        elif not word.startswith(flag + "="):
+            kept.append(word)
+    return kept

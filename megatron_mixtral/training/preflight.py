@@ -3,17 +3,12 @@
 Nothing here imports torch or the engine, so the answer comes within a second or two. `training/pretrain.py` calls it.
 """
 
-import argparse
 import logging
-import shutil
-from pathlib import Path
 
 from megatron_mixtral.data.datasets import blend, instruction_files
+from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.planning import RunShape
-from megatron_mixtral.planning.memory import fullest_stage, stage_memory
-from megatron_mixtral.planning.report import size
-from megatron_mixtral.planning.search import RESERVED
+from megatron_mixtral.planning import RESERVED, RunShape, fullest_stage, stage_memory
 from megatron_mixtral.training.arguments import Run
 
 logger = logging.getLogger(__name__)
@@ -22,19 +17,12 @@ logger = logging.getLogger(__name__)
 SELECTIVE_MODULES = {"moe_act", "layernorm"}
 
 
-def shape_of(run: Run, argv: list[str]) -> RunShape | None:
+def shape_of(run: Run) -> RunShape | None:
     """The run's `RunShape`, or None without `--micro-batch-size` or `--seq-length`, for which the engine will ask.
 
     `ConfigError` where the batch does not divide.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("seq-length", "micro-batch-size", "global-batch-size"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("bf16", "fp16", "use-distributed-optimizer", "decrease-batch-size-if-needed"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--recompute-granularity", choices=("full", "selective"))
-    parser.add_argument("--recompute-modules", nargs="*", default=())
-    given, _ = parser.parse_known_args(argv)
+    given = run.engine
     if given.seq_length is None or given.micro_batch_size is None:
         return None
     recompute = given.recompute_granularity or "none"
@@ -49,27 +37,20 @@ def shape_of(run: Run, argv: list[str]) -> RunShape | None:
         weight_bytes=2 if given.bf16 or given.fp16 else 4, distributed_optimizer=given.use_distributed_optimizer)
 
 
-def check_data(run: Run, argv: list[str]) -> None:
+def check_data(run: Run) -> None:
     """`DataError` for data sets that are missing, damaged, too short for one sample, or of another vocabulary."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
-        parser.add_argument(f"--{name}", nargs="*")
-    given = vars(parser.parse_known_args(argv)[0])
-    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("seq-length", "micro-batch-size", "eval-micro-batch-size"):
-        sizes.add_argument(f"--{name}", type=int, default=1)
-    size, _ = sizes.parse_known_args(argv)
-    if run.flags.is_instruction_dataset:
-        if not any(given.values()):
-            raise ConfigError("--is-instruction-dataset needs --data-path PREFIX, as tools/preprocess_data.py wrote it")
-        if run.layout.cp > 1:
-            raise ConfigError(f"--is-instruction-dataset with --context-parallel-size {run.layout.cp}: samples are not "
-                              "cut over devices; set it to 1")
-        instruction_files.check([instruction_files.instruction_blend(words) for words in given.values()],
-                                run.config.vocab_size, size.seq_length,
-                                max(size.micro_batch_size, size.eval_micro_batch_size))
-    else:
-        blend.check([blend.blend_of(words) for words in given.values()], run.config.vocab_size, size.seq_length)
+    given, vocabulary, length = run.engine, run.config.vocab_size, run.engine.seq_length or 1
+    data = [given.data_path, given.train_data_path, given.valid_data_path, given.test_data_path]
+    if not run.flags.is_instruction_dataset:
+        blend.check([blend.blend_of(words) for words in data], vocabulary, length)
+        return
+    if not any(data):
+        raise ConfigError("--is-instruction-dataset needs --data-path PREFIX, as tools/preprocess_data.py wrote it")
+    if run.layout.cp > 1:
+        raise ConfigError(f"--is-instruction-dataset with --context-parallel-size {run.layout.cp}: samples are not cut "
+                          "over devices; set it to 1")
+    rows = max(given.micro_batch_size or 1, given.eval_micro_batch_size or 1)
+    instruction_files.check([instruction_files.instruction_blend(words) for words in data], vocabulary, length, rows)
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:
@@ -83,38 +64,32 @@ def check_memory(shape: RunShape, device_memory: int) -> None:
               "add --use-distributed-optimizer; tools/plan_layout.py ranks what fits")
     if fixed > device_memory:
         raise ConfigError(
-            f"the run does not fit: a device of stage {stage} needs {size(memory.weights)} for weights + "
-            f"{size(memory.gradients)} for gradients + {size(memory.optimizer)} for the optimizer = {size(fixed)}, "
-            f"and has {size(device_memory)}: {advice}")
+            f"the run does not fit: a device of stage {stage} needs {human_size(memory.weights)} for weights + "
+            f"{human_size(memory.gradients)} for gradients + {human_size(memory.optimizer)} for the optimizer = "
+            f"{human_size(fixed)}, and has {human_size(device_memory)}: {advice}")
     whole = memory.total + (RESERVED if device_memory > 4 * RESERVED else 0)
     if whole > device_memory:
         logger.warning(
             "the run is likely to run out of memory: with %s of activations and %s of logits a device of stage %d "
             "needs about %s and has %s; try --recompute-granularity, a smaller --micro-batch-size, or another layout",
-            size(memory.activations), size(memory.logits), stage, size(whole), size(device_memory))
+            human_size(memory.activations), human_size(memory.logits), stage, human_size(whole),
+            human_size(device_memory))
 
 
-def check_disk(shape: RunShape, argv: list[str]) -> None:
+def check_disk(run: Run, shape: RunShape) -> None:
     """`ConfigError` where the file system of `--save` has no room for one checkpoint.
 
     A checkpoint holds every weight once and, without `--no-save-optim`, fp32 weights and both moments. Nodes are
     assumed to share the file system.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--save")
-    parser.add_argument("--no-save-optim", action="store_true")
-    given, _ = parser.parse_known_args(argv)
-    if given.save is None:
+    save = run.engine.save
+    if save is None:
         return
-    per_parameter = shape.weight_bytes + (0 if given.no_save_optim else 12)
+    per_parameter = shape.weight_bytes + (0 if run.engine.no_save_optim else 12)
     parameters = shape.config.total_parameters
-    need = parameters * per_parameter
-    folder = Path(given.save).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    need, free = parameters * per_parameter, free_space(save)
     if need > free:
         raise ConfigError(
-            f"--save {given.save}: one checkpoint needs {size(need)} ({parameters / 1e9:.2f} G parameters x "
-            f"{per_parameter} bytes) and its file system has {size(free)} free: make room, save elsewhere, or leave "
-            "the optimizer out with --no-save-optim")
+            f"--save {save}: one checkpoint needs {human_size(need)} ({parameters / 1e9:.2f} G parameters x "
+            f"{per_parameter} bytes) and its file system has {human_size(free)} free: make room, save elsewhere, or "
+            "leave the optimizer out with --no-save-optim")

@@ -57,7 +57,7 @@ def _row_logits(rank: int, checkpoint: str, layout: dict[str, int], prefix: str,
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from megatron_mixtral.data.datasets.instruction import row_tensors
-    from megatron_mixtral.training.finetune import packed_params
+    from megatron_mixtral.training.micro_batch import packed_params
 
     [model] = engine.load_stages(checkpoint, layout)
     files, found = InstructionFiles(prefix), []
@@ -155,7 +155,7 @@ def _gradients(rank: int, checkpoint: str, seq_length: int, per_token: bool) -> 
     from megatron.training import global_vars
 
     from megatron_mixtral.data.datasets.instruction import row_tensors
-    from megatron_mixtral.training.finetune import forward_step
+    from megatron_mixtral.training.micro_batch import instruction_step
 
     global_vars._GLOBAL_TIMERS = Timers(0, "minmax")
     [model] = engine.load_stages(checkpoint, {}, calculate_per_token_loss=per_token, moe_aux_loss_coeff=3.0,
@@ -167,7 +167,7 @@ def _gradients(rank: int, checkpoint: str, seq_length: int, per_token: bool) -> 
         labels = np.where(np.arange(31) < 19, np.int32(-100), ids)
         rows.append({name: tensor[None] for name, tensor in row_tensors([(ids, labels)], seq_length).items()})
     get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(rows), model=model, num_microbatches=2,
+        forward_step_func=instruction_step, data_iterator=iter(rows), model=model, num_microbatches=2,
         seq_length=seq_length, micro_batch_size=1, forward_only=False)
     return [parameter.grad / (2 * 12 if per_token else 1) for parameter in model.parameters()]
 

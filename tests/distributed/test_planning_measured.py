@@ -12,9 +12,9 @@ from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.planning import RunShape, activations
+from megatron_mixtral.planning.communication import communication_volume
 from megatron_mixtral.planning.memory import stage_memory
 from megatron_mixtral.planning.parameters import stage_parameters
-from megatron_mixtral.planning.traffic import traffic
 
 MODEL = MixtralConfig(vocab_size=512, hidden_size=64, intermediate_size=224, num_hidden_layers=4,
                       num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=512)
@@ -81,19 +81,19 @@ def sent(found: dict[str, Any]) -> Counter[str]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_traffic(name: str) -> None:
+def test_communication_volume(name: str) -> None:
     """Of tokens within 5 % of a uniform routing: they are routed at random, and their weights travel with them."""
     shape = predicted(name)
     for rank, found in enumerate(measured(name)):
         stage = shape.layout.coord_of(rank).pp
         parameters = stage_parameters(shape, stage)
-        volume, seen = traffic(shape, stage, parameters), sent(found)
+        volume, seen = communication_volume(shape, stage, parameters), sent(found)
         assert seen["send"] == volume.pipeline
         assert seen["alltoall_base_"] == pytest.approx(volume.expert, rel=0.05)
         assert seen["allgather_"] + seen["reduce_scatter_"] == pytest.approx(volume.expert_tensor, rel=0.05)
         gathered = seen["_allgather_base_"] + seen["_reduce_scatter_base_"]
         assert gathered == pytest.approx(volume.tensor, rel=0.01, abs=2e3)
-        # fp32: half of the traffic between replicas are gradients.
+        # fp32: half of what goes between replicas are gradients.
         gradients = (volume.dense_gradients + volume.expert_gradients) / 2
         assert seen["reduce_scatter_tensor_coalesced_"] == pytest.approx(gradients, rel=0.01)
         if shape.layout.ep == 1:  # else the engine gathers each weight twice, unless --overlap-param-gather

@@ -87,7 +87,7 @@ def _forward_logits(iterator: Any, model: Any) -> Any:
 
 
 def _forward_loss(iterator: Any, model: Any) -> Any:
-    from megatron_mixtral.training.loss import masked_sum
+    from megatron_mixtral.training import masked_sum
 
     batch = next(iterator)
     tokens, labels = batch["tokens"], batch["labels"]

@@ -23,7 +23,7 @@ def micro_batches(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor
 
 
 def _forward(masks: bool, iterator: Any, model: Any) -> Any:
-    from megatron_mixtral.training.loss import masked_sum
+    from megatron_mixtral.training import masked_sum
 
     batch = next(iterator)
     positions = torch.arange(batch["tokens"].shape[1])[None]
@@ -41,7 +41,7 @@ def step(rank: int, checkpoint: str, layout: dict[str, int], batch: dict[str, to
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    from megatron_mixtral.training.metrics.expert_load import ExpertLoad
+    from megatron_mixtral.training.metrics import ExpertLoad
 
     chunks = engine.load_stages(checkpoint, layout, **options)
     config, load = chunks[0].config, ExpertLoad(chunks[0].mixtral.num_hidden_layers, config_experts(chunks), "cpu")

@@ -5,7 +5,6 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers.datasets import write_dataset
@@ -24,8 +23,8 @@ SECONDS = 5.0
 def refused(argv: list[str], world: int = 1) -> str:
     """The sentence with which the program ends; fails if it took longer than `SECONDS` of processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), *argv], capture_output=True,
-                          text=True, check=False, env={"WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"})
+    tool = [sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--nproc", str(world)]
+    done = subprocess.run([*tool, *argv], capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
@@ -70,20 +69,20 @@ def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     assert "expected model_type 'mixtral', found 'llama'" in refused([*TINY, "--hf-checkpoint", str(hf)])
 
 
-def shape(argv: list[str], world: int = 1) -> RunShape:
-    found = preflight.shape_of(resolve(argv, {"WORLD_SIZE": str(world)}), argv)
+def shape(argv: list[str]) -> RunShape:
+    found = preflight.shape_of(resolve(argv, {}))
     assert found is not None
     return found
 
 
 def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = shape([*TINY, "--bf16"])
-    need = run.config.total_parameters * 14
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
-    save = ["--save", str(tmp_path / "not" / "yet")]
+    argv = [*TINY, "--bf16", "--save", str(tmp_path / "not" / "yet")]
+    need = preset("tiny").total_parameters * 14
+    monkeypatch.setattr(preflight, "free_space", lambda path: need - 1)
     with pytest.raises(ConfigError, match=r"needs 195 MB \(0.01 G parameters x 14 bytes\) and .* has 195 MB free"):
-        preflight.check_disk(run, save)
-    preflight.check_disk(run, [*save, "--no-save-optim"])
+        preflight.check_disk(resolve(argv, {}), shape(argv))
+    without = [*argv, "--no-save-optim"]
+    preflight.check_disk(resolve(without, {}), shape(without))
 
 
 def test_memory_that_may_not_suffice_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

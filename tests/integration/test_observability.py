@@ -47,10 +47,10 @@ def _slow_optimizer() -> None:
     from megatron.core import timers
 
     from megatron_mixtral.runtime.engine_fixes import adam
-    from megatron_mixtral.training import pretrain as program
+    from megatron_mixtral.training import micro_batch
 
     now = 1000.0
-    forward, optimizer = program._forward_step, adam.FusedAdam.step
+    forward, optimizer = micro_batch.text_step, adam.FusedAdam.step
 
     def forward_step(*args: object) -> object:
         nonlocal now
@@ -62,7 +62,7 @@ def _slow_optimizer() -> None:
         now += OPTIMIZER
         return optimizer(*args, **kwargs)
 
-    program._forward_step, adam.FusedAdam.step = forward_step, step
+    micro_batch.text_step, adam.FusedAdam.step = forward_step, step
     timers.time = SimpleNamespace(time=lambda: now)
 
 
@@ -146,7 +146,7 @@ def test_the_expert_load_selects_experts(seen: Outcome, folder: Path, hf: Path) 
     assert all(total[layer, experts].min() >= total[layer].sort().values[2] for layer, experts in enumerate(chosen))
 
 
-def test_the_same_figures_everywhere(seen: Outcome, folder: Path) -> None:
+def test_the_same_metrics_everywhere(seen: Outcome, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged: dict[int, dict[str, float]] = {1: {}, 2: {}}
@@ -168,7 +168,7 @@ def test_the_same_figures_everywhere(seen: Outcome, folder: Path) -> None:
         seen.steps[1]["expert_imbalance_worst"])
 
 
-def test_figures_agree_with_one_another(seen: Outcome, hf: Path) -> None:
+def test_metrics_agree_with_one_another(seen: Outcome, hf: Path) -> None:
     flops = MixtralConfig.from_hf_dir(hf).training_flops_per_token(SEQUENCE)
     for figures in seen.steps.values():
         assert figures["tokens"] == 4 * SEQUENCE

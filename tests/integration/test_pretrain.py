@@ -121,7 +121,7 @@ def test_start_from_rank_directories_equals_start_from_hf(whole: Outcome, folder
     assert found.losses(1) == whole.losses(1)
 
 
-def test_figures_of_a_step(whole: Outcome, hf: Path) -> None:
+def test_metrics_of_a_step(whole: Outcome, hf: Path) -> None:
     for figures in whole.steps.values():
         tokens = BATCH * SEQUENCE
         rate = tokens / figures["step_seconds"] / 4

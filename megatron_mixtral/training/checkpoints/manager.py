@@ -1,19 +1,18 @@
 """What becomes of a run's checkpoints: published whole, summed, kept or removed, exported; and what a failure costs.
 
-`Keeper` answers the engine through `runtime/saving.py`; all of its methods run on all ranks. Rank 0 acts on the
-directory, the others learn how it went.
+`CheckpointManager` answers the engine through `runtime/saving.py`; all of its methods run on all ranks. Rank 0 acts on
+the directory, the others learn how it went.
 """
 
 import logging
-import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import CheckpointError, MixtralError
-from megatron_mixtral.planning.report import size
 from megatron_mixtral.training.checkpoints import directory as retention
 from megatron_mixtral.training.checkpoints import integrity as manifest
 from megatron_mixtral.training.checkpoints import resume
@@ -23,7 +22,7 @@ from megatron_mixtral.weights.formats.saved_args import saved_arguments
 logger = logging.getLogger(__name__)
 
 
-class Keeper:
+class CheckpointManager:
     """The checkpoints of one run. Made before torch.distributed is initialised, called after."""
 
     def __init__(self, args: Namespace) -> None:
@@ -155,7 +154,7 @@ class Keeper:
 
 def _space(directory: Path) -> str:
     try:
-        return f"{size(shutil.disk_usage(directory).free)} free on the disk"
+        return f"{human_size(free_space(directory))} free on the disk"
     except OSError as error:
         return str(error)
 

@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not finite: counted, and a run of them ends training with the samples they read.
 
-The engine skips such a step (`runtime/engine_fixes/nonfinite.py`); `metrics.StepWriter` asks here, once a step on
+The engine skips such a step (`runtime/engine_fixes/nonfinite.py`); `StepWriter` asks here, once a step on
 the last rank.
 """
 
@@ -22,17 +22,17 @@ class Divergence:
         self._samples: list[range] = []  # of the present run of skipped steps
         self.skipped = 0  # since the program started
 
-    def count(self, figures: Mapping[str, Any], samples: range) -> None:
-        """One step's figures, and the samples of its global batch: positions in the training set's order."""
-        wrong = {name: figures[name] for name in ("lm_loss", "grad_norm")
-                 if name in figures and not math.isfinite(figures[name])}
+    def count(self, metrics: Mapping[str, Any], samples: range) -> None:
+        """One step's metrics, and the samples of its global batch: positions in the training set's order."""
+        wrong = {name: metrics[name] for name in ("lm_loss", "grad_norm")
+                 if name in metrics and not math.isfinite(metrics[name])}
         if not wrong:
             self._samples = []
             return
         self.skipped += 1
         self._samples.append(samples)
         logger.warning("step %s is skipped and the weights stay as they were: %s; it read samples %d to %d of the "
-                       "training set", figures["iteration"],
+                       "training set", metrics["iteration"],
                        ", ".join(f"{name} {value}" for name, value in wrong.items()), samples.start, samples.stop - 1)
 
     def check(self) -> None:

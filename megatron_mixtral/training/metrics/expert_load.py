@@ -1,15 +1,32 @@
 """How many tokens each expert of each layer was given in a step, whatever the layout.
 
 A hook on each router counts the routing map that it returns, so the count is what the experts really got: after the
-engine's token dropping, if one was asked for, and without padding. `training/metrics/hooks.py` collects the counts
-of all
-ranks once a step.
+engine's token dropping, if one was asked for, and without padding. `training/metrics/hooks.py` collects the counts of
+all ranks once a step, and `Imbalance` makes one number of them.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """Tokens of a layer's busiest expert / tokens of its average expert: 1 is balanced, experts / top-k the worst."""
+
+    mean: float  # over the layers
+    worst: float  # of the most unbalanced layer
+    worst_layer: int  # its number from 0
+
+    @classmethod
+    def of(cls, tokens: Sequence[Sequence[int]]) -> "Imbalance":
+        """`tokens` [layers][experts]; a layer without tokens counts as balanced."""
+        ratios = [max(layer) * len(layer) / sum(layer) if sum(layer) else 1.0 for layer in tokens]
+        worst = max(range(len(ratios)), key=ratios.__getitem__)
+        return cls(sum(ratios) / len(ratios), ratios[worst], worst)
 
 
 class ExpertLoad:
@@ -30,7 +47,7 @@ class ExpertLoad:
         if not (router.training and torch.is_grad_enabled()):
             return
         _, chosen = outputs  # [tokens of this rank, experts] bool
-        padding = inputs[1] if len(inputs) > 1 else None  # [sequence, batch], True where a token is none
+        padding = inputs[1] if len(inputs) > 1 else None  # [sequence, batch], True at padding
         if padding is not None:
             chosen = chosen & ~padding.reshape(-1, 1)
         counts = chosen.sum(dim=0)

@@ -1,7 +1,7 @@
 """What a run tells of itself each step: installed once by `training/pretrain.py`, called by the engine.
 
-Two seams. The engine hands its scalars to its TensorBoard writer, in whose place `metrics.StepWriter` stands on the
-last rank; and every rank calls its tracker of MoE figures once a step, where the ranks' own figures are put together.
+Two seams. The engine hands its scalars to its TensorBoard writer, in whose place `StepWriter` stands on the
+last rank; and every rank calls its tracker of MoE metrics once a step, where the ranks' own metrics are put together.
 """
 
 from argparse import Namespace
@@ -63,7 +63,7 @@ def install(run: Run, args: Namespace, device: str, after_first_step: Callable[[
 
 
 def _metrics_file(run: Run, args: Namespace) -> Path | None:
-    """Where the figures of each step go, if anywhere."""
+    """Where the metrics of each step go, if anywhere."""
     if run.flags.metrics_file:
         return Path(run.flags.metrics_file)
     return Path(args.save) / "metrics.jsonl" if args.save else None

@@ -1,4 +1,4 @@
-"""Pictures of runs from what they wrote: loss, throughput, load of the experts. `tools/plot_run.py` calls `draw`.
+"""Pictures of runs from what they wrote: loss, throughput, load of the experts. `training/cli.py` calls `draw`.
 
 Several runs are drawn over one another, each in a colour that it keeps in all pictures. Only this module imports
 matplotlib (the extra `plot`).
@@ -26,20 +26,20 @@ _MANY = 60  # steps above which a curve is smoothed
 
 
 @dataclass(frozen=True)
-class RunFigures:
-    """What one run wrote: the figures of its steps, and the tokens of each expert of each layer in its last steps."""
+class RunMetrics:
+    """What one run wrote: the metrics of its steps, and the tokens of each expert of each layer in its last steps."""
 
     name: str
     steps: list[dict[str, Any]]  # in order, each once
     expert_tokens: list[list[int]] | None  # [layers][experts], summed; None without --log-expert-load
 
     def column(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one figure, where it was written and finite."""
+        """(steps, values) of one metric, where it was written and finite."""
         pairs = [(step["iteration"], step[key]) for step in self.steps if step.get(key) is not None]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def read_run(path: Path, name: str) -> RunFigures:
+def read_run(path: Path, name: str) -> RunMetrics:
     """A run's folder, or its metrics file. Steps that were taken twice count as they were taken last. `DataError`."""
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     steps = {line["iteration"]: line for line in _lines(metrics)}
@@ -51,7 +51,7 @@ def read_run(path: Path, name: str) -> RunFigures:
         by_step = {line["iteration"]: line["expert_load"] for line in _lines(load)}
         recent = [by_step[step] for step in sorted(by_step)[-_RECENT:]]
         tokens = [[sum(cell) for cell in zip(*rows, strict=True)] for rows in zip(*recent, strict=True)] or None
-    return RunFigures(name, [steps[step] for step in sorted(steps)], tokens)
+    return RunMetrics(name, [steps[step] for step in sorted(steps)], tokens)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def draw(paths: Sequence[Path], output: Path) -> list[Path]:
 # -- the pictures ----------------------------------------------------------------------------------------
 
 
-def loss(runs: Sequence[RunFigures]) -> Figure:
+def loss(runs: Sequence[RunMetrics]) -> Figure:
     """Language-model loss, and below it the balancing loss and the gradient norm."""
     figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
@@ -107,7 +107,7 @@ def loss(runs: Sequence[RunFigures]) -> Figure:
     return figure
 
 
-def throughput(runs: Sequence[RunFigures]) -> Figure:
+def throughput(runs: Sequence[RunMetrics]) -> Figure:
     """Tokens per second and device of each step with the run's own (all tokens / all time), and the memory."""
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -118,7 +118,7 @@ def throughput(runs: Sequence[RunFigures]) -> Figure:
         whole = sum(step["tokens_per_second_per_device"] * step["step_seconds"] for step in run.steps) / sum(seconds)
         top.axhline(whole, color=_colour(number), linestyle="--", linewidth=1)
         labels.append(f"{run.name}: {whole:,.1f}")
-    gibibytes = [RunFigures(run.name, [{**step, "gib": step["memory_bytes"] / 2**30} for step in run.steps
+    gibibytes = [RunMetrics(run.name, [{**step, "gib": step["memory_bytes"] / 2**30} for step in run.steps
                                        if "memory_bytes" in step], None) for run in runs]
     _curves(bottom, gibibytes, "gib", "memory of the\nfullest device (GiB)")
     for axes in (top, bottom):
@@ -129,7 +129,7 @@ def throughput(runs: Sequence[RunFigures]) -> Figure:
     return figure
 
 
-def expert_load(runs: Sequence[RunFigures]) -> Figure:
+def expert_load(runs: Sequence[RunMetrics]) -> Figure:
     """The busiest expert against the average one over the steps; below, each expert of each layer in the last steps."""
     mapped = [run for run in runs if run.expert_tokens is not None]
     rows = max((0.2 * len(run.expert_tokens) + 0.8 for run in mapped), default=0)
@@ -152,7 +152,7 @@ def expert_load(runs: Sequence[RunFigures]) -> Figure:
     return figure
 
 
-def _load_map(axes: Any, run: RunFigures) -> Any:
+def _load_map(axes: Any, run: RunMetrics) -> Any:
     """Tokens of each expert of each layer, as a multiple of the average; returns the image, for its scale."""
     relative = [[count * len(layer) / max(sum(layer), 1) for count in layer] for layer in run.expert_tokens]
     shown = axes.imshow(relative, cmap=colormaps["RdBu_r"], vmin=0, vmax=2, aspect="auto")
@@ -185,7 +185,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [statistics.median(values[max(0, at - half):at + half + 1]) for at in range(len(values))]
 
 
-def _curves(axes: Any, runs: Sequence[RunFigures], key: str, label: str) -> None:
+def _curves(axes: Any, runs: Sequence[RunMetrics], key: str, label: str) -> None:
     """One curve a run; of long runs also every step, faintly."""
     for number, run in enumerate(runs):
         steps, values = run.column(key)

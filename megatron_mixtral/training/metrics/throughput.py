@@ -1,12 +1,12 @@
-"""The throughput of a run, averaged over its steps, from whatever the run wrote. `tools/calc.py` prints it.
+"""The throughput of a run, averaged over its steps, from whatever the run wrote. `training/cli.py` prints it.
 
 Read are our `metrics.jsonl`, the output of the training program, and XTuner's log. The averages are tokens per second
 and device (TGS):
 
-- mean: of the steps' own figures, as published XTuner figures are made. Fast steps count as much as slow ones, so it is
-  never below the next, and far above it where steps differ (arithmetic against harmonic mean).
+- mean: of the steps' own rates, as published figures of XTuner are made. Fast steps count as much as slow ones, so it
+  is never below the next, and far above it where steps differ (arithmetic against harmonic mean).
 - time-weighted mean: each step weighted by its seconds, which is all tokens / all time. This is the throughput.
-- median: of the steps' own figures; a few disturbed steps do not move it.
+- median: of the steps' own rates; a few disturbed steps do not move it.
 """
 
 import json
@@ -68,8 +68,8 @@ def read(path: Path) -> dict[int, Step]:
 def _step_of(line: str) -> tuple[int, Step] | None:
     if line.startswith("{"):
         try:
-            figures = json.loads(line)
-            return figures["iteration"], Step(figures["tokens_per_second_per_device"], figures["step_seconds"])
+            metrics = json.loads(line)
+            return metrics["iteration"], Step(metrics["tokens_per_second_per_device"], metrics["step_seconds"])
         except (ValueError, KeyError):  # a line that a killed run left unfinished, or another program's
             return None
     found = _OURS.search(line) or _XTUNER.search(line)

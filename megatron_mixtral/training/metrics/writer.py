@@ -1,8 +1,8 @@
-"""The figures of each optimizer step: one line in the log, one JSON object in `metrics.jsonl`, TensorBoard, W&B.
+"""The metrics of each optimizer step: one line in the log, one JSON object in `metrics.jsonl`, TensorBoard, W&B.
 
 The engine hands each step's own values to its TensorBoard writer; `StepWriter` stands in that place on the last rank
 (`training/metrics/hooks.py` puts it there). Throughput counts all tokens of the global batch over the whole step: every
-micro-batch, the optimizer and the communication, but not saving and evaluation. docs/training.md defines every figure.
+micro-batch, the optimizer and the communication, but not saving and evaluation. docs/training.md defines every metric.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mixtral.training.metrics.divergence import Divergence
-from megatron_mixtral.training.metrics.imbalance import Imbalance
+from megatron_mixtral.training.metrics.expert_load import Imbalance
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _RECENT = 50  # steps whose median predicts the time left
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the figures of a step need to know about the run; none of it changes."""
+    """What the metrics of a step need to know about the run; none of it changes."""
 
     flops_per_token: int  # forward and backward, `MixtralConfig.training_flops_per_token`
     seq_length: int
@@ -68,7 +68,7 @@ class StepWriter:
                  train_iters: Callable[[], int | None], consumed_samples: Callable[[], int], path: Path | None = None,
                  load_path: Path | None = None, tensorboard: Any = None, tensorboard_interval: int = 1,
                  wandb: Any = None, max_nan_steps: int | None = None) -> None:
-        """`lap(iteration)` gives the step's seconds (`StepClock.lap`). The figures go to `path`, the tokens of each
+        """`lap(iteration)` gives the step's seconds (`StepClock.lap`). The metrics go to `path`, the tokens of each
         expert to `load_path`; `tensorboard` is a writer and gets every `tensorboard_interval`th step, `wandb` the
         module or a run, which the engine made. `max_nan_steps` ends the run (`divergence.py`).
         """
@@ -112,43 +112,43 @@ class StepWriter:
                             expert_imbalance_worst_layer=load.worst_layer)
 
     def finish_step(self) -> dict[str, Any]:
-        """Write the step's line and return its figures; called once after the engine has logged the step.
+        """Write the step's line and return its metrics; called once after the engine has logged the step.
 
         `DivergedError` after too many steps that are not finite.
         """
-        figures = self._figures()
-        consumed = figures["consumed_samples"]
-        self._divergence.count(figures, range(consumed - self._global_batch_size(), consumed))
-        figures["skipped_steps"] = self._divergence.skipped
+        metrics = self._metrics()
+        consumed = metrics["consumed_samples"]
+        self._divergence.count(metrics, range(consumed - self._global_batch_size(), consumed))
+        metrics["skipped_steps"] = self._divergence.skipped
         if self._file is not None:
-            _write_line(self._file, figures)
+            _write_line(self._file, metrics)
         if self._load_file is not None:
             _write_line(self._load_file, {"iteration": self._iteration, "expert_load": self._expert_tokens})
-        self._chart(figures)
-        logger.info("%s", _line(figures, self._train_iters()))
+        self._chart(metrics)
+        logger.info("%s", _line(metrics, self._train_iters()))
         self._values, self._expert_tokens = {}, []
         self._divergence.check()
-        return figures
+        return metrics
 
-    def _figures(self) -> dict[str, Any]:
+    def _metrics(self) -> dict[str, Any]:
         facts, seconds = self._facts, max(self._seconds, 1e-9)
         tokens = self._global_batch_size() * facts.seq_length
         rate = tokens / seconds
-        figures = {"iteration": self._iteration, "consumed_samples": self._consumed_samples(), **self._values,
+        metrics = {"iteration": self._iteration, "consumed_samples": self._consumed_samples(), **self._values,
                    "tokens": tokens, "step_seconds": seconds, "tokens_per_second": rate,
                    "tokens_per_second_per_device": rate / facts.devices,
                    "model_tflops_per_device": rate / facts.devices * facts.flops_per_token / 1e12}
         if facts.peak_tflops is not None:
-            figures["mfu"] = figures["model_tflops_per_device"] / facts.peak_tflops
+            metrics["mfu"] = metrics["model_tflops_per_device"] / facts.peak_tflops
         last = self._train_iters()
         self._recent.append(seconds)
         if last is not None:
-            figures["seconds_left"] = statistics.median(self._recent) * max(last - self._iteration, 0)
-        return figures
+            metrics["seconds_left"] = statistics.median(self._recent) * max(last - self._iteration, 0)
+        return metrics
 
-    def _chart(self, figures: dict[str, Any]) -> None:
-        """Our figures for TensorBoard and W&B, in the engine's style of names."""
-        charted = {name.replace("_", "-"): figures[name] for name in _OWN if name in figures}
+    def _chart(self, metrics: dict[str, Any]) -> None:
+        """Our metrics for TensorBoard and W&B, in the engine's style of names."""
+        charted = {name.replace("_", "-"): metrics[name] for name in _OWN if name in metrics}
         if self._load_file is not None:
             charted |= {f"expert-imbalance/layer-{layer}": Imbalance.of([tokens]).worst
                         for layer, tokens in enumerate(self._expert_tokens)}
@@ -178,16 +178,16 @@ def _write_line(file: TextIO, value: dict[str, Any]) -> None:
         logger.warning("%s cannot be written now: %s", file.name, error)
 
 
-def _line(figures: dict[str, Any], last: int | None) -> str:
+def _line(metrics: dict[str, Any], last: int | None) -> str:
     """The step's line in the log."""
-    parts = [f"step {figures['iteration']}" + (f"/{last}" if last else "")]
-    parts += [form.format(figures[name]) for name, form in _LINE if name in figures]
-    if "memory_bytes" in figures:
-        parts.append(f"memory {figures['memory_bytes'] / 2**30:.2f} GiB")
+    parts = [f"step {metrics['iteration']}" + (f"/{last}" if last else "")]
+    parts += [form.format(metrics[name]) for name, form in _LINE if name in metrics]
+    if "memory_bytes" in metrics:
+        parts.append(f"memory {metrics['memory_bytes'] / 2**30:.2f} GiB")
         parts.append("expert load {expert_imbalance:.2f} (layer {expert_imbalance_worst_layer}: "
-                     "{expert_imbalance_worst:.2f})".format(**figures))
-    parts.append(f"{figures['step_seconds']:.3f} s")
-    if "seconds_left" in figures:
-        minutes, seconds = divmod(round(figures["seconds_left"]), 60)
+                     "{expert_imbalance_worst:.2f})".format(**metrics))
+    parts.append(f"{metrics['step_seconds']:.3f} s")
+    if "seconds_left" in metrics:
+        minutes, seconds = divmod(round(metrics["seconds_left"]), 60)
         parts.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
     return " | ".join(parts)

@@ -4,7 +4,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ import pytest
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import arguments
-from megatron_mixtral.training.arguments import TRACKER, architecture_args, engine_defaults, resolve, strip_tokenizer
+from megatron_mixtral.training.arguments import TRACKER, architecture_args, engine_defaults, resolve
+from megatron_mixtral.training.flags import parse, without
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -85,11 +85,9 @@ def test_layers_per_virtual_stage() -> None:
     assert run.layout.vpp == 4
 
 
-def test_wrong_layout_is_refused_within_seconds_by_the_program() -> None:
-    start = time.monotonic()
+def test_wrong_layout_is_refused_by_the_program() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--model", "mixtral-8x7b",
                            "--tensor-model-parallel-size", "3"], capture_output=True, text=True, check=False)
-    assert time.monotonic() - start < 5.0
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "8 = 2 x 3 + 2; set --tensor-model-parallel-size to one of 1, 2, 4, 8" in done.stderr
 
@@ -106,6 +104,43 @@ def test_dry_run_says_what_would_run_and_starts_nothing() -> None:
     kinds = [line.split(":")[0] for line in needs]
     assert kinds == ["batch", "parameters per device", "memory per device", "sent per device and step",
                      "pipeline bubble"]
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    ("--no-such-flag 3", "--no-such-flag is neither a flag of megatron-core 0.19.2 nor one of ours"),
+    ("--tensor-model-parallel 2", "is it --tensor-model-parallel-size or "),  # argparse would take the beginning
+    ("--hf-check x", "is it --hf-checkpoint"),
+    ("--lr 1e-3 1e-4", "1e-4 is neither a flag"),
+    ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+    ("--recompute-granularity half", "argument --recompute-granularity: invalid choice: 'half'"),
+    ("--save", "argument --save: expected one argument"),
+])
+def test_flags_that_nobody_has_are_refused_in_a_dry_run(words: str, sentence: str) -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--model", "tiny", "--dry-run"]
+    done = subprocess.run([*tool, *words.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_parse_gives_every_value_its_type() -> None:
+    flags, engine = parse("--model=tiny --log-expert-load --max-nan-steps 3 --data-path 0.5 a 0.5 b --bf16 --lr 1e-3 "
+                          "--persistent-save-interval 7 --tokenizer-type OurOwn --seq-length 16".split())
+    assert (flags.model, flags.log_expert_load, flags.max_nan_steps, flags.dry_run) == ("tiny", True, 3, False)
+    assert (engine.data_path, engine.bf16, engine.fp16) == (["0.5", "a", "0.5", "b"], True, False)
+    assert (engine.save_interval, engine.seq_length, engine.micro_batch_size) == (7, 16, None)
+
+
+def test_a_dry_run_imports_neither_torch_nor_the_engine() -> None:
+    code = ("import sys; from megatron_mixtral.training import pretrain_command; pretrain_command(sys.argv[1:]); "
+            "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])")
+    argv = ["--model", "tiny", "--seq-length", "64", "--micro-batch-size", "1", "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_the_flags_of_the_engine_and_ours() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--help"], capture_output=True,
+                          text=True, check=True)
+    assert "--adam-beta1 " in done.stdout and "how many ranks to start on this" in done.stdout
 
 
 def test_defaults_that_matter() -> None:
@@ -149,6 +184,6 @@ def test_flags_of_other_models_are_refused(flags: str, parser: argparse.Argument
         arguments.check_contradictions(parser.parse_args(flags.split()), preset("tiny"))
 
 
-def test_tokenizer_type_is_dropped() -> None:
-    assert strip_tokenizer(["--a", "--tokenizer-type", "PretrainedFromHF", "--b"]) == ["--a", "--b"]
-    assert strip_tokenizer(["--tokenizer-type=X", "--b", "1"]) == ["--b", "1"]
+def test_a_flag_is_dropped_with_its_value() -> None:
+    assert without(["--a", "--tokenizer-type", "PretrainedFromHF", "--b"], "--tokenizer-type") == ["--a", "--b"]
+    assert without(["--tokenizer-type=X", "--b", "1"], "--tokenizer-type") == ["--b", "1"]

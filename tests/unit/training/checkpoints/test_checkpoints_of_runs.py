@@ -184,19 +184,19 @@ def test_another_kind_of_optimizer_needs_a_decision() -> None:
 
 
 def _cannot_begin(rank: int, save: str) -> tuple[Path | None, str | None, list[str]]:
-    """Begin a save where the directory has become a file: (draft, what the keeper remembers, what it says)."""
+    """Begin a save where the directory has become a file: (draft, what the manager remembers, what it says)."""
     import logging
 
-    from megatron_mixtral.training.checkpoints import manager as keeper
+    from megatron_mixtral.training.checkpoints import manager as module
 
-    kept = keeper.Keeper(Namespace(save=save, rank=0, save_retain_interval=None, hf_checkpoint=None,
-                                   export_hf_interval=None))
+    manager = module.CheckpointManager(Namespace(save=save, rank=0, save_retain_interval=None, hf_checkpoint=None,
+                                                 export_hf_interval=None))
     Path(save).rmdir()
     Path(save).touch()
     said: list[str] = []
-    keeper.logger.addHandler(handler := logging.Handler())
+    module.logger.addHandler(handler := logging.Handler())
     handler.emit = lambda record: said.append(record.getMessage())
-    return kept.begin(3), kept.unsaved, said
+    return manager.begin(3), manager.unsaved, said
 
 
 def test_a_save_that_cannot_begin_is_reported(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_save_that_cannot_begin_is_reported(tmp_path: Path) -> None:
 
 
 def _cannot_write(rank: int, directory: str) -> tuple[list[str], list[str]]:
-    """What the engine's writers of small files do where the directory is gone: (problems, what the keeper heard)."""
+    """What the engine's writers of small files do where the directory is gone: (problems, what the manager heard)."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.core import CheckpointingConfig
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync

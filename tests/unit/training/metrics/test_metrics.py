@@ -1,4 +1,4 @@
-"""The figures of a step: its own, over the whole step, in the log and in the file."""
+"""The metrics of a step: its own, over the whole step, in the log and in the file."""
 
 import json
 import logging
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_mixtral.errors import DivergedError
-from megatron_mixtral.training.metrics import writer as metrics
-from megatron_mixtral.training.metrics.imbalance import Imbalance
+from megatron_mixtral.training.metrics import writer as module
+from megatron_mixtral.training.metrics.expert_load import Imbalance
 from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
 
 
@@ -45,7 +45,7 @@ def writer(**given: Any) -> StepWriter:
     return StepWriter(facts, **{**defaults, **given})
 
 
-def test_step_is_written_once_with_its_own_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_step_is_written_once_with_its_own_metrics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seconds = iter([2.0, 4.0])
     out = writer(lap=lambda iteration: next(seconds), path=tmp_path / "run" / "metrics.jsonl", peak=0.5,
                  load_path=tmp_path / "run" / "expert_load.jsonl")
@@ -73,7 +73,7 @@ def test_step_is_written_once_with_its_own_figures(tmp_path: Path, caplog: pytes
             "expert load 2.00 (layer 1: 3.00) | 4.000 s | 0:00:24 left") in caplog.text
 
 
-def test_a_figure_of_one_step_is_not_the_next_ones(tmp_path: Path) -> None:
+def test_a_metric_of_one_step_is_not_the_next_ones(tmp_path: Path) -> None:
     """A skipped step has no loss: the last one's must not stand in."""
     out = writer()
     out.add_scalar("lm loss", 2.0, 1)
@@ -136,7 +136,7 @@ def test_steps_that_are_not_finite_are_counted_and_end_the_run(tmp_path: Path) -
 
 def test_a_full_disk_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
     full = open("/dev/full", "a", encoding="utf-8")
-    metrics._write_line(full, {"iteration": 1})
+    module._write_line(full, {"iteration": 1})
     assert "/dev/full cannot be written now: [Errno 28]" in caplog.text
     with pytest.raises(OSError):  # the line is still there
         full.close()

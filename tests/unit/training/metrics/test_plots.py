@@ -23,7 +23,7 @@ def write_run(folder: Path, steps: int, loads: bool = True) -> Path:
     return folder
 
 
-def test_curves_and_maps_hold_the_figures_of_the_runs(tmp_path: Path) -> None:
+def test_curves_and_maps_hold_the_metrics_of_the_runs(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "x" / "one", 10), write_run(tmp_path / "x" / "two", 80, loads=False)
     runs = [pictures.read_run(path, path.name) for path in (one, two)]
     top, *_ = pictures.loss(runs).axes

@@ -5,7 +5,7 @@ of the whole from each device, an all-to-all keeps 1/n at home. `tests/distribut
 collectives of a real step against it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_mixtral.planning.parameters import StageParameters
 from megatron_mixtral.planning.shape import RunShape
@@ -20,7 +20,7 @@ _ALL_TO_ALLS = 4
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Volume:
     """Bytes sent by one device of a stage in one optimizer step."""
 
     tensor: float  # tensor parallelism of attention, embedding and output layer
@@ -33,12 +33,11 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        return (self.tensor + self.expert_tensor + self.expert + self.pipeline + self.context + self.dense_gradients
-                + self.expert_gradients)
+        return sum(getattr(self, item.name) for item in fields(self))
 
 
-def traffic(shape: RunShape, stage: int, parameters: StageParameters) -> Traffic:
-    """The traffic of one device of pipeline stage `stage`."""
+def communication_volume(shape: RunShape, stage: int, parameters: StageParameters) -> Volume:
+    """What one device of pipeline stage `stage` sends."""
     layout, config = shape.layout, shape.config
     hidden = shape.tokens_per_micro_batch * config.hidden_size * shape.weight_bytes  # one activation, bytes
     rounds = shape.layers_of_stage(stage) * shape.micro_batches
@@ -46,7 +45,7 @@ def traffic(shape: RunShape, stage: int, parameters: StageParameters) -> Traffic
     routed = hidden / layout.tp * config.num_experts_per_tok  # copies of tokens that leave one device's router
     tensor = _ATTENTION_PASSES * rounds * again * hidden * (layout.tp - 1) / layout.tp
     tensor += _outer_tensor(shape, stage, hidden)
-    return Traffic(
+    return Volume(
         tensor=tensor,
         expert_tensor=_EXPERT_TENSOR_PASSES * rounds * again * routed * (layout.etp - 1),
         expert=_ALL_TO_ALLS * rounds * again * routed * (layout.ep - 1) / layout.ep,
