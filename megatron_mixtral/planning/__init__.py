@@ -4,6 +4,12 @@
 `--dry-run`, and `tools/plan_layout.py` ranks layouts by them.
 """
 
-from megatron_mixtral.planning.shape import RunShape
+from typing import TYPE_CHECKING
 
-__all__ = ["RunShape"]
+from megatron_mixtral._door import door
+
+if TYPE_CHECKING:
+    from megatron_mixtral.planning.cli import plan_command
+    from megatron_mixtral.planning.shape import RunShape
+
+__all__, __getattr__, __dir__ = door(__name__, __file__)

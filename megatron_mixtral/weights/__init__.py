@@ -5,3 +5,16 @@ formats), `streaming` (how bytes move), `convert` (from any source to any sink),
 
 Nothing here needs torch to move a weight; only a cast imports it.
 """
+
+from typing import TYPE_CHECKING
+
+from megatron_mixtral._door import door
+
+if TYPE_CHECKING:
+    from megatron_mixtral.weights.cli import convert as convert_command
+    from megatron_mixtral.weights.cli import inspect as inspect_command
+    from megatron_mixtral.weights.cli import megatron_to_hf as megatron_to_hf_command
+    from megatron_mixtral.weights.cli import select_experts as select_experts_command
+    from megatron_mixtral.weights.cli import upcycle as upcycle_command
+
+__all__, __getattr__, __dir__ = door(__name__, __file__)
