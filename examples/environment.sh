@@ -62,7 +62,7 @@ env_find_uv() {
         if "$candidate" --version >/dev/null 2>&1; then printf '%s\n' "$candidate" && return; fi
     done
     rm -rf "$boot"
-    if "$python" -m venv "$boot" >&2 && "$boot/bin/python" -m pip install --quiet uv >&2; then
+    if "$python" -m venv "$boot" >&2 && "$boot/bin/python" -m pip install --quiet --disable-pip-version-check uv >&2; then
         printf '%s\n' "$boot/bin/uv"
         return
     fi
