@@ -1,15 +1,25 @@
 """The commands of a training run: each takes its arguments, returns an exit status and raises `MixtralError`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mixtral.errors import DivergedError, MixtralError, RankLostError
+
 
 def pretrain(argv: Sequence[str]) -> int:
-    """Train; 0 when training ended as asked."""
+    """Train; 0 when training ended as asked, 1 on a rank that leaves an error to rank 0."""
     from megatron_mixtral.training import pretrain as program
 
-    program.run(list(argv))
+    try:
+        program.run(list(argv))
+    except (DivergedError, RankLostError):
+        raise
+    except MixtralError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        return 1
     return 0
 
 

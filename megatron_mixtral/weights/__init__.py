@@ -11,10 +11,6 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.weights.cli import convert as convert_command
-    from megatron_mixtral.weights.cli import inspect as inspect_command
-    from megatron_mixtral.weights.cli import megatron_to_hf as megatron_to_hf_command
-    from megatron_mixtral.weights.cli import select_experts as select_experts_command
-    from megatron_mixtral.weights.cli import upcycle as upcycle_command
+    from megatron_mixtral.weights import cli
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)
