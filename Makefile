@@ -2,7 +2,7 @@
 SHELL := bash
 ENV := source examples/environment.sh &&
 
-.PHONY: help check format lint unit test clean
+.PHONY: help check format lint unit test lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,6 +21,13 @@ unit:  ## unit tests only
 
 test:  ## the whole everyday suite
 	bash tests/run.sh
+
+# A version in the lock stays as long as it fits pyproject.toml; UPGRADE="--upgrade-package torch", or --upgrade for all.
+lock:  ## renew requirements.lock after a change of the dependencies (UPGRADE=... for newer versions)
+	$(ENV) PATH="$$PATH:$(CURDIR)/.venv.bootstrap/bin" uv pip compile --quiet --universal --python-version 3.12 \
+	    --generate-hashes --annotation-style line --extra dev $(UPGRADE) \
+	    --custom-compile-command 'make lock (UPGRADE=... for newer versions); environment.sh installs it' \
+	    --output-file requirements.lock pyproject.toml
 
 clean:  ## what the quickstart made; the environment stays
 	rm -rf work_quickstart .pytest_cache .ruff_cache .hypothesis build

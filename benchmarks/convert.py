@@ -30,8 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from _clone import ROOT
 
 from megatron_mixtral.config import MixtralConfig  # noqa: E402
 from megatron_mixtral.weights.rules import hf_tensors  # noqa: E402

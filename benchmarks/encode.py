@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import _clone  # noqa: F401 - makes the imports below work
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import awkward  # noqa: E402

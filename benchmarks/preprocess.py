@@ -32,8 +32,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from _clone import ROOT
 
 from megatron_mixtral.data.preprocess.workers import BATCH_CHARACTERS  # noqa: E402
 from megatron_mixtral.tokenizer.engines.base import SpecialTokens  # noqa: E402

@@ -11,9 +11,8 @@ are compared in its own convention.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401 - makes the imports below work
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout, preset
 from megatron_mixtral.planning import Machine, RunShape, model_flops_rate, predicted_step

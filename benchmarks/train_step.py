@@ -36,8 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import _clone  # noqa: F401 - makes the imports below work
 
 from megatron_mixtral import runtime  # noqa: E402
 

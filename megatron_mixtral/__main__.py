@@ -7,23 +7,24 @@ the command is known, so the list of commands needs neither torch nor numpy.
 
 import importlib
 import logging
+import operator
 import os
 import sys
 from collections.abc import Sequence
 
 from megatron_mixtral import __version__
-from megatron_mixtral.errors import DivergedError, MixtralError, RankLostError
+from megatron_mixtral.errors import MixtralError
 
 PROGRAM = "megatron-mixtral"
 COMMANDS = {  # name: (room, what it offers, one line)
     "preprocess": ("data", "preprocess_command", "tokenize text or dialogues into .bin/.idx datasets"),
     "merge": ("data", "merge_command", "join .bin/.idx datasets into one"),
     "inspect-dataset": ("data", "inspect_dataset_command", "show and check a .bin/.idx dataset"),
-    "convert": ("weights", "convert_command", "Hugging Face to Megatron, Megatron to another layout, and back"),
-    "convert-to-hf": ("weights", "megatron_to_hf_command", "a Megatron checkpoint to a Hugging Face folder"),
-    "inspect": ("weights", "inspect_command", "say what a model or checkpoint folder is, and if it is whole"),
-    "select-experts": ("weights", "select_experts_command", "keep some experts of every layer: 8x7B to 4x7B"),
-    "upcycle": ("weights", "upcycle_command", "make a Mixtral of a dense Mistral or Llama"),
+    "convert": ("weights", "cli.convert", "Hugging Face to Megatron, Megatron to another layout, and back"),
+    "convert-to-hf": ("weights", "cli.megatron_to_hf", "a Megatron checkpoint to a Hugging Face folder"),
+    "inspect": ("weights", "cli.inspect", "say what a model or checkpoint folder is, and if it is whole"),
+    "select-experts": ("weights", "cli.select_experts", "keep some experts of every layer: 8x7B to 4x7B"),
+    "upcycle": ("weights", "cli.upcycle", "make a Mixtral of a dense Mistral or Llama"),
     "plan": ("planning", "plan_command", "rank the parallel layouts that fit a machine, by predicted step time"),
     "pretrain": ("training", "pretrain_command", "train, with tensor, pipeline, expert and data parallelism"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
@@ -33,7 +34,6 @@ COMMANDS = {  # name: (room, what it offers, one line)
 # Set before anything is imported, unless the user has set them. OpenBLAS reads its variable when numpy is imported, and
 # starts its threads then. Preprocessing has no use for them, and a process with threads cannot fork its workers.
 VARIABLES = {"preprocess": {"OPENBLAS_NUM_THREADS": "1"}}
-EVERY_RANK_SAYS = (DivergedError, RankLostError)  # of other errors, which all ranks find, the first rank tells
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,10 +68,9 @@ def run(name: str, argv: Sequence[str]) -> int:
     expected = MixtralError if name == "pretrain" else (MixtralError, OSError)
     room, function, _ = COMMANDS[name]
     try:
-        return getattr(importlib.import_module(f"megatron_mixtral.{room}"), function)(argv)
+        return operator.attrgetter(function)(importlib.import_module(f"megatron_mixtral.{room}"))(argv)
     except expected as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, EVERY_RANK_SAYS):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

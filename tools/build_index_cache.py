@@ -1,29 +1,9 @@
-"""Build the index cache of a training run ahead of it, in one process, from the run's own flags. See docs/data.md.
+"""Build the index cache of a training run ahead of it, in one process, from the run's own flags.
 
-    WORLD_SIZE=16 python tools/build_index_cache.py --model mixtral-8x7b --tensor-model-parallel-size 4 ...
-
-On machines that share no storage run it on each of them: the run then finds its cache wherever it starts.
+The same as `megatron-mixtral build-index-cache`, from a clone that need not be installed; see docs/data.md.
 """
 
-import logging
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_mixtral.errors import MixtralError
-from megatron_mixtral.training import build_index_cache_command
-
-
-def main(argv: list[str]) -> int:
-    """0 when the cache is there, 1 with one sentence otherwise."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return build_index_cache_command(argv)
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
+import _clone
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _clone.run("build-index-cache")

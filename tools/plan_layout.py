@@ -1,25 +1,9 @@
-"""Rank the parallel layouts of a Mixtral that fit a machine, by predicted step time. See docs/parallelism.md.
+"""Rank the parallel layouts of a Mixtral that fit a machine, by predicted step time.
 
-    python tools/plan_layout.py --model mixtral-8x7b --devices 64 --global-batch-size 256
+The same as `megatron-mixtral plan`, from a clone that need not be installed; see docs/parallelism.md.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_mixtral.errors import MixtralError
-from megatron_mixtral.planning import plan_command
-
-
-def main(argv: list[str]) -> int:
-    """Print the ranking; 0, or 1 with a sentence where nothing fits."""
-    try:
-        return plan_command(argv)
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
+import _clone
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _clone.run("plan")

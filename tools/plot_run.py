@@ -1,24 +1,10 @@
 #!/usr/bin/env python3
-"""Draw loss, throughput and load of the experts of one or more runs; see docs/training.md."""
+"""Draw loss, throughput and load of the experts of one or more runs.
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+The same as `megatron-mixtral plot`, from a clone that need not be installed; see docs/training.md.
+"""
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
-
-from megatron_mixtral.errors import MixtralError  # noqa: E402
-from megatron_mixtral.training import plot_command  # noqa: E402
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 after one message on the standard error."""
-    try:
-        return plot_command(sys.argv[1:] if argv is None else argv)
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
+import _clone
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _clone.run("plot")

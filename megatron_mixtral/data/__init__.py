@@ -6,3 +6,14 @@ tool starts at once. So do those of instruction data: `instruction_records` (fil
 (records to turns), `chat` (turns to ids and mask), `packing`, `instruction` (the command). `pretrain` and `sft` (the
 datasets of a training run) need the engine. Importing this package imports none of them.
 """
+
+from typing import TYPE_CHECKING
+
+from megatron_mixtral._door import door
+
+if TYPE_CHECKING:
+    from megatron_mixtral.data.cli import inspect_dataset as inspect_dataset_command
+    from megatron_mixtral.data.cli import merge as merge_command
+    from megatron_mixtral.data.cli import preprocess as preprocess_command
+
+__all__, __getattr__, __dir__ = door(__name__, __file__)

@@ -107,7 +107,6 @@ def default_workers() -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
         description="Tokenize JSON lines into {prefix}_{key}_document.bin/.idx for pretraining.",
         allow_abbrev=False,
     )
@@ -211,3 +210,52 @@ def _tokenizer_path(flags: argparse.Namespace, environ: Mapping[str, str]) -> st
     path = mixtral_tokenizer_path()
     logger.warning("--tokenizer-model is empty: using the Mixtral-8x7B-v0.1 tokenizer of mistral-common, %s", path)
     return str(path)
+
+
+def preprocess(argv: Sequence[str]) -> int:
+    """Tokenize text or dialogues."""
+    from megatron_mixtral.data.preprocess.run import main
+
+    return main(argv, os.environ)
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Join indexed datasets."""
+    from megatron_mixtral.data.indexed.merge import merge
+
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description="Merge indexed datasets into one.")  # fmt: skip
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="datasets, with or without .idx")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the new dataset, without an ending")
+    parser.add_argument("--order", choices=["natural", "given"], default="natural",
+                        help="natural order of the names (default), or as given")  # fmt: skip
+    args = parser.parse_args(argv)
+    report = merge(args.input, args.output_prefix, args.order == "natural")
+    print(f"wrote {args.output_prefix}: {report['documents']} documents, {report['tokens']} tokens")
+    return 0
+
+
+def inspect_dataset(argv: Sequence[str]) -> int:
+    """Show and check an indexed dataset."""
+    from megatron_mixtral.data.indexed import inspection
+    from megatron_mixtral.tokenizer.tokenizer import load_tokenizer
+
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description="Show and check an indexed dataset.")  # fmt: skip
+    parser.add_argument("prefix", metavar="PREFIX", help="the dataset, with or without .idx")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="decode the beginnings of N sequences")
+    parser.add_argument("--tokenizer-model", metavar="PATH", help="default: the one that the report names")
+    args = parser.parse_args(argv)
+    path = args.tokenizer_model
+    if path is None and args.show and (noted := inspection.tokenizer_of(args.prefix)):
+        path = noted["path"]
+    if path is None and args.show:
+        raise ConfigError("--show needs --tokenizer-model: no report beside the dataset names one.")
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", path) if path else None
+    if tokenizer:
+        inspection.check_tokenizer(args.prefix, tokenizer)
+    found = inspection.inspect(args.prefix, tokenizer.vocab_size if tokenizer else None)
+    print(found)
+    for sample in inspection.samples(args.prefix, tokenizer, args.show) if tokenizer else ():
+        print(sample)
+    return 1 if found.problems else 0

@@ -5,3 +5,12 @@ formats), `streaming` (how bytes move), `convert` (from any source to any sink),
 
 Nothing here needs torch to move a weight; only a cast imports it.
 """
+
+from typing import TYPE_CHECKING
+
+from megatron_mixtral._door import door
+
+if TYPE_CHECKING:
+    from megatron_mixtral.weights import cli
+
+__all__, __getattr__, __dir__ = door(__name__, __file__)

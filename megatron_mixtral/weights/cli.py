@@ -107,7 +107,7 @@ def megatron_to_hf_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def megatron_to_hf(argv: Sequence[str] | None = None) -> str:
+def export(argv: Sequence[str] | None = None) -> str:
     """Run `tools/checkpoint/convert_megatron_to_hf_mixtral.py`. Raises `MixtralError`."""
     args = megatron_to_hf_parser().parse_args(argv)
     _need_directory(args.megatron_checkpoint_path, "--megatron-checkpoint-path")
@@ -130,6 +130,83 @@ def megatron_to_hf(argv: Sequence[str] | None = None) -> str:
         target = target / EXPORT_FOLDER
         logger.warning("%s is not empty and is left as it is; writing to %s", target.parent, target)
     return _export(source, target, args.huggingface_config_path, args, [], replace=below)
+
+
+def convert(argv: Sequence[str]) -> int:
+    """`util`, with its text printed."""
+    print(util(argv))
+    return 0
+
+
+def megatron_to_hf(argv: Sequence[str]) -> int:
+    """`export`, with its text printed."""
+    print(export(argv))
+    return 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Print what a directory is; 0 where it is whole, else 1."""
+    parser = argparse.ArgumentParser(description="Say what a model or checkpoint directory is, and if it is whole.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--deep", action="store_true",
+                        help="read every tensor; compare with the checksums of a conversion made with --verify")
+    args = parser.parse_args(argv)
+    from megatron_mixtral.weights import inspection
+
+    found = inspection.inspect(args.directory, deep=args.deep)
+    print(found)
+    return 0 if found.problem is None else 1
+
+
+def select_experts(argv: Sequence[str]) -> int:
+    """Keep some experts of every layer."""
+    from megatron_mixtral.weights.convert import convert, open_source
+    from megatron_mixtral.weights.edits.select_experts import SelectedExperts, busiest
+    from megatron_mixtral.weights.formats.hf_sink import HFSink
+
+    parser = argparse.ArgumentParser(description="Keep some experts of every layer of a Mixtral.")
+    parser.add_argument("--load-dir", type=Path, required=True, help="Hugging Face or Megatron")
+    parser.add_argument("--save-dir", type=Path, required=True, help="Hugging Face")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--experts", type=int, nargs="+", help="their numbers, the same in every layer")
+    which.add_argument("--router-load", type=Path,
+                       help="JSON: for each layer the tokens of each expert; or a run's JSON lines with expert_load")
+    parser.add_argument("--keep", type=int, default=4, help="with --router-load: how many, the busiest of each layer")
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare checksums")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+    whole = open_source(args.load_dir)
+    source = SelectedExperts(whole, args.experts or busiest(args.router_load, args.keep, whole.config))
+    sink = HFSink(args.save_dir, source.config, max_shard_size=args.max_shard_size, replace=args.overwrite)
+    print(convert(source, sink, verify=args.verify))
+    return 0
+
+
+def upcycle(argv: Sequence[str]) -> int:
+    """Make a Mixtral of a dense model."""
+    from megatron_mixtral.weights.convert import convert
+    from megatron_mixtral.weights.edits.upcycle import UpcycledSource
+    from megatron_mixtral.weights.formats.hf_sink import HFSink
+
+    parser = argparse.ArgumentParser(description="Make a Mixtral out of a dense Mistral or Llama.")
+    parser.add_argument("--load-dir", type=Path, required=True, help="Hugging Face directory of the dense model")
+    parser.add_argument("--save-dir", type=Path, required=True, help="Hugging Face directory of the Mixtral")
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--moe-router-topk", type=int, default=2, help="experts that a token meets")
+    parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the new router")
+    parser.add_argument("--expert-noise", type=float, default=0.0,
+                        help="noise of each expert, as a share of its matrices' root mean square; 0: exact copies")
+    parser.add_argument("--seed", type=int, default=1234, help="of the router and of the noise")
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare checksums")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+    source = UpcycledSource(args.load_dir, args.num_experts, args.moe_router_topk, seed=args.seed,
+                            router_std=args.router_std, expert_noise=args.expert_noise)
+    sink = HFSink(args.save_dir, source.config, max_shard_size=args.max_shard_size, replace=args.overwrite)
+    print(convert(source, sink, verify=args.verify))
+    return 0
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.ranks import prepare_fork_server
+from megatron_mixtral import __main__ as commands
 
 
 @dataclass
@@ -43,8 +44,10 @@ class Running:
     """A run that goes on in the background: its rank processes, and its end."""
 
     def __init__(self, world: int, argv: list[str], folder: Path, prepare: Callable[[], None] | None = None,
-                 module: str = "tools.pretrain_mixtral") -> None:
-        """Start `module.main(ARGV)` on `world` ranks; each first calls `prepare`, which can be pickled."""
+                 module: str = "") -> None:
+        """Start `module.main(ARGV)`, or else the training program, on `world` ranks; each first calls `prepare`, which
+        can be pickled.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         context = prepare_fork_server()
         with socket.socket() as probe:
@@ -129,7 +132,7 @@ def _rank(rank: int, world: int, port: int, module: str, argv: list[str], log: s
     if prepare is not None:
         prepare()
     try:
-        code = importlib.import_module(module).main(argv)
+        code = importlib.import_module(module).main(argv) if module else commands.run("pretrain", argv)
     except SystemExit as end:  # the engine's way out at --exit-interval
         code = int(end.code or 0)
     except BaseException:  # noqa: BLE001 - as the interpreter would: print it, end with 1

@@ -1,7 +1,6 @@
 """The conversion commands as users type them, and what they say when something is wrong."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.models import assert_same_weights, random_hf_directory, tiny_hf_mixtral
 
+from megatron_mixtral import __main__ as commands
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.weights.plan import human_size
 from megatron_mixtral.weights.preview import own_memory
@@ -26,15 +27,7 @@ MODEL = MixtralConfig(vocab_size=32000, hidden_size=16, intermediate_size=24, nu
                       num_attention_heads=8, num_key_value_heads=8, head_dim=2, num_local_experts=8)
 
 
-def program(name: str):
-    """The `main` of a program in tools/checkpoint."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "checkpoint" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-util, to_hf = program("util"), program("convert_megatron_to_hf_mixtral")
+util, to_hf = partial(commands.run, "convert"), partial(commands.run, "convert-to-hf")
 
 
 def type_in(folder: Path, command: str, **variables: str) -> subprocess.CompletedProcess:
@@ -57,7 +50,7 @@ def here(folder: Path, command: str) -> None:
     """Run the same command in this process, which has imported torch already."""
     words = shlex.split(command.replace("\\\n", " "))
     with contextlib.chdir(folder):
-        assert program(Path(words[1]).stem)(words[2:]) == 0
+        assert {"util": util, "convert_megatron_to_hf_mixtral": to_hf}[Path(words[1]).stem](words[2:]) == 0
 
 
 @pytest.fixture(scope="module")

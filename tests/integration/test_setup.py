@@ -1,6 +1,7 @@
 """examples/environment.sh without installing anything: a copy of it among stand-ins for uv, pip and interpreters."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = getattr(sys, "_base_executable", sys.executable)
-TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "flock", "head", "ls", "mkdir", "rm", "sed", "sleep", "touch")
+TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "find", "flock", "head", "ls", "mkdir", "rm", "sed", "sleep",
+         "sort", "touch", "xargs")
 
 UV = """#!/bin/bash
 case "$1" in
@@ -23,21 +25,22 @@ if [[ "$1" == venv ]]; then
     target="${*: -1}"
     mkdir -p "$target/bin" && cp "$BOX/python3.12" "$target/bin/python"
 else
-    sleep "${SLOWLY:-0}"
+    while [[ -e "$BOX/hold" ]]; do sleep 0.05; done
     [[ ! -e "$BOX/uv-is-broken" ]]
 fi
 """
 
-# An interpreter that keeps account of `-m venv` and `-m pip` instead of doing them.
+# An interpreter that keeps account of `-m venv` and `-m pip` instead of doing them. Its pip can bring nothing but uv,
+# which lies in $BOX/index if there is one; its extension loads unless $BOX/extension says why not.
 PYTHON = f"""#!/bin/bash
 if [[ "$1 $2" == "-m venv" ]]; then
     echo "venv $3" >>"$CALLS"
     mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
 elif [[ "$1 $2" == "-m pip" ]]; then
     echo "pip ${{*:3}}" >>"$CALLS"
-    [[ "$*" != *" uv" ]]
-elif [[ "$1 $2" == "-m compileall" ]]; then
-    exit 0
+    cp "$BOX/index/uv" "${{0%/*}}/uv"
+elif [[ "$2" == *load_module* ]]; then
+    if [[ -e "$BOX/extension" ]]; then cat "$BOX/extension" >&2; exit 1; fi
 else
     exec {REAL} -S -E "$@"
 fi
@@ -51,7 +54,7 @@ class Box:
         self.tree, self.bin, self.home = folder / "tree", folder / "bin", folder / "home"
         for path in (self.tree / "examples", self.tree / "megatron_mixtral", self.bin, self.home):
             path.mkdir(parents=True)
-        for name in ("setup.py", "pyproject.toml", "constraints.txt", "examples/environment.sh",
+        for name in ("setup.py", "pyproject.toml", "requirements.lock", "examples/environment.sh",
                      "megatron_mixtral/__init__.py"):
             shutil.copy(ROOT / name, self.tree / name)
         sources = "megatron_mixtral/tokenizer/engines/native_bpe"
@@ -82,8 +85,9 @@ class Box:
         return subprocess.run(["bash", "-c", f"set -euo pipefail; source {limited}; {code}"], text=True,
                               env=self.environment(**more), capture_output=True, timeout=60)
 
-    def installs(self) -> int:
-        return sum("-c " in line for line in self.calls.read_text().splitlines())
+    def called(self) -> list[str]:
+        """What uv was asked to do: venv, sync or install."""
+        return [line.removeprefix("pip ").split()[0] for line in self.calls.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -99,13 +103,13 @@ def test_uv_makes_the_environment_once(box):
     assert first.returncode == 0, first.stderr
     venv = box.tree / ".venv"
     assert first.stdout.split() == [str(venv / "bin" / "python"), str(venv)]
-    create, install = box.calls.read_text().splitlines()
+    create, install, ours = box.calls.read_text().splitlines()
     assert create.startswith("venv ") and f"--python {box.bin}/python3.12" in create
-    assert f"-c {box.tree}/constraints.txt -e {box.tree}[dev]" in install
-    began = time.monotonic()
-    assert box.source().returncode == 0
-    assert time.monotonic() - began < 2
-    assert box.installs() == 1
+    assert install.startswith("pip sync ") and install.endswith(f"{box.tree}/requirements.lock")
+    assert "--no-deps" in ours and ours.endswith(f"--editable {box.tree}")
+    again = box.source("command -v python")
+    assert (again.returncode, again.stdout, again.stderr) == (0, f"{venv}/bin/python\n", "")
+    assert box.called() == ["venv", "sync", "install"]
 
 
 def test_an_interrupted_installation_is_started_again(box):
@@ -117,16 +121,16 @@ def test_an_interrupted_installation_is_started_again(box):
     assert not (box.tree / ".venv" / "megatron_mixtral.stamp").exists()
     broken.unlink()
     assert box.source().returncode == 0
-    assert [line.split()[0] for line in box.calls.read_text().splitlines()] == ["venv", "pip"] * 2
+    assert box.called() == ["venv", "sync", "venv", "sync", "install"]
 
 
 def test_changed_pins_or_sources_update_the_environment_and_a_moved_tree_makes_a_new_one(box):
     box.put("uv", UV)
     assert box.source().returncode == 0
-    constraints = box.tree / "constraints.txt"
-    constraints.write_text(constraints.read_text().replace("numpy==", "numpy==9."))
+    lock = box.tree / "requirements.lock"
+    lock.write_text(lock.read_text().replace("numpy==", "numpy==9."))
     assert "up to date" in box.source().stderr
-    assert [line.split()[0] for line in box.calls.read_text().splitlines()] == ["venv", "pip", "pip"]
+    assert box.called() == ["venv", "sync", "install", "sync", "install"]
     pyproject = box.tree / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace("line-length = 120", "line-length = 121"))
     assert box.source().stderr == ""  # settings of tools install nothing
@@ -139,23 +143,66 @@ def test_changed_pins_or_sources_update_the_environment_and_a_moved_tree_makes_a
 
 def test_two_starts_at_once_install_once(box):
     box.put("uv", UV)
-    box.source("true", SLOWLY="0", MIXTRAL_VENV=str(box.tree / "other"))  # writes the limited script
+    box.source(MIXTRAL_VENV=str(box.tree / "other"))  # writes the limited script
+    (box.bin / "hold").touch()  # uv does not end before both starts are there
     script = f"set -euo pipefail; source {box.tree}/examples/limited.sh"
-    starts = [subprocess.Popen(["bash", "-c", script], env=box.environment(SLOWLY="2"), text=True,
-                               stderr=subprocess.PIPE) for _ in range(2)]
-    said = [start.communicate(timeout=60)[1] for start in starts]
-    assert [start.returncode for start in starts] == [0, 0], said
-    assert box.installs() == 2  # one for `other`, one for both starts
-    assert sum("waiting for another start" in text for text in said) == 1
+    said = [box.tree / "first", box.tree / "second"]
+    starts = [subprocess.Popen(["bash", "-c", script], env=box.environment(), stderr=open(path, "w")) for path in said]
+    deadline = time.monotonic() + 60
+    while not any("waiting for another start" in path.read_text() for path in said) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (box.bin / "hold").unlink()
+    assert [start.wait(timeout=60) for start in starts] == [0, 0], [path.read_text() for path in said]
+    assert sorted("waiting for another start" in path.read_text() for path in said) == [False, True]
+    assert box.called().count("sync") == 2  # one for `other`, one for both starts
 
 
-def test_without_uv_venv_and_pip_do_it(box):
+def test_without_uv_venv_and_pip_bring_it(box):
+    (box.bin / "index").mkdir()
+    box.put("index/uv", UV)
     done = box.source("command -v python")
     assert done.returncode == 0, done.stderr
-    assert "venv + pip" in done.stderr
-    boot, wanted, venv, install = box.calls.read_text().splitlines()
-    assert boot.endswith(".venv.bootstrap") and wanted.endswith("uv")  # it tried to fetch uv
-    assert venv == f"venv {box.tree}/.venv" and install.startswith("pip install") and "-e " in install
+    boot, wanted, venv, install, ours = box.calls.read_text().splitlines()
+    assert boot == f"venv {box.tree}/.venv.bootstrap" and wanted.endswith("uv")
+    assert venv.endswith(f"{box.tree}/.venv") and install.startswith("pip sync") and "--editable" in ours
+    (box.tree / ".venv" / "megatron_mixtral.stamp").unlink()
+    assert box.source().returncode == 0
+    assert box.called().count("venv") == 3  # the second set-up has its uv already
+
+
+def test_where_uv_cannot_be_had_it_says_so(box):
+    done = box.source("echo not reached")
+    assert done.returncode != 0 and "not reached" not in done.stdout
+    assert "uv installs the packages" in done.stderr and "python3.12-venv" in done.stderr
+    assert not (box.tree / ".venv").exists()
+
+
+def test_the_message_about_the_extension_is_true(box):
+    box.put("uv", UV)
+    assert "extension" not in box.source().stderr  # it loads
+    (box.bin / "extension").write_text("Traceback ...\nEngineUnavailable: its sources are others\n")
+    without = box.source(MIXTRAL_VENV=str(box.tree / "a"))
+    assert without.returncode == 0 and "is not built: no C++ compiler was found; everything works" in without.stderr
+    box.put("g++", "#!/bin/bash\nexit 1\n")
+    broken = box.source(MIXTRAL_VENV=str(box.tree / "b"))
+    assert broken.returncode == 0
+    assert "cannot be used (EngineUnavailable: its sources are others); everything works" in broken.stderr
+    named = box.source(MIXTRAL_VENV=str(box.tree / "c"), CXX=str(box.bin / "absent"))
+    assert "no C++ compiler was found" in named.stderr
+
+
+def test_the_set_up_asks_the_library_whether_it_has_its_extension(tmp_path):
+    """The code in the script, on this tree: a renamed function would be taken for a missing compiler."""
+    code = re.search(r"-c '([^']*load_module[^']*)'", (ROOT / "examples" / "environment.sh").read_text())[1]
+    shutil.copytree(ROOT / "megatron_mixtral", tmp_path / "megatron_mixtral",
+                    ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    missing = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True,
+                             text=True)
+    assert missing.returncode == 1 and "is not built" in missing.stderr.splitlines()[-1]
+    if not list((ROOT / "megatron_mixtral").rglob("_native_bpe*.so")):
+        pytest.skip("the extension is not built here")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_a_command_that_does_not_start_is_passed_over(box):
@@ -198,6 +245,9 @@ def test_a_folder_of_somebody_else_is_left_alone(box):
     done = box.source()
     assert done.returncode != 0 and "was not made by this script" in done.stderr
     assert (box.tree / ".venv" / "theirs").exists()
+    script = f"source {box.tree}/examples/limited.sh; echo status $?"  # a shell without `set -e` goes on
+    done = subprocess.run(["bash", "-c", script], env=box.environment(), text=True, capture_output=True, timeout=60)
+    assert done.stdout == "status 1\n"
 
 
 def test_the_active_environment_is_checked(box):
@@ -205,7 +255,7 @@ def test_the_active_environment_is_checked(box):
     assert done.returncode != 0 and "'python' on PATH is not" in done.stderr
     (box.bin / "python").symlink_to(box.bin / "python3.12")
     done = box.source(MIXTRAL_VENV="active")
-    assert done.returncode != 0 and "lacks torch, megatron.core" in done.stderr and "pip install" in done.stderr
+    assert done.returncode != 0 and "lacks torch, megatron, msgspec" in done.stderr and "pip install" in done.stderr
     real = subprocess.run(["bash", "-c", "set -euo pipefail; source examples/environment.sh; command -v python"],
                           cwd=ROOT, env={**os.environ, "MIXTRAL_VENV": "active"}, text=True, capture_output=True)
     assert real.returncode == 0, real.stderr

@@ -1,6 +1,5 @@
 """tools/checkpoint/upcycle.py and select_experts.py as users type them."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 from helpers.models import TINY, random_hf_directory, randomize, tensors_of
 
+from megatron_mixtral import __main__ as commands
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.weights.inspection import inspect
 
@@ -24,13 +24,6 @@ def type_in(folder: Path, command: str) -> subprocess.CompletedProcess:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True,
                           check=False)
-
-
-def program(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "checkpoint" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def test_upcycle_as_documented(tmp_path):
@@ -66,7 +59,7 @@ def test_select_experts_as_documented(tmp_path):
 def test_the_busiest_experts_of_a_run(tmp_path):
     hf = random_hf_directory(tmp_path / "hf", MixtralConfig(**TINY))
     (tmp_path / "loads.jsonl").write_text(2 * (json.dumps({"expert_load": [[1, 9, 3, 7]] * 4}) + "\n"))
-    assert program("select_experts")(["--load-dir", str(hf), "--save-dir", str(tmp_path / "out"), "--router-load",
+    assert commands.run("select-experts", ["--load-dir", str(hf), "--save-dir", str(tmp_path / "out"), "--router-load",
                                       str(tmp_path / "loads.jsonl"), "--keep", "2", "--verify"]) == 0
     gate = "model.layers.0.block_sparse_moe.gate.weight"
     assert torch.equal(tensors_of(tmp_path / "out")[gate], tensors_of(hf)[gate][[1, 3]])
@@ -77,15 +70,15 @@ def test_refusals_are_one_sentence(tmp_path, capsys):
     (tmp_path / "load.json").write_text("[[1, 2, 3, 4]]")
     paths = ["--load-dir", str(hf), "--save-dir", str(tmp_path / "out")]
     for name, more, sentence in (
-        ("select_experts", ["--experts", "0", "9"], "0 to 3"),
-        ("select_experts", ["--experts", "0"], "num_experts_per_tok 2 exceeds"),
-        ("select_experts", ["--router-load", str(tmp_path / "load.json")], "the model has 4 experts in 4 layers"),
-        ("select_experts", ["--router-load", str(tmp_path / "absent.json")], "absent.json"),
+        ("select-experts", ["--experts", "0", "9"], "0 to 3"),
+        ("select-experts", ["--experts", "0"], "num_experts_per_tok 2 exceeds"),
+        ("select-experts", ["--router-load", str(tmp_path / "load.json")], "the model has 4 experts in 4 layers"),
+        ("select-experts", ["--router-load", str(tmp_path / "absent.json")], "absent.json"),
         ("upcycle", [], "model_type is 'mixtral'"),
     ):
-        assert program(name)([*paths, *more]) == 1
+        assert commands.run(name, [*paths, *more]) == 1
         said = capsys.readouterr().err
         assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
     with pytest.raises(SystemExit):
-        program("select_experts")(paths)
+        commands.run("select-experts", paths)
     assert not (tmp_path / "out").exists()

@@ -1,27 +1,10 @@
 #!/usr/bin/env python3
-"""Convert a Megatron checkpoint of a Mixtral to Hugging Face; see docs/weights.md."""
+"""Convert a Megatron checkpoint of a Mixtral to Hugging Face.
 
-import logging
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+The same as `megatron-mixtral convert-to-hf`, from a clone that need not be installed; see docs/weights.md.
+"""
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a clone that is not installed
-
-from megatron_mixtral.errors import MixtralError  # noqa: E402
-from megatron_mixtral.weights import cli  # noqa: E402
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 after one message on the standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        print(cli.megatron_to_hf(argv))
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+import _clone
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _clone.run("convert-to-hf")

@@ -1,27 +1,10 @@
 #!/usr/bin/env python3
-"""Convert Mixtral weights between Hugging Face and Megatron, and between Megatron layouts; see docs/weights.md."""
+"""Convert Mixtral weights between Hugging Face and Megatron, and between Megatron layouts.
 
-import logging
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+The same as `megatron-mixtral convert`, from a clone that need not be installed; see docs/weights.md.
+"""
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a clone that is not installed
-
-from megatron_mixtral.errors import MixtralError  # noqa: E402
-from megatron_mixtral.weights import cli  # noqa: E402
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 after one message on the standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        print(cli.util(argv))
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+import _clone
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _clone.run("convert")

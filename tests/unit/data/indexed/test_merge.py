@@ -1,6 +1,5 @@
 """Shards, merged datasets and their inspection, against the engine's builder."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from helpers.corpus import python_sources, write_jsonl
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from megatron_mixtral import __main__ as commands
 from megatron_mixtral.data.cli import Options
 from megatron_mixtral.data.indexed import merge as merging
 from megatron_mixtral.data.indexed.inspection import inspect
@@ -21,14 +21,6 @@ from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
 
 MODEL = str(mixtral_tokenizer_path())
-ROOT = Path(__file__).resolve().parents[4]
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def run(tmp_path, inputs, name="set", **changes):
@@ -102,7 +94,7 @@ def test_documents_of_several_sequences_as_the_engine_merges_them(tmp_path, monk
     monkeypatch.setattr(merging, "BLOCK", block)
     prefixes = [several_sequences(tmp_path / f"d{number}", number) for number in (2, 10)]
     engine_merge(prefixes, tmp_path / "engine")
-    assert tool("merge_datasets")(["--input", *(f"{p}.idx" for p in reversed(prefixes)),
+    assert commands.run("merge", ["--input", *(f"{p}.idx" for p in reversed(prefixes)),
                                    "--output-prefix", str(tmp_path / "ours")]) == 0  # fmt: skip
     assert pair(tmp_path / "ours") == pair(tmp_path / "engine")
     assert len(IndexedDataset(str(tmp_path / "ours")).document_indices) == 81
@@ -126,7 +118,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, corpus, capsys):
     report = json.loads((tmp_path / "c.report.json").read_text())
     report["tokenizer"]["sha256"] = "0" * 64
     (tmp_path / "c.report.json").write_text(json.dumps(report))
-    assert tool("merge_datasets")(["--input", first, second, "--output-prefix", str(tmp_path / "x")]) == 1
+    assert commands.run("merge", ["--input", first, second, "--output-prefix", str(tmp_path / "x")]) == 1
     assert "different tokenizers" in capsys.readouterr().err
     for wrong in ([first], [first, first]):
         with pytest.raises(ConfigError, match="at least two different"):
@@ -136,7 +128,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, corpus, capsys):
 
 def test_inspection_counts_and_decodes(tmp_path, corpus, capsys):
     prefix = run(tmp_path, corpus)
-    assert tool("inspect_dataset")([prefix + ".idx", "--show", "3"]) == 0
+    assert commands.run("inspect-dataset", [prefix + ".idx", "--show", "3"]) == 0
     shown = capsys.readouterr().out
     dataset = IndexedDataset(prefix)  # a name: its arrays are views of a map that ends with it
     lengths = dataset.sequence_lengths
@@ -164,8 +156,8 @@ def test_inspection_finds_damage(tmp_path, corpus, capsys):
     report = json.loads((tmp_path / "set.report.json").read_text())
     report["keys"]["text"]["documents"] += 1
     (tmp_path / "set.report.json").write_text(json.dumps(report))
-    assert tool("inspect_dataset")([prefix]) == 1
+    assert commands.run("inspect-dataset", [prefix]) == 1
     assert f"the report says {count + 1} documents, found {count}" in capsys.readouterr().out
     with open(prefix + ".bin", "ab") as stream:
         stream.write(b"\0")
-    assert tool("inspect_dataset")([prefix]) == 1 and "are not of one data set" in capsys.readouterr().err
+    assert commands.run("inspect-dataset", [prefix]) == 1 and "are not of one data set" in capsys.readouterr().err

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mixtral import __main__ as commands
 from megatron_mixtral.training.metrics import plots as pictures
-from tools import plot_run
 
 
 def write_run(folder: Path, steps: int, loads: bool = True) -> Path:
@@ -41,7 +41,7 @@ def test_curves_and_maps_hold_the_metrics_of_the_runs(tmp_path: Path) -> None:
 
 def test_the_tool_writes_three_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = write_run(tmp_path / "run", 3)
-    assert plot_run.main([str(run)]) == 0
+    assert commands.run("plot", [str(run)]) == 0
     written = [run / f"{name}.png" for name in ("loss", "throughput", "expert_load")]
     assert capsys.readouterr().out.split() == list(map(str, written))
     assert all(path.stat().st_size > 10_000 for path in written)
@@ -61,5 +61,5 @@ def test_what_is_no_run_is_refused(text: str | None, sentence: str, tmp_path: Pa
                                    capsys: pytest.CaptureFixture) -> None:
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    assert plot_run.main([str(tmp_path)]) == 1
+    assert commands.run("plot", [str(tmp_path)]) == 1
     assert sentence in capsys.readouterr().err

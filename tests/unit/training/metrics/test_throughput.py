@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mixtral import __main__ as commands
 from megatron_mixtral.errors import DataError
 from megatron_mixtral.training.metrics import throughput
-from tools import calc
 
 # The last eight lines of a published run of XTuner on 16 devices, whose mean is published as 1787.47.
 XTUNER = """\
@@ -33,7 +33,7 @@ data_time: 0.0558  memory: 65464  loss: 0.6251  tflops: 116.5461  tokens_per_sec
 def test_xtuners_lines_give_the_published_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     log = tmp_path / "20241211.log"
     log.write_text("unrelated\n" + XTUNER)
-    assert calc.main([str(log), "380", "387"]) == 0
+    assert commands.run("calc", [str(log), "380", "387"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("steps 380 to 387, 8 logged")
     assert out[1].split() == ["mean", "1787.47"]
@@ -73,7 +73,7 @@ def test_what_cannot_be_averaged_is_refused(text: str | None, arguments: list[st
     log = tmp_path / "log"
     if text is not None:
         log.write_text(text)
-    assert calc.main([str(log), *arguments]) == 1
+    assert commands.run("calc", [str(log), *arguments]) == 1
     assert sentence in capsys.readouterr().err
     if text is not None:
         with pytest.raises(DataError):
