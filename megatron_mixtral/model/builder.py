@@ -1,7 +1,7 @@
 """From a `MixtralConfig` to the engine's `GPTModel`.
 
-`architecture()` is the one table of what Mixtral means to the engine; training's flags are derived from it and checked
-against it, so that no run computes another model than the checkpoint's.
+What a Mixtral is in the engine's terms stands in `config/engine.py`; here it becomes a `TransformerConfig` and a model,
+and a configuration that the engine made of a run's flags is compared with it.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.config import engine as engine_table
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.model.cpu.embedding import WordEmbedding
 from megatron_mixtral.model.cross_entropy import chunked_loss
@@ -23,32 +24,7 @@ from megatron_mixtral.model.spec import block_spec
 
 def architecture(config: MixtralConfig) -> dict[str, Any]:
     """`TransformerConfig` fields that the architecture fixes."""
-    return {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "moe_ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "num_moe_experts": config.num_local_experts,
-        "moe_router_topk": config.num_experts_per_tok,
-        # Softmax over the chosen experts only, which is softmax over all, then top-k, then renormalised (as in HF).
-        "moe_router_pre_softmax": False,
-        "moe_router_score_function": "softmax",
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "rotary_interleaved": False,
-        "layernorm_zero_centered_gamma": False,
-        # HF's window counts the query itself, the engine's counts keys to its left.
-        "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
-    }
+    return {**engine_table.transformer_fields(config), "activation_func": torch.nn.functional.silu}
 
 
 def transformer_config(config: MixtralConfig, layout: ParallelLayout, dtype: torch.dtype = torch.float32,
@@ -96,8 +72,7 @@ def check_config(config: MixtralConfig, engine: TransformerConfig) -> None:
     """`ConfigError` where an engine configuration would compute another model than `config`."""
     for name, expected in architecture(config).items():
         found = getattr(engine, name)
-        same = tuple(found) == expected if name == "window_size" and found is not None else found == expected
-        if not same:
+        if engine_table.differs(name, found, expected):
             raise ConfigError(f"the engine's {name} is {found!r}, the Mixtral's is {expected!r}: "
                               f"remove the flag that sets it, or load the checkpoint that has it")
 
