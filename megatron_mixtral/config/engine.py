@@ -115,7 +115,8 @@ _FLAG_OF = {"layernorm_epsilon": "--norm-epsilon", "add_bias_linear": "--disable
 _READ_FROM = {"intermediate_size": ("moe_ffn_hidden_size", "ffn_hidden_size"),
               "max_position_embeddings": ("max_position_embeddings", "seq_length"),
               "rms_norm_eps": ("norm_epsilon", "layernorm_epsilon"),
-              "num_local_experts": ("num_experts", "num_moe_experts"), "vocab_size": ("vocab_size", "padded_vocab_size")}
+              "num_local_experts": ("num_experts", "num_moe_experts"),
+              "vocab_size": ("vocab_size", "padded_vocab_size")}
 
 
 # -- from a Mixtral to the engine --------------------------------------------------------------------------

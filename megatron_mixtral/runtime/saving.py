@@ -1,8 +1,8 @@
-"""Where the engine's saving and loading are led past a keeper, which decides about directories and failures.
+"""Where the engine's saving and loading are led past the checkpoint manager.
 
 The engine has no hook for this: it writes into the checkpoint's final directory, opens the tracker for writing (empty
-until the write), and ends the run when a save fails. Here a save writes into a directory that the keeper gives, and the
-keeper is told how it went, on all ranks together. `training/checkpoints/manager.py` is the keeper.
+until the write), and ends the run when a save fails. Here a save writes into a directory that the manager gives, and
+the manager is told how it went, on all ranks together. `training/checkpoints/manager.py` has it.
 
 Failures that all ranks learn of are survived. The engine shares those of writing tensors; those of the small files that
 rank 0 alone writes are taken down here, because the other ranks would wait for it in a collective.
@@ -22,7 +22,7 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.runtime.replacements import Replacements
 
 
-class Keeper(Protocol):
+class CheckpointManager(Protocol):
     """What decides about checkpoints. Every method is called on all ranks at the same point."""
 
     def begin(self, iteration: int) -> Path | None:
@@ -44,8 +44,8 @@ class Keeper(Protocol):
 class _Saves:
     """The saves under way. Where `folder` is set, the engine is in a save's synchronous part."""
 
-    def __init__(self, keeper: Keeper) -> None:
-        self.keeper = keeper
+    def __init__(self, manager: CheckpointManager) -> None:
+        self.manager = manager
         self.folder: Path | None = None
         self.iteration = 0
         self.problems: list[str] = []  # of this rank's small files
@@ -61,7 +61,7 @@ class _Saves:
 
     def end(self, iteration: int, folder: Path, problem: str | None, background: bool) -> Path | None:
         found, self.problems = [*([] if problem is None else [problem]), *self.problems], []
-        return self.keeper.end(iteration, folder, "; ".join(found) if found else None, background)
+        return self.manager.end(iteration, folder, "; ".join(found) if found else None, background)
 
 
 def _reason(error: CheckpointException) -> str:
@@ -69,14 +69,14 @@ def _reason(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
 
 
-def lead_through(replacements: Replacements, keeper: Keeper) -> None:
-    """Lead the engine's saves and loads past `keeper`, in this process."""
-    saves = _Saves(keeper)
+def lead_through(replacements: Replacements, manager: CheckpointManager) -> None:
+    """Lead the engine's saves and loads past `manager`, in this process."""
+    saves = _Saves(manager)
     _lead_saves(replacements, saves)
     _lead_background_saves(replacements, saves)
     _lead_names(replacements, saves)
     _take_down_failures(replacements, saves)
-    _lead_loads(replacements, keeper)
+    _lead_loads(replacements, manager)
 
 
 def _lead_saves(replacements: Replacements, saves: _Saves) -> None:
@@ -90,7 +90,7 @@ def _lead_saves(replacements: Replacements, saves: _Saves) -> None:
     def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("non_persistent_ckpt"):
             return original(iteration, *args, **kwargs)
-        folder, problem = saves.keeper.begin(iteration), None
+        folder, problem = saves.manager.begin(iteration), None
         if folder is None:
             return None
         with saves.into(folder, iteration):
@@ -122,7 +122,7 @@ def _lead_background_saves(replacements: Replacements, saves: _Saves) -> None:
         iteration, folder = saves.iteration, saves.folder
         assert folder is not None, "a save is scheduled while it is prepared"
         if request.async_fn is not None:  # this rank has something to write
-            request = request._replace(async_fn=saves.keeper.background(request.async_fn, folder, iteration))
+            request = request._replace(async_fn=saves.manager.background(request.async_fn, folder, iteration))
         request.add_finalize_fn(lambda: finished(None))
         saves.background.append((iteration, folder))
         schedule(request)
@@ -154,7 +154,7 @@ def _lead_names(replacements: Replacements, saves: _Saves) -> None:
 
     @functools.wraps(tracker)
     def get_checkpoint_tracker_filename(directory: Any) -> Any:
-        # The keeper replaces the tracker; what the engine writes goes nowhere, which cannot fail either.
+        # The manager replaces the tracker; what the engine writes goes nowhere, which cannot fail either.
         return tracker(directory) if saves.folder is None else os.devnull
 
     replacements.set(checkpointing, "get_checkpoint_name", get_checkpoint_name)
@@ -180,7 +180,7 @@ def _take_down_failures(replacements: Replacements, saves: _Saves) -> None:
     replacements.set(serialization, "save_config", taken_down(serialization.save_config))
 
 
-def _lead_loads(replacements: Replacements, keeper: Keeper) -> None:
+def _lead_loads(replacements: Replacements, manager: CheckpointManager) -> None:
     from megatron.training import checkpointing, training
     from megatron.training.global_vars import get_args
 
@@ -195,7 +195,7 @@ def _lead_loads(replacements: Replacements, keeper: Keeper) -> None:
         if checkpointing.checkpoint_exists(getattr(args, load_arg)):
             directory = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
             weights_only = args.finetune or load_arg == "pretrained_checkpoint" or directory.name == "release"
-            keeper.before_load(directory, not weights_only)
+            manager.before_load(directory, not weights_only)
         try:
             return load(model, optimizer, scheduler, load_arg=load_arg, **kwargs)
         except SystemExit as end:  # the engine's way out where it cannot read a file: with status 0
@@ -204,7 +204,7 @@ def _lead_loads(replacements: Replacements, keeper: Keeper) -> None:
     @functools.wraps(compare)
     def check_checkpoint_args(saved: Any, *args: Any, **kwargs: Any) -> None:
         compare(saved, *args, **kwargs)
-        keeper.loaded_arguments(saved)
+        manager.loaded_arguments(saved)
 
     replacements.set(training, "load_checkpoint", load_checkpoint)
     replacements.set(checkpointing, "check_checkpoint_args", check_checkpoint_args)

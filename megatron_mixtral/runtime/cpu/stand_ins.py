@@ -5,8 +5,8 @@ a CPU tensor is done when the call returns), the CUDA generator is the CPU gener
 lacks are made of those that it has. Slow paths are of no concern: this machine is for trying and testing.
 
 Enabled by `runtime.ready()` only; refuses to hide a visible GPU. Remove a stand-in when the engine asks the
-accelerator API (torch.accelerator) instead of torch.cuda: `tests/unit/test_runtime.py` fails for one that nothing in
-the engine asks for any more.
+accelerator API (torch.accelerator) instead of torch.cuda: `tests/unit/runtime/cpu/test_stand_ins.py` fails for one
+that nothing in the engine asks for any more.
 """
 
 import contextlib
@@ -42,6 +42,9 @@ def enable(replacements: Replacements) -> None:
     replacements.set(importlib.import_module("torch._dynamo.config"), "disable", True)
     for name, value in cuda_functions().items():
         replacements.set(torch.cuda, name, value)
+    # `with torch.device("meta")` finds the factories in a table that it makes once, at its first use. Made of the
+    # replaced ones, it finds none: transformers, which loads its models so, gives wrong logits without a word.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         replacements.set(torch, name, _on_cpu(getattr(torch, name)))
     replacements.set(torch.Tensor, "to", _to_on_cpu(torch.Tensor.to))
