@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -16,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.config import engine as engine_table
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.model.cpu.embedding import WordEmbedding
+from megatron_mixtral.model.cpu import WordEmbedding
 from megatron_mixtral.model.cross_entropy import chunked_loss
 from megatron_mixtral.model.router import LayerPool, MicroBatch, MixtralRouter
 from megatron_mixtral.model.spec import block_spec
@@ -124,8 +125,11 @@ def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_leng
     """One pipeline stage (model chunk with `vp_stage`) of a Mixtral on this rank; the engine is initialised before.
 
     `padded_vocab_size` is a multiple of the tensor-parallel size. `pool_aux_loss` makes the balancing loss Hugging
-    Face's. Raises `ConfigError` where `engine` contradicts `config`, or cannot pool.
+    Face's. Raises `ConfigError` where `engine` contradicts `config`, or cannot pool, or where nothing is initialised.
     """
+    if pg_collection is None and not parallel_state.model_parallel_is_initialized():
+        raise ConfigError("the engine has no process groups yet: call megatron_mixtral.model.initialize(layout) before "
+                          "build(), or from_pretrained(directory, layout), which does both")
     check_config(config, engine)
     micro_batch = MicroBatch()
     pool = _pool(config, engine) if pool_aux_loss else None

@@ -30,7 +30,7 @@ _SIZES = {axis: f"ParallelLayout({axis}=...)" for axis in ("tp", "pp", "vpp", "e
 _SIZES["world"] = "the number of processes (torchrun --nproc-per-node)"
 
 
-def from_pretrained(directory: str | Path, layout: ParallelLayout | None = None, dtype: Any = None,
+def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayout(), dtype: Any = None,  # noqa: B008 - it is frozen
                     **fields: Any) -> "MixtralModel":
     """The engine's model of this rank (its pipeline stage), filled and in evaluation mode.
 
@@ -43,9 +43,9 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout | None = None,
     schedules. `ConfigError` for a layout or a type that cannot be, `CheckpointError` for weights that cannot be read.
     """
     source = open_source(directory)
-    layout = _validated(source.config, layout or ParallelLayout())
+    _validate(source.config, layout)
     name = _type_name(dtype, source)
-    backend, layout = runtime.ready(), initialize(layout, source.config)
+    layout = initialize(layout)
 
     import torch
 
@@ -55,7 +55,7 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout | None = None,
     config, kind = source.config, getattr(torch, name)
     coord, rows = layout.coord_of(torch.distributed.get_rank()), padded_vocabulary(config, layout)
     engine = transformer_config(config, layout, kind, **{
-        "transformer_impl": backend.transformer_impl, "perform_initialization": False, **fields})
+        "transformer_impl": runtime.ready().transformer_impl, "perform_initialization": False, **fields})
     model = build(config, engine, max_sequence_length=config.max_position_embeddings, padded_vocab_size=rows,
                   pre_process=layout.is_first(coord.pp), post_process=layout.is_last(coord.pp))
     model.to(runtime.current_device(), kind)
@@ -63,14 +63,14 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout | None = None,
     return model.eval()
 
 
-def initialize(layout: ParallelLayout, config: MixtralConfig | None = None) -> ParallelLayout:
+def initialize(layout: ParallelLayout) -> ParallelLayout:
     """Ready the machine, the process groups and the engine for `layout`; returns it with the number of ranks.
 
     Where there is no process group yet, torchrun's ranks join one, and one process by itself makes its own. What is
     initialised already stays. `ConfigError` where the ranks do not fit the layout, or the engine has another one.
     """
     layout = dataclasses.replace(layout, world=runtime.join_process_group(runtime.ready()))
-    layout.validate(config or _any_model(layout), _SIZES)
+    layout.validate_world(_SIZES)
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
@@ -121,11 +121,11 @@ def _name_in(parameters: "dict[str, torch.nn.Parameter]", tensor: TensorSlice) -
     return next((name for name in (tensor.name, *tensor.aliases) if name in parameters), tensor.name)
 
 
-def _validated(config: MixtralConfig, layout: ParallelLayout) -> ParallelLayout:
+def _validate(config: MixtralConfig, layout: ParallelLayout) -> None:
     if layout.vpp > 1:
         raise ConfigError(f"ParallelLayout(vpp={layout.vpp}): virtual stages are a schedule of training, a model that "
                           "is ready to use has one chunk a rank; leave vpp out (weights of any layout are read)")
-    return dataclasses.replace(layout, world=None).validate(config, _SIZES)
+    dataclasses.replace(layout, world=None).validate(config, _SIZES)
 
 
 def _type_name(dtype: Any, source: TensorSource) -> str:

@@ -40,6 +40,9 @@ def enable(replacements: Replacements) -> None:
     # torch.compile would look for a C++ compiler and take minutes to gain nothing on a model this small.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     replacements.set(importlib.import_module("torch._dynamo.config"), "disable", True)
+    # And of the engine what was decorated before, where a program imported it first.
+    dynamo = importlib.import_module("torch._dynamo.eval_frame")
+    replacements.set(dynamo, "_stance", dynamo.DynamoStance("force_eager"))
     for name, value in cuda_functions().items():
         replacements.set(torch.cuda, name, value)
     # `with torch.device("meta")` finds the factories in a table that it makes once, at its first use. Made of the
