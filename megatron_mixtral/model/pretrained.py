@@ -13,8 +13,8 @@ from megatron_mixtral import runtime
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.convert import open_source
-from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, padded_vocabulary
-from megatron_mixtral.weights.protocols import TensorSource, assemble
+from megatron_mixtral.weights.plan import ShardPlan
+from megatron_mixtral.weights.protocols import assemble
 from megatron_mixtral.weights.rules import hf_tensors
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayo
     from megatron_mixtral.model.builder import build, transformer_config
 
     config, kind = source.config, getattr(torch, name)
-    coord, rows = layout.coord_of(torch.distributed.get_rank()), padded_vocabulary(config, layout)
+    coord = layout.coord_of(torch.distributed.get_rank())
+    rows = ShardPlan(config, layout, coord).vocab_rows
     engine = transformer_config(config, layout, kind, **{
         "transformer_impl": runtime.ready().transformer_impl, "perform_initialization": False, **fields})
     model = build(config, engine, max_sequence_length=config.max_position_embeddings, padded_vocab_size=rows,
@@ -91,9 +92,9 @@ def initialize(layout: ParallelLayout) -> ParallelLayout:
     return layout
 
 
-def fill(model: "MixtralModel", source: TensorSource, coord: Coord, layout: ParallelLayout, *, chunk: int = 0,
+def fill(model: "MixtralModel", source: Any, coord: Coord, layout: ParallelLayout, *, chunk: int = 0,
          padded_vocab: int) -> None:
-    """Fill one pipeline stage (model chunk) from a source, in place, in the model's dtype.
+    """Fill one pipeline stage (model chunk) from a `TensorSource`, in place, in the model's dtype.
 
     Reads only this rank's slices. `CheckpointError` where the source is not exactly this model's weights.
     """
@@ -116,7 +117,7 @@ def fill(model: "MixtralModel", source: TensorSource, coord: Coord, layout: Para
     logger.info("loaded %s, stage %s", source.where, coord)
 
 
-def _name_in(parameters: "dict[str, torch.nn.Parameter]", tensor: TensorSlice) -> str:
+def _name_in(parameters: "dict[str, torch.nn.Parameter]", tensor: Any) -> str:
     """The name a slice has in this model: the local spec's, or transformer-engine's."""
     return next((name for name in (tensor.name, *tensor.aliases) if name in parameters), tensor.name)
 
@@ -128,7 +129,7 @@ def _validate(config: MixtralConfig, layout: ParallelLayout) -> None:
     dataclasses.replace(layout, world=None).validate(config, _SIZES)
 
 
-def _type_name(dtype: Any, source: TensorSource) -> str:
+def _type_name(dtype: Any, source: Any) -> str:
     name = str(dtype).removeprefix("torch.") if dtype is not None else         source.dtype(next(iter(hf_tensors(source.config).values())))
     if name not in DTYPES:
         said = "stored as" if dtype is None else "dtype is"

@@ -2,17 +2,25 @@
 
 import logging
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from megatron_mixtral.runtime.backend import Backend, detect
 from megatron_mixtral.runtime.replacements import Replacements, apply
+
+if TYPE_CHECKING:
+    from megatron_mixtral.runtime.backend import Backend
 
 logger = logging.getLogger(__name__)
 
 _state: dict[str, Any] = {}
 
 
-def ready(training: bool = False) -> Backend:
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set variables of this process's environment, which make it a rank. Call before `ready`; imports no torch."""
+    os.environ.update(variables)
+
+
+def ready(training: bool = False) -> "Backend":
     """Detect the machine, repair the engine, and stand in for CUDA where no GPU is visible. Call before any engine
     object is made; a second call returns the first one's answer. With `training` also ready `megatron.training`.
     Returns the `Backend`; `ConfigError` where more local processes than GPUs were started.
@@ -31,6 +39,8 @@ def ready(training: bool = False) -> Backend:
 
 
 def _ready_core() -> None:
+    from megatron_mixtral.runtime.backend import detect
+
     local = os.environ.get("LOCAL_WORLD_SIZE")
     backend = detect(int(local) if local else None)
     replacements = Replacements()

@@ -6,14 +6,15 @@ of each start have a prefix of their own. Remove when torch's rendezvous asks fo
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_mixtral.runtime.backend import Backend
+if TYPE_CHECKING:
+    from megatron_mixtral.runtime.backend import Backend
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 
 
-def join_process_group(backend: Backend) -> int:
+def join_process_group(backend: "Backend") -> int:
     """Initialise torch.distributed where it is not; the number of ranks. One process by itself needs no address."""
     import torch
     import torch.distributed as dist
