@@ -130,7 +130,8 @@ def _validate(config: MixtralConfig, layout: ParallelLayout) -> None:
 
 
 def _type_name(dtype: Any, source: Any) -> str:
-    name = str(dtype).removeprefix("torch.") if dtype is not None else         source.dtype(next(iter(hf_tensors(source.config).values())))
+    name = str(dtype).removeprefix("torch.") if dtype is not None else \
+        source.dtype(next(iter(hf_tensors(source.config).values())))
     if name not in DTYPES:
         said = "stored as" if dtype is None else "dtype is"
         raise ConfigError(f"{source.where}: {said} {name}, a model computes in {', '.join(DTYPES)}: give one as dtype")

@@ -222,6 +222,4 @@ def open_source(directory: str | Path, *, compare_copies: bool = True) -> Tensor
         raise CheckpointError(f"{directory} does not exist or is not a directory")
     if any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE)):
         return HFSource(directory)
-    if (directory / "config.json").exists() and not (directory / TRACKER).exists():
-        return HFSource(directory)  # which says what is missing
     return open_megatron(directory, compare_copies=compare_copies)

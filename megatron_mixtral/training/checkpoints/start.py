@@ -7,7 +7,7 @@ from typing import Any
 from megatron_mixtral.config import CONFIG_FILE, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.model import fill
-from megatron_mixtral.weights.convert import open_source
+from megatron_mixtral.weights.formats.hf_source import HFSource
 
 
 def write_identity(directory: Path, config: MixtralConfig) -> None:
@@ -33,4 +33,4 @@ def load_hf(model: Any, directory: str, coord: Coord, layout: ParallelLayout, *,
 
     Reads only this rank's slices. `CheckpointError` where the directory is not exactly this model's weights.
     """
-    fill(model, open_source(directory), coord, layout, chunk=chunk, padded_vocab=padded_vocab)
+    fill(model, HFSource(directory, model.mixtral), coord, layout, chunk=chunk, padded_vocab=padded_vocab)
