@@ -138,7 +138,7 @@ def ours(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace
 def te(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace, dtype: torch.dtype) -> Candidate:
     from megatron_mixtral import runtime
 
-    if not runtime.detect().transformer_engine:
+    if not runtime.ready().transformer_engine:
         raise NotHere("transformer-engine cannot be imported")
     return ours(config, layout, args, dtype, "transformer_engine")
 

@@ -1,7 +1,12 @@
-"""What the model is and how it is laid out: frozen dataclasses of the standard library. Imports no torch."""
+"""What the model is, what it is to the engine, and how it is laid out. Standard library only; imports no torch."""
 
-from megatron_mixtral.config.layout import TARGET_FLAGS, TRAINING_FLAGS, Coord, ParallelLayout
-from megatron_mixtral.config.mixtral import CONFIG_FILE, PRESETS, MixtralConfig, preset
+from typing import TYPE_CHECKING
 
-__all__ = ["CONFIG_FILE", "PRESETS", "TARGET_FLAGS", "TRAINING_FLAGS", "Coord", "MixtralConfig", "ParallelLayout",
-           "preset"]
+from megatron_mixtral._door import door
+
+if TYPE_CHECKING:
+    from megatron_mixtral.config import engine
+    from megatron_mixtral.config.layout import TARGET_FLAGS, TRAINING_FLAGS, Coord, ParallelLayout
+    from megatron_mixtral.config.mixtral import CONFIG_FILE, PRESETS, MixtralConfig, preset, read_json
+
+__all__, __getattr__, __dir__ = door(__name__, __file__)

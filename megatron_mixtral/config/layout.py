@@ -97,14 +97,17 @@ class ParallelLayout:
         divides("etp", self.etp, "intermediate_size", config.intermediate_size)
         divides("ep", self.ep, "num_local_experts", config.num_local_experts)
         self._validate_stages(config.num_hidden_layers, flags)
-        if self.world is not None:
-            for axes, need in (("tp x pp x cp", self.tp * self.pp * self.cp),
-                               ("etp x ep x pp", self.etp * self.ep * self.pp)):
-                if self.world % need:
-                    raise ConfigError(
-                        f"world size {self.world} is not a multiple of {axes} = {need} (layout {self}): it must be a "
-                        f"multiple of {self.min_world}; change {flags['world']}, or {flags['tp']}, {flags['pp']}, "
-                        f"{flags['ep']}, {flags['etp']}")
+        return self.validate_world(flags)
+
+    def validate_world(self, flags: Mapping[str, str] = TRAINING_FLAGS) -> "ParallelLayout":
+        """Return self if the number of ranks, where it is known, fits the sizes of any model; else `ConfigError`."""
+        sizes = {"tp x pp x cp": self.tp * self.pp * self.cp, "etp x ep x pp": self.etp * self.ep * self.pp}
+        for axes, need in sizes.items():
+            if self.world is not None and self.world % need:
+                raise ConfigError(
+                    f"world size {self.world} is not a multiple of {axes} = {need} (layout {self}): it must be a "
+                    f"multiple of {self.min_world}; change {flags['world']}, or {flags['tp']}, {flags['pp']}, "
+                    f"{flags['ep']}, {flags['etp']}")
         return self
 
     def _validate_stages(self, layers: int, flags: Mapping[str, str]) -> None:

@@ -1,9 +1,15 @@
-"""Mixtral as an engine model: `build(...)` gives a `MixtralModel`, one pipeline stage (or model chunk) of it.
+"""Mixtral as an engine model: `from_pretrained(directory)` gives a ready one, in one process or under torchrun.
 
-Call `megatron_mixtral.runtime.ready()` before building.
+Below it: `initialize(layout)` readies machine, process groups and engine; `build(...)` makes one pipeline stage (or
+model chunk) of a model; `fill(...)` gives it the weights of any source.
 """
 
-from megatron_mixtral.model.builder import MixtralModel, build, check_config, transformer_config
-from megatron_mixtral.model.spec import block_spec
+from typing import TYPE_CHECKING
 
-__all__ = ["MixtralModel", "block_spec", "build", "check_config", "transformer_config"]
+from megatron_mixtral._door import door
+
+if TYPE_CHECKING:
+    from megatron_mixtral.model.builder import MixtralModel, build, check_config, transformer_config
+    from megatron_mixtral.model.pretrained import fill, from_pretrained, initialize
+
+__all__, __getattr__, __dir__ = door(__name__, __file__)

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mixtral.config import engine
 from megatron_mixtral.errors import ConfigError, DataError
 
 
@@ -32,8 +33,7 @@ class CausalAttention(torch.nn.Module):
         if config.attention_dropout:
             raise ConfigError(f"--attention-dropout {config.attention_dropout}: Mixtral has none; set it to 0")
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
-        # The engine counts keys to the left of the query, the query itself not included.
-        self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.window = engine.sliding_window(config.window_size)  # keys, the query's own included
         self.varlen_kernel = config.attention_backend == AttnBackend.flash
 
     def forward(self, query_sbnd: torch.Tensor, key_kbgd: torch.Tensor, value_kbgd: torch.Tensor,
@@ -73,9 +73,9 @@ class CausalAttention(torch.nn.Module):
         if self.varlen_kernel and q_tnd.is_cuda and q_tnd.dtype in (torch.bfloat16, torch.float16):
             from torch.nn.attention.varlen import varlen_attn
 
-            left = -1 if self.window is None else self.window - 1
             out = varlen_attn(q_tnd, k_tgd, v_tgd, bounds, bounds, max(lengths), max(lengths), scale=self.scale,
-                              window_size=(left, 0), enable_gqa=q_tnd.shape[1] != k_tgd.shape[1])
+                              window_size=engine.window_size(self.window) or (-1, 0),
+                              enable_gqa=q_tnd.shape[1] != k_tgd.shape[1])
             return out.reshape(t, -1)
         # split, not slices: the backward of each slice would fill a gradient of the whole row.
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_tnd, k_tgd, v_tgd)), strict=True)

@@ -1,21 +1,23 @@
 """From a `MixtralConfig` to the engine's `GPTModel`.
 
-`architecture()` is the one table of what Mixtral means to the engine; training's flags are derived from it and checked
-against it, so that no run computes another model than the checkpoint's.
+What a Mixtral is in the engine's terms stands in `config/engine.py`; here it becomes a `TransformerConfig` and a model,
+and a configuration that the engine made of a run's flags is compared with it.
 """
 
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.config import engine as engine_table
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.model.cpu.embedding import WordEmbedding
+from megatron_mixtral.model.cpu import WordEmbedding
 from megatron_mixtral.model.cross_entropy import chunked_loss
 from megatron_mixtral.model.router import LayerPool, MicroBatch, MixtralRouter
 from megatron_mixtral.model.spec import block_spec
@@ -23,32 +25,7 @@ from megatron_mixtral.model.spec import block_spec
 
 def architecture(config: MixtralConfig) -> dict[str, Any]:
     """`TransformerConfig` fields that the architecture fixes."""
-    return {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "moe_ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "num_moe_experts": config.num_local_experts,
-        "moe_router_topk": config.num_experts_per_tok,
-        # Softmax over the chosen experts only, which is softmax over all, then top-k, then renormalised (as in HF).
-        "moe_router_pre_softmax": False,
-        "moe_router_score_function": "softmax",
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "rotary_interleaved": False,
-        "layernorm_zero_centered_gamma": False,
-        # HF's window counts the query itself, the engine's counts keys to its left.
-        "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
-    }
+    return {**engine_table.transformer_fields(config), "activation_func": torch.nn.functional.silu}
 
 
 def transformer_config(config: MixtralConfig, layout: ParallelLayout, dtype: torch.dtype = torch.float32,
@@ -96,8 +73,7 @@ def check_config(config: MixtralConfig, engine: TransformerConfig) -> None:
     """`ConfigError` where an engine configuration would compute another model than `config`."""
     for name, expected in architecture(config).items():
         found = getattr(engine, name)
-        same = tuple(found) == expected if name == "window_size" and found is not None else found == expected
-        if not same:
+        if engine_table.differs(name, found, expected):
             raise ConfigError(f"the engine's {name} is {found!r}, the Mixtral's is {expected!r}: "
                               f"remove the flag that sets it, or load the checkpoint that has it")
 
@@ -149,8 +125,11 @@ def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_leng
     """One pipeline stage (model chunk with `vp_stage`) of a Mixtral on this rank; the engine is initialised before.
 
     `padded_vocab_size` is a multiple of the tensor-parallel size. `pool_aux_loss` makes the balancing loss Hugging
-    Face's. Raises `ConfigError` where `engine` contradicts `config`, or cannot pool.
+    Face's. Raises `ConfigError` where `engine` contradicts `config`, or cannot pool, or where nothing is initialised.
     """
+    if pg_collection is None and not parallel_state.model_parallel_is_initialized():
+        raise ConfigError("the engine has no process groups yet: call megatron_mixtral.model.initialize(layout) before "
+                          "build(), or from_pretrained(directory, layout), which does both")
     check_config(config, engine)
     micro_batch = MicroBatch()
     pool = _pool(config, engine) if pool_aux_loss else None

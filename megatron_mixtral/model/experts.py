@@ -24,7 +24,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
-from megatron_mixtral.model.cpu.swiglu import WeightedSwiGLU
+from megatron_mixtral.model.cpu import WeightedSwiGLU
 from megatron_mixtral.runtime import current_device
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_mixtral.runtime.replacements import Replacements
+from megatron_mixtral.runtime.replacements import Replacements, apply
 
 if TYPE_CHECKING:
     from megatron_mixtral.runtime.backend import Backend
@@ -29,12 +29,12 @@ def ready(training: bool = False) -> "Backend":
         _ready_core()
     backend = _state["backend"]
     if training and "training" not in _state:
-        from megatron_mixtral.runtime.cpu import stand_ins as cpu
-        from megatron_mixtral.runtime.engine_fixes import fixes as engine_fixes
+        from megatron_mixtral.runtime.cpu import enable_training
+        from megatron_mixtral.runtime.engine_fixes import TRAINING_FIXES
 
         if backend.device == "cpu":
-            cpu.enable_training(_state["replacements"])
-        _state["training"] = engine_fixes.apply(_state["replacements"], engine_fixes.TRAINING_FIXES)
+            enable_training(_state["replacements"])
+        _state["training"] = apply(_state["replacements"], TRAINING_FIXES)
     return backend
 
 
@@ -45,15 +45,15 @@ def _ready_core() -> None:
     backend = detect(int(local) if local else None)
     replacements = Replacements()
     if backend.device == "cpu":
-        from megatron_mixtral.runtime.cpu import stand_ins as cpu
+        from megatron_mixtral.runtime.cpu import enable
 
-        cpu.enable(replacements)
+        enable(replacements)
     # The order of kernels on the device is what makes the engine's overlap of communication correct before Blackwell;
     # it asserts this variable, also where there is no device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron_mixtral.runtime.engine_fixes import fixes as engine_fixes
+    from megatron_mixtral.runtime.engine_fixes import FIXES
 
-    applied = engine_fixes.apply(replacements)
+    applied = apply(replacements, FIXES)
     _state.update(backend=backend, replacements=replacements)
     logger.info("running on %s (%s), collectives %s, layers %s, engine repairs: %s", backend.device, backend.reason,
                 backend.collectives, backend.transformer_impl, ", ".join(applied) or "none")

@@ -1,5 +1,10 @@
-"""Replace attributes of modules we do not own, and put them back. Used by the repairs and the CPU stand-in."""
+"""Replace attributes of modules we do not own, and put them back: `Replacements`; and why we do it: `Fix`.
 
+The stand-ins for CUDA (`cpu/`), the checkpoint manager's way in (`saving.py`) and the repairs (`engine_fixes/`) use it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 _ABSENT = object()
@@ -30,3 +35,31 @@ class Replacements:
 
     def __len__(self) -> int:
         return len(self._saved)
+
+
+@dataclass(frozen=True)
+class Fix:
+    """One repair of the pinned engine: what breaks, why, and when it can go.
+
+    `versions` are the engine versions on which the defect was seen. `needed()` looks at the engine itself, and a test
+    asserts it for every repair: the day the engine is upgraded and no longer needs one, that test fails and the repair
+    is deleted.
+    """
+
+    name: str
+    symptom: str
+    cause: str
+    versions: str
+    remove_when: str
+    needed: Callable[[], bool]
+    apply: Callable[[Replacements], None]
+
+
+def apply(replacements: Replacements, fixes: Iterable[Fix]) -> list[str]:
+    """Apply every repair of `fixes` that this installation needs; returns their names."""
+    applied = []
+    for fix in fixes:
+        if fix.needed():
+            fix.apply(replacements)
+            applied.append(fix.name)
+    return applied

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import CONFIG_FILE, TRAINING_FLAGS, MixtralConfig, ParallelLayout, preset
+from megatron_mixtral.config import CONFIG_FILE, TRAINING_FLAGS, MixtralConfig, ParallelLayout, engine, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import launch
 from megatron_mixtral.training.flags import EngineFlags, Flags, parse
@@ -150,39 +150,6 @@ def _layout(given: EngineFlags, config: MixtralConfig) -> ParallelLayout:
 # -- the engine's flags ----------------------------------------------------------------------------------
 
 
-def architecture_args(config: MixtralConfig) -> dict[str, Any]:
-    """The engine's argument names (argparse dest) that the architecture fixes; a run may not say otherwise."""
-    return {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "moe_ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "group_query_attention": True,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "num_experts": config.num_local_experts,
-        "moe_layer_freq": 1,
-        "moe_router_topk": config.num_experts_per_tok,
-        "moe_router_pre_softmax": False,
-        "moe_router_score_function": "softmax",
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "swiglu": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "position_embedding_type": "rope",
-        "rotary_base": config.rope_theta,
-        "rotary_percent": 1.0,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
-        "max_position_embeddings": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-    }
-
-
 def aux_loss_coefficient(config: MixtralConfig, convention: str) -> float:
     """`--moe-aux-loss-coeff` that balances as strongly as Hugging Face's `router_aux_loss_coef` c does.
 
@@ -198,7 +165,7 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
     """Defaults for the engine's parser: the architecture, and choices a user may override by the engine's flags."""
     config, has_te = run.config, transformer_impl == "transformer_engine"
     defaults = {
-        **architecture_args(config),
+        **engine.architecture_args(config),
         # Answers differ in length: every trained token of a global batch counts the same, in whichever micro-batch.
         "calculate_per_token_loss": run.flags.is_instruction_dataset,
         "init_method_std": config.initializer_range,
@@ -241,38 +208,12 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
     return defaults
 
 
-_FLAG_OF = {"layernorm_epsilon": "--norm-epsilon", "add_bias_linear": "--disable-bias-linear"}
-
-
-# Flags of other models, with the values that a Mixtral has. Some are computed, some the engine's attention and experts
-# here would leave out in silence.
-_OF_OTHER_MODELS: dict[str, Any] = {
-    "moe_router_topk_scaling_factor": None, "moe_router_num_groups": None, "moe_router_group_topk": None,
-    "moe_router_enable_expert_bias": False, "moe_apply_probs_on_input": False, "moe_latent_size": None,
-    "moe_shared_expert_intermediate_size": None, "mtp_num_layers": None, "multi_latent_attention": False,
-    "experimental_attention_variant": None, "attention_output_gate": False, "softmax_type": "vanilla",
-    "qk_layernorm": False, "no_rope_freq": None, "rotary_interleaved": False, "use_rope_scaling": False,
-    "rotary_seq_len_interpolation_factor": None, "squared_relu": False, "quick_geglu": False,
-    "activation_func_clamp_value": None, "glu_linear_offset": 0.0,
-}
-
-
 def check_contradictions(args: argparse.Namespace, config: MixtralConfig) -> None:
     """`ConfigError` where a flag was given that makes another model than the run's."""
-    for name, harmless in _OF_OTHER_MODELS.items():
-        found = getattr(args, name, harmless)
-        if found not in (None, False, harmless):
-            raise ConfigError(f"--{name.replace('_', '-')} ({found}) makes another model than a Mixtral: drop the flag")
+    engine.check_flags(args, config)
     if args.rampup_batch_size is not None:
         raise ConfigError("--rampup-batch-size is parsed by the pinned engine and then left out in silence: drop it "
                           "(--step-batch-size-schedule replaces it and --global-batch-size)")
     if args.reset_attention_mask:
         raise ConfigError("--reset-attention-mask: the attention here is causal over the whole sample, and would leave "
                           "the flag out in silence; drop it. Only packed instruction data are kept apart")
-    for name, expected in architecture_args(config).items():
-        found = getattr(args, name)
-        same = tuple(found) == expected if name == "window_size" and found is not None else found == expected
-        if not same:
-            flag = _FLAG_OF.get(name, "--" + name.replace("_", "-"))
-            raise ConfigError(f"{flag} {found} contradicts the model's {name} {expected}: drop the flag; the "
-                              "architecture comes from the checkpoint or from --model")

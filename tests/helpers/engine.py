@@ -97,11 +97,16 @@ def _forward_loss(iterator: Any, model: Any) -> Any:
 
 def logits(rank: int, checkpoint: str, layout: dict[str, int], batch_bs: torch.Tensor) -> torch.Tensor | None:
     """Logits [B / dp, S, V] of this data-parallel rank's share on the last stage's first tensor-parallel rank."""
-    from megatron.core import parallel_state as mpu
-
     chunks = load_stages(checkpoint, layout)
     for model in chunks:
         model.eval()
+    return logits_of(chunks, batch_bs)
+
+
+def logits_of(chunks: list[Any], batch_bs: torch.Tensor) -> torch.Tensor | None:
+    """As `logits`, of model chunks that are there already."""
+    from megatron.core import parallel_state as mpu
+
     with torch.no_grad():
         found = _schedule(chunks, _micro_batches(batch_bs), _forward_logits, forward_only=True,
                           collect_non_loss_data=True)

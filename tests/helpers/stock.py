@@ -92,12 +92,12 @@ def stand_in() -> None:
     from megatron.core.datasets import utils
 
     import megatron_mixtral.runtime.environment as environment
-    from megatron_mixtral.runtime.cpu import stand_ins as cpu
-    from megatron_mixtral.runtime.engine_fixes import fixes as engine_fixes
+    from megatron_mixtral.runtime import cpu
+    from megatron_mixtral.runtime.engine_fixes import FIXES
     from megatron_mixtral.runtime.replacements import Replacements
 
     environment.undo()
-    assert all(fix.needed() for fix in engine_fixes.FIXES), "a repair is still active"
+    assert all(fix.needed() for fix in FIXES), "a repair is still active"
     replacements = Replacements()
     cpu.enable(replacements)
     cpu.enable_training(replacements)

@@ -179,7 +179,7 @@ def test_rank_directories_of_a_run(name: str, whole: Whole, data: list[str], fol
 
 
 def test_resumes_with_buckets_that_end_in_padding(whole: Whole, data: list[str], folder: Path) -> None:
-    """The engine alone saves optimizer state that is wrong here (`bucket-padding` in runtime/engine_fixes/fixes.py)."""
+    """The engine alone saves optimizer state that is wrong here (runtime/engine_fixes/bucket_padding.py)."""
     first, save = whole(DP3)
     assert_goes_on(first, resume(DP2, save, data, folder / "second"))
 

@@ -5,8 +5,8 @@ a CPU tensor is done when the call returns), the CUDA generator is the CPU gener
 lacks are made of those that it has. Slow paths are of no concern: this machine is for trying and testing.
 
 Enabled by `runtime.ready()` only; refuses to hide a visible GPU. Remove a stand-in when the engine asks the
-accelerator API (torch.accelerator) instead of torch.cuda: `tests/unit/test_runtime.py` fails for one that nothing in
-the engine asks for any more.
+accelerator API (torch.accelerator) instead of torch.cuda: `tests/unit/runtime/cpu/test_stand_ins.py` fails for one
+that nothing in the engine asks for any more.
 """
 
 import contextlib
@@ -40,8 +40,14 @@ def enable(replacements: Replacements) -> None:
     # torch.compile would look for a C++ compiler and take minutes to gain nothing on a model this small.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     replacements.set(importlib.import_module("torch._dynamo.config"), "disable", True)
+    # And of the engine what was decorated before, where a program imported it first.
+    dynamo = importlib.import_module("torch._dynamo.eval_frame")
+    replacements.set(dynamo, "_stance", dynamo.DynamoStance("force_eager"))
     for name, value in cuda_functions().items():
         replacements.set(torch.cuda, name, value)
+    # `with torch.device("meta")` finds the factories in a table that it makes once, at its first use. Made of the
+    # replaced ones, it finds none: transformers, which loads its models so, gives wrong logits without a word.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         replacements.set(torch, name, _on_cpu(getattr(torch, name)))
     replacements.set(torch.Tensor, "to", _to_on_cpu(torch.Tensor.to))

@@ -1,1 +1,19 @@
-"""Door."""
+"""Repairs of the pinned engine that every machine needs: one module, one defect, with its record (`Fix`) at the end."""
+
+from megatron_mixtral.runtime.engine_fixes import (
+    adam,
+    bucket_padding,
+    dataset_helpers,
+    expert_optimizers,
+    multi_tensor,
+    nonfinite,
+    rank_directories,
+    recompute,
+    step_log,
+)
+
+__all__ = ["FIXES", "TRAINING_FIXES"]
+
+FIXES = (dataset_helpers.FIX, adam.FIX, multi_tensor.FIX, expert_optimizers.FIX, bucket_padding.FIX,
+         rank_directories.FIX, nonfinite.FIX, recompute.FIX)
+TRAINING_FIXES = (step_log.TRAINING_FIX, rank_directories.TRAINING_FIX)  # of `megatron.training`

@@ -12,6 +12,8 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from megatron_mixtral.runtime.replacements import Fix, Replacements
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam (`adam_w_mode=False`: weight decay in the gradient) or AdamW (`True`, decoupled), one step count a group."""
@@ -50,3 +52,31 @@ class FusedAdam(torch.optim.Optimizer):
                    beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                    weight_decay=group["weight_decay"], eps=group["eps"])
         return loss
+
+
+def _engine_falls_back_to_torch_adam() -> bool:
+    from megatron.core import optimizer
+
+    return optimizer.USING_PYTORCH_OPTIMIZER
+
+
+def _stand_in_for_fused_adam(replacements: Replacements) -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    replacements.set(optimizer, "Adam", FusedAdam)
+    replacements.set(distrib_optimizer, "Adam", FusedAdam)
+    replacements.set(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    replacements.set(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+
+
+FIX = Fix(
+    name="fused-adam",
+    symptom="a distributed-optimizer checkpoint cannot be loaded before the first step: 'assert len(steps) == 1'",
+    cause="without transformer-engine and apex the engine takes torch.optim.AdamW, which keeps `step` in each "
+          "parameter's state and creates its state at the first step; the checkpoint code expects FusedAdam's form",
+    versions="0.19.2",
+    remove_when="DistributedOptimizer saves and loads torch.optim.AdamW at step 0",
+    needed=_engine_falls_back_to_torch_adam,
+    apply=_stand_in_for_fused_adam,
+)

@@ -9,7 +9,7 @@ import inspect
 import math
 from typing import Any
 
-from megatron_mixtral.runtime.replacements import Replacements
+from megatron_mixtral.runtime.replacements import Fix, Replacements
 
 
 def nan_passes_the_threshold() -> bool:
@@ -30,3 +30,14 @@ def count_nan_as_infinite(replacements: Replacements) -> None:
         return math.inf if norm is not None and math.isnan(norm) else norm
 
     replacements.set(ChainedOptimizer, "get_grad_norm", get_grad_norm)
+
+
+FIX = Fix(
+    name="nan-norm",
+    symptom="a gradient with NaN is applied, whatever grad_norm_skip_threshold says, and every weight is lost",
+    cause="the norm is compared by `norm > threshold`, which is false for NaN",
+    versions="0.19.2",
+    remove_when="ChainedOptimizer.step skips a norm that is not finite",
+    needed=nan_passes_the_threshold,
+    apply=count_nan_as_infinite,
+)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_mixtral.runtime.replacements import Replacements
+from megatron_mixtral.runtime.replacements import Fix, Replacements
 
 
 def fp8_is_assumed() -> bool:
@@ -39,3 +39,15 @@ def _refill(discarded: torch.Tensor, recomputed: torch.Tensor) -> None:
     source, storage = recomputed.untyped_storage(), discarded.untyped_storage()
     storage.resize_(source.nbytes())
     storage.copy_(source)
+
+
+FIX = Fix(
+    name="selective-recompute",
+    symptom="--recompute-modules moe_act or layernorm: NameError 'FP8GlobalStateManager' in the first step",
+    cause="CheckpointWithoutOutput takes its default fp8=False for a wish and asks transformer-engine, which is "
+          "not there; then it needs a compiler and ninja on every rank",
+    versions="0.19.2",
+    remove_when="CheckpointWithoutOutput() works without transformer-engine and without a compiler",
+    needed=fp8_is_assumed,
+    apply=do_without,
+)

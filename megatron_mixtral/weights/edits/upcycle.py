@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy
 
-from megatron_mixtral.config import MixtralConfig
-from megatron_mixtral.config.mixtral import read_json
+from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.dtypes import FLOATS, cast
 from megatron_mixtral.weights.formats.hf_source import HFSource

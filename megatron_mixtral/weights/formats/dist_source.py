@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy
 
-from megatron_mixtral.config import CONFIG_FILE, MixtralConfig
+from megatron_mixtral.config import MixtralConfig, engine
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.engine_args import config_from_args
 from megatron_mixtral.weights.files.mapped import MappedFile
 from megatron_mixtral.weights.files.torch_zip import LABEL, Stored, load
 from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
@@ -114,18 +113,10 @@ class DistSource:
         self.contents = read_contents(self.where)
         self._maps: dict[Path, MappedFile] = {}
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
-        self.config = self._find_config()
+        common, where = common_state(self.where, self.contents)
+        self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)
         self._places: dict[str, list[_Place]] = {}
         self.left_behind = state_names((*self.contents.tensors, *self.contents.objects))
-
-    def _find_config(self) -> MixtralConfig:
-        if (self.root / CONFIG_FILE).exists():
-            return MixtralConfig.from_checkpoint(self.root)
-        common, where = common_state(self.where, self.contents)
-        if common.get("args") is None:
-            raise CheckpointError(f"{where}: holds no args; put a {CONFIG_FILE} into {self.root} that says what the "
-                                  "model is")
-        return config_from_args(common["args"], where)
 
     # -- What is there -----------------------------------------------------------------------------------
 

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import MixtralConfig
-from megatron_mixtral.config.mixtral import read_json
+from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files.file_layout import Container, Placed

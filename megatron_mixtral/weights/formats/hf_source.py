@@ -10,8 +10,7 @@ from pathlib import Path, PurePath
 
 import numpy
 
-from megatron_mixtral.config import MixtralConfig
-from megatron_mixtral.config.mixtral import read_json
+from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.files.safetensors import TensorFile, TorchFile
 from megatron_mixtral.weights.protocols import Fragment, tiled

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from megatron_mixtral.config import CONFIG_FILE, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import Coord, ParallelLayout, engine
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.engine_args import config_from_args, layout_from_args
 from megatron_mixtral.weights.files.mapped import MappedFile
 from megatron_mixtral.weights.files.torch_zip import Stored, load
 from megatron_mixtral.weights.formats.hf_source import companions_of
@@ -91,11 +90,8 @@ class RankDirSource:
         args = contents.get("args")
         if args is None:
             raise CheckpointError(f"{first}: has no args, so its layout is not known")
-        self.args, self.layout = args, layout_from_args(args, str(first))
-        if (self.root / CONFIG_FILE).exists():
-            self.config = MixtralConfig.from_checkpoint(self.root)
-        else:
-            self.config = config_from_args(args, str(first))
+        self.args, self.layout = args, engine.layout_from_args(args, str(first))
+        self.config = engine.config_of_checkpoint(self.root, args, str(first))
         try:
             self.layout.validate(self.config)
             self._names = rank_names(self.layout)
@@ -175,7 +171,7 @@ class RankDirSource:
         if label is not None and label != asdict(coord):
             raise CheckpointError(f"{path}: is the shard of {label}, expected {asdict(coord)}; were files swapped?")
         args = contents.get("args")
-        layout = self.layout if args is None else layout_from_args(args, str(path))
+        layout = self.layout if args is None else engine.layout_from_args(args, str(path))
         if layout != self.layout:
             raise CheckpointError(f"{path}: is of layout {layout}, the others of {self.layout}")
 

@@ -4,8 +4,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import engine
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.engine_args import layout_from_args
 from megatron_mixtral.weights.files.mapped import MappedFile
 from megatron_mixtral.weights.files.torch_zip import load
 from megatron_mixtral.weights.formats.dist_metadata import COMMON, COMMON_FILE, METADATA_FILE, Contents, read_contents
@@ -31,14 +31,15 @@ def common_state(directory: Path, contents: Contents) -> tuple[dict[str, Any], s
 def saved_arguments(directory: Path, run: Namespace) -> Namespace | None:
     """The arguments in one iteration's directory, of either form; None where it has none.
 
-    `CheckpointError` for rank directories of another layout than that of `run` (the engine's arguments), and for those
-    that lack a file. The engine
-    does not compare all of the layout: with another number of virtual stages it would go on with random weights, and
-    where it does not find a file it ends with status 0.
+    `CheckpointError` for another model than that of `run` (the engine's arguments), for rank directories of another
+    layout, and for those that lack a file. The engine compares little of the model, and not all of the layout: with
+    another number of virtual stages it would go on with random weights, and where it does not find a file it ends with
+    status 0.
     """
     if (directory / METADATA_FILE).is_file():
-        return common_state(directory, read_contents(directory))[0].get("args")
-    source, layout = RankDirSource(directory), layout_from_args(run, "this run")
+        common, where = common_state(directory, read_contents(directory))
+        return _of_the_model(common.get("args"), run, where)
+    source, layout = RankDirSource(directory), engine.layout_from_args(run, "this run")
     if source.layout != layout:
         raise CheckpointError(
             f"{directory} holds rank directories of layout {source.layout}, the run is {layout}: they are read by the "
@@ -48,4 +49,11 @@ def saved_arguments(directory: Path, run: Namespace) -> Namespace | None:
     for path in source.files():
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
-    return source.args
+    return _of_the_model(source.args, run, str(directory))
+
+
+def _of_the_model(saved: Namespace | None, run: Namespace, where: str) -> Namespace | None:
+    """`saved`, if it is of the run's model."""
+    if saved is not None:
+        engine.check_saved(saved, engine.config_from_args(run, "this run"), where, "the run")
+    return saved

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, preset
+from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, engine, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import arguments
-from megatron_mixtral.training.arguments import TRACKER, architecture_args, engine_defaults, resolve
+from megatron_mixtral.training.arguments import TRACKER, engine_defaults, resolve
 from megatron_mixtral.training.flags import parse, without
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -167,8 +167,8 @@ def parser() -> argparse.ArgumentParser:
 def test_every_default_is_a_flag_of_the_engine(parser: argparse.ArgumentParser) -> None:
     known = {action.dest for action in parser._actions}
     run = resolve(["--model", "tiny"], {})
-    assert set(engine_defaults(run, "local", "gloo")) | set(architecture_args(run.config)) <= known
-    unknown = set(arguments._OF_OTHER_MODELS) - known
+    assert set(engine_defaults(run, "local", "gloo")) | set(engine.architecture_args(run.config)) <= known
+    unknown = set(engine.FOREIGN) - known
     assert not unknown, "nothing would be refused by these"
 
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mixtral.runtime.engine_fixes.optimizer_state import regroup, with_bucket_padding
+from megatron_mixtral.runtime.engine_fixes.bucket_padding import with_bucket_padding
+from megatron_mixtral.runtime.engine_fixes.expert_optimizers import regroup
 
 DENSE, EXPERT = ({"lr": 0.1, "step": 5, "is_expert_parallel": expert} for expert in (False, True))
 

@@ -1,0 +1,66 @@
+"""Optimizer state of gradient buckets with padding between them."""
+
+import functools
+import inspect
+from typing import Any
+
+from megatron_mixtral.runtime.replacements import Fix, Replacements
+
+
+def slices_forget_the_padding() -> bool:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return "missing_elems_num" in inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable)
+
+
+def with_bucket_padding(state: Any, buffers: Any) -> Any:
+    """A gathered optimizer state (by gradient buffer, dtype, kind) with each bucket where the buffer has it.
+
+    The engine gathers the buckets without the padding at their ends, then cuts parameters out at offsets that count
+    it. None, on ranks that gather nothing, stays None.
+    """
+    if state is None:
+        return None
+    for index, buffer in enumerate(buffers):
+        last = buffer.buckets[-1]
+        for tensors in state[index].values():
+            for kind, packed in tensors.items():
+                if not hasattr(packed, "new_zeros"):  # the count of elements
+                    continue
+                whole, at = packed.new_zeros(last.offset + last.grad_data.numel()), 0
+                for bucket in buffer.buckets:
+                    whole[bucket.offset:bucket.offset + bucket.numel_unpadded] = packed[at:at + bucket.numel_unpadded]
+                    at += bucket.numel_unpadded
+                tensors[kind] = whole
+    return state
+
+
+def count_the_padding(replacements: Replacements) -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    @functools.wraps(original)
+    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda **options: with_bucket_padding(gather(**options), self.buffers)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero  # the class's own again
+
+    replacements.set(DistributedOptimizer, "sharded_param_state_fully_reshardable",
+                     sharded_param_state_fully_reshardable)
+
+
+FIX = Fix(
+    name="bucket-padding",
+    symptom="with --overlap-grad-reduce (several buckets), a data-parallel size that the buckets' lengths are no "
+            "multiple of, and --dist-ckpt-optim-fully-reshardable, the saved optimizer and fp32 weights are wrong",
+    cause="the gathered state has no padding between buckets, and parameters are cut out of it at offsets that "
+          "count the padding; what overshoots is filled with zeros (NVIDIA/Megatron-LM#5077)",
+    versions="0.16.1 to 0.19.2",
+    remove_when="sharded_param_state_fully_reshardable subtracts the padding of the buckets before a parameter",
+    needed=slices_forget_the_padding,
+    apply=count_the_padding,
+)

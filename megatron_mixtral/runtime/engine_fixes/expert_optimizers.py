@@ -1,0 +1,85 @@
+"""Optimizer state across expert-parallel sizes."""
+
+import functools
+import inspect
+from itertools import zip_longest
+from typing import Any
+
+from megatron_mixtral.runtime.replacements import Fix, Replacements
+
+
+def chained_optimizers_must_be_as_many() -> bool:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    return "but got {len(state_dict)}" in inspect.getsource(ChainedOptimizer.load_state_dict)
+
+
+def regroup(saved: dict[Any, Any], wanted: int) -> dict[Any, Any]:
+    """A chained optimizer's loaded state for `wanted` optimizers, whatever number it was saved by.
+
+    With experts spread over ranks the engine keeps a dense and an expert optimizer, else one for both. Tensors have
+    layout-free keys and were read into the structure of the optimizers that ask for them: at the top, or under 0 and 1.
+    The settings of the groups (`param_groups`) and other plain values lie where the optimizers that saved had them.
+    """
+    parts = {key: value for key, value in saved.items() if isinstance(key, int)}
+    top = {key: value for key, value in saved.items() if not isinstance(key, int)}
+    if wanted == 1 and parts:  # saved by several, read by one
+        groups = [group for part in parts.values() for group in _groups(part)]
+        return _joined(_with_groups(parts[0], groups), top)
+    if wanted > 1 and top:  # saved by one, read by several
+        groups = [{**group, "is_expert_parallel": expert} for expert in (False, True) for group in _groups(top)]
+        top = _with_groups(top, groups)
+        return {index: _joined(top, parts.get(index, {})) for index in range(wanted)}
+    return saved
+
+
+def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups of one optimizer's state: inside `optimizer`, where it has fp32 weights of its own, or beside it."""
+    return state.get("optimizer", state)["param_groups"]
+
+
+def _with_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    if "optimizer" in state:
+        return {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+    return {**state, "param_groups": groups}
+
+
+def _joined(settings: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the optimizers that saved, and what was read for this one.
+
+    The engine takes the settings of a group by what the group is, and its parameters by their place in the list.
+    """
+    joined = {**settings, **read}
+    for key in settings.keys() & read.keys():
+        if key == "param_groups":
+            pairs = zip_longest(settings[key], read[key], fillvalue={})
+            joined[key] = [{"params": [], **group, **parameters} for group, parameters in pairs]
+        elif isinstance(read[key], dict):
+            joined[key] = _joined(settings[key], read[key])
+    return joined
+
+
+def load_from_any_number(replacements: Replacements) -> None:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    original = ChainedOptimizer.load_state_dict
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Any) -> Any:
+        if isinstance(state_dict, dict):
+            state_dict = regroup(state_dict, len(self.chained_optimizers))
+        return original(self, state_dict)
+
+    replacements.set(ChainedOptimizer, "load_state_dict", load_state_dict)
+
+
+FIX = Fix(
+    name="expert-optimizers",
+    symptom="resuming with EP 1 what was saved with EP 2 fails: KeyError 'optimizer'; the other way round too",
+    cause="with EP > 1 two distributed optimizers are chained, with EP 1 there is one, and the parts of their "
+          "state that are no tensors are stored in that structure",
+    versions="0.19.2",
+    remove_when="ChainedOptimizer.load_state_dict accepts the state of another number of optimizers",
+    needed=chained_optimizers_must_be_as_many,
+    apply=load_from_any_number,
+)
