@@ -83,7 +83,6 @@ setup(
     extras_require=EXTRAS,
     ext_modules=[
         native_extension("megatron_mixtral.tokenizer.engines._native_bpe"),
-        native_extension("megatron_mixtral.data.corpus._native_json"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp312"}},  # one wheel for all later releases of Python
     # The sources lie beside the module in a checkout only, so a wheel has no reason to hold them.

@@ -13,7 +13,6 @@ import pytest
 from megatron_mixtral.tokenizer.engines.extensions import ExtensionMissing, fingerprint, load_extension, sources_of
 
 BPE = "megatron_mixtral.tokenizer.engines._native_bpe"
-JSON = "megatron_mixtral.data.corpus._native_json"
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,6 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_mixtral.data.corpus import records
 from megatron_mixtral.data.preprocess.run import main
 from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
 
@@ -118,13 +117,6 @@ def time_limit():
     signal.signal(signal.SIGALRM, previous)
 
 
-@pytest.fixture(params=["orjson", "json"])
-def parser(request, monkeypatch):
-    """Both parsers must give the same outcome."""
-    if request.param == "json":
-        monkeypatch.setattr(records, "_fast_loads", None)
-
-
 def run(tmp_path: Path, name: str, content: bytes, *flags: str) -> int:
     (tmp_path / name).write_bytes(content)
     return main(["--input", str(tmp_path / name), "--output-prefix", str(tmp_path / "out" / "set"), "--workers", "1",
@@ -138,7 +130,7 @@ def output(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_doubtful_line(tmp_path, caplog, parser, name):
+def test_a_doubtful_line(tmp_path, caplog, name):
     caplog.set_level(logging.INFO)
     content, reason = LINES[name]
     if reason:
