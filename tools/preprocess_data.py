@@ -1,19 +1,28 @@
 """Tokenize JSON lines into `.bin/.idx` datasets; see docs/data.md."""
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a clone that is not installed
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads have nothing to do here, and hinder a quick fork
 
-from megatron_mixtral.data.preprocess import run as preprocess  # noqa: E402
+from megatron_mixtral.data import preprocess_command as command  # noqa: E402
+from megatron_mixtral.errors import MixtralError  # noqa: E402
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return preprocess.main(argv, os.environ)
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return command(argv)
+    except (MixtralError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

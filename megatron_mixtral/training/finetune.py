@@ -13,8 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.training import get_timers, get_tokenizer
 
-from megatron_mixtral.data.datasets import instruction as sft
-from megatron_mixtral.data.datasets.instruction_files import instruction_blend
+from megatron_mixtral.data.datasets import build_instruction, instruction_blend
 from megatron_mixtral.training.loss import masked_sum
 
 _TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
@@ -24,7 +23,7 @@ def datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any:
     """The engine's datasets provider: train, validation and test rows on every rank."""
     per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
     blends = [instruction_blend(words) for words in per_split] if any(per_split) else None
-    return sft.build(
+    return build_instruction(
         samples, tokenizer=get_tokenizer(), seq_length=args.seq_length, seed=args.seed,
         blend=instruction_blend(args.data_path), blend_per_split=blends, split=args.split if blends is None else None,
         cache=args.data_cache_path, is_built_on_rank=lambda: True)
@@ -48,7 +47,7 @@ def packed_params(rows: dict[str, torch.Tensor], device: torch.device) -> Packed
     """The bounds within which a row's tokens attend and their positions count; None where each row is one sample.
 
     There the causal mask is enough, since padding stands behind the sample. In a packed row the padding is the last
-    sequence. `rows` is a micro-batch of `sft.row_tensors`, on the CPU.
+    sequence. `rows` is a micro-batch of `row_tensors`, on the CPU.
     """
     if int(rows["samples"].max()) == 1:
         return None

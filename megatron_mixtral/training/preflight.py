@@ -8,7 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from megatron_mixtral.data.datasets import blend, instruction_files
+from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, instruction_blend
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RunShape
 from megatron_mixtral.planning.memory import fullest_stage, stage_memory
@@ -65,11 +65,11 @@ def check_data(run: Run, argv: list[str]) -> None:
         if run.layout.cp > 1:
             raise ConfigError(f"--is-instruction-dataset with --context-parallel-size {run.layout.cp}: samples are not "
                               "cut over devices; set it to 1")
-        instruction_files.check([instruction_files.instruction_blend(words) for words in given.values()],
+        check_instruction([instruction_blend(words) for words in given.values()],
                                 run.config.vocab_size, size.seq_length,
                                 max(size.micro_batch_size, size.eval_micro_batch_size))
     else:
-        blend.check([blend.blend_of(words) for words in given.values()], run.config.vocab_size, size.seq_length)
+        check_pretraining([blend_of(words) for words in given.values()], run.config.vocab_size, size.seq_length)
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:

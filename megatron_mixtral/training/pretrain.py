@@ -179,12 +179,11 @@ def _datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any
     """
     from megatron.training import get_tokenizer
 
-    from megatron_mixtral.data.datasets import pretraining as data
-    from megatron_mixtral.data.datasets.blend import blend_of
+    from megatron_mixtral.data.datasets import blend_of, build_pretraining
 
     per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
     blends = [blend_of(words) for words in per_split] if any(per_split) else None
-    return data.build(
+    return build_pretraining(
         samples, tokenizer=get_tokenizer(), seq_length=args.seq_length, seed=args.seed, blend=blend_of(args.data_path),
         blend_per_split=blends, split=args.split if blends is None else None, cache=args.data_cache_path,
         is_built_on_rank=lambda: _reads(args, vp_stage),

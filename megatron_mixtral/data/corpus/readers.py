@@ -5,13 +5,14 @@ text. Nothing is read twice but the end of a line that is longer than a chunk, a
 longest line.
 """
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import BinaryIO
 
-from megatron_mixtral.data.corpus.files import GZIP, PARQUET, PLAIN, Chunk, InputFile
+from megatron_mixtral.data.corpus.files import GZIP, PARQUET, PLAIN, ZSTD, Chunk, InputFile
 from megatron_mixtral.data.corpus.records import BadRecord, parse_record
 from megatron_mixtral.errors import DataError
 
@@ -38,7 +39,11 @@ class LineCounts:
     boms: int = 0
     begin: int = 0
     end: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "LineCounts") -> None:
+        """Take in the counts of another piece, but for its place."""
+        for name in ("lines", "blank", "bytes", "boms"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 def read_records(chunk: Chunk, keys: tuple[str, ...], counts: LineCounts) -> Iterator[Columns | BadRecord]:
@@ -197,7 +202,7 @@ def lines_before(chunk: Chunk) -> int:
 
 def _unpacked_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
     pending: list[bytes] = []  # pieces of the line under way: joined once, however long it is
-    for piece in _unpacked(chunk.file):
+    for piece in _content(chunk.file):
         counts.bytes += len(piece)
         end = piece.rfind(b"\n") + 1
         pending.append(piece[:end] if end else piece)
@@ -209,9 +214,20 @@ def _unpacked_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
         yield last, 0, len(last)
 
 
-def _unpacked(file: InputFile) -> Iterator[bytes]:
-    if file.format == GZIP:
-        with gzip.open(file.path, "rb") as stream:
+def read_text(file: InputFile) -> Iterator[str]:
+    """The whole content of a file of JSON in blocks, unpacked and decoded, without BOM.
+
+    Raises EOFError, zlib.error or OSError where it cannot be read on, and ValueError where it is not UTF-8.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    for block in _content(file):
+        yield decode(block)
+    yield decode(b"", True)
+
+
+def _content(file: InputFile) -> Iterator[bytes]:
+    if file.format != ZSTD:
+        with (gzip.open if file.format == GZIP else open)(file.path, "rb") as stream:
             while block := stream.read(BLOCK):
                 yield block
         return
