@@ -101,8 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
     instruction.add_argument("--handler-name", default="none", metavar="NAME",
                              help=f"form of the records: none, {', '.join(HANDLER_NAMES)}")  # fmt: skip
     instruction.add_argument("--prompt-type", metavar="TYPE", default=argparse.SUPPRESS,
-                             help=f"how a conversation is written: {', '.join(chat.TEMPLATES)} (default: modellink with "
-                             "GeneralInstructionHandler, raw with pretrain, else mixtral)")  # fmt: skip
+                             help=f"how a conversation is written: {', '.join(chat.TEMPLATES)} (default: modellink "
+                             "with GeneralInstructionHandler, raw with pretrain, else mixtral)")  # fmt: skip
     instruction.add_argument("--seq-length", type=int, metavar="N", default=argparse.SUPPRESS,
                              help="length of a row in training; longer samples are left out and counted")  # fmt: skip
     instruction.add_argument("--pack", action="store_true", default=argparse.SUPPRESS,

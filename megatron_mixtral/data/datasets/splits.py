@@ -1,4 +1,4 @@
-"""Training, validation and test set of a run: what both kinds of data have in common. The engine's builder makes them."""
+"""Training, validation and test set of a run: what both kinds of data have in common."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -76,8 +76,8 @@ class IndexedWriter:
         self.add_lengths(lengths, splits)
 
     def add_part(self, ids_path: str | Path, lengths_path: str | Path) -> None:
-        """Append the documents, each of one sequence, of files of raw ids (`self.dtype`) and raw lengths (int32). The ids
-        are not read.
+        """Append documents of one sequence each: files of raw ids (`self.dtype`), which are not read, and raw lengths
+        (int32).
         """
         lengths = np.fromfile(lengths_path, dtype="<i4")
         tokens = int(lengths.sum(dtype=np.int64))

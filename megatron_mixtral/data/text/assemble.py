@@ -1,14 +1,13 @@
 """Part files, in the order of their chunks, to whole datasets; and what an earlier run had finished of them.
 
-`run` opens one `Assembly` for a run, lets workers encode what is `unfinished`, and hands the results to `collect`. A finished part is appended to the dataset and removed as soon as everything before it is there, so the disk
-holds the output once. What a killed run had appended is recognized by the checksums of its parts.
+A run opens one `Assembly`, lets workers encode what is `unfinished`, and hands the results to `collect`. A finished
+part is appended to the dataset and removed as soon as everything before it is there, so the disk holds the output once.
+What a killed run had appended is recognized by the checksums of its parts.
 """
 
 import logging
 import os
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 from megatron_mixtral.data.corpus import Chunk
 from megatron_mixtral.data.indexed import IndexedWriter, PartSize, whole_parts

@@ -1,9 +1,9 @@
 """Finished pieces of a run, kept so that a killed run can be taken up where it was.
 
-The scratch directory of a run holds part files, the dataset so far (`IndexedWriter`), and `finished.jsonl`: a first line
-that says what the parts were made with, then a line for each finished chunk with its counts and the checksum of its
-ids. The line is what makes a part exist. A part is used again only if size and checksum fit, so nothing needs to be
-flushed to the disk on the way, and a machine that lost power costs no more than the parts that it lost.
+The scratch directory of a run holds part files, the dataset so far, and `finished.jsonl`: a first line that says what
+the parts were made with, then a line for each finished chunk with its counts and the checksum of its ids. The line is
+what makes a part exist. A part is used again only if size and checksum fit, so nothing needs to be flushed to the disk
+on the way, and a machine that lost power costs no more than the parts that it lost.
 """
 
 import json

@@ -53,7 +53,7 @@ def preprocess_text(options: TextOptions) -> dict[str, Any]:
         choice = choose_engine(options.tokenizer_engine, tokenizer, first_texts(chunks, options.keys))
     logger.info("encoding with %s %s: %s", choice.engine.name, choice.engine.version, choice.reason)
     encoder = DocumentEncoder(tokenizer, specials, choice.engine, options.allow_special_in_text)
-    prefix = options.shard_prefix
+    prefix, sharded = options.shard_prefix, options.num_shards > 1
     with (
         scratch_directory(prefix) as scratch,
         closing(FinishedParts(scratch, made_with(options, tokenizer, choice))) as parts,
@@ -65,7 +65,7 @@ def preprocess_text(options: TextOptions) -> dict[str, Any]:
             workers = min(options.workers, len(assembly.unfinished))
             with closing(run_tasks(assembly.unfinished, work, workers)) as results:
                 assembly.collect(results)
-            assembly.finish(may_be_empty=options.num_shards > 1)
+            assembly.finish(may_be_empty=sharded)
             account = assembly.account
             report = {
                 **_facts(account, prefix, encoder),
@@ -73,7 +73,7 @@ def preprocess_text(options: TextOptions) -> dict[str, Any]:
                 "workers": options.workers,
                 "append_eod": options.append_eod,
                 "prepend_bod": options.prepend_bod,
-                "shard": {"index": options.shard_index, "count": options.num_shards} if options.num_shards > 1 else None,
+                "shard": {"index": options.shard_index, "count": options.num_shards} if sharded else None,
                 "pieces": {"all": assembly.pieces, "from_an_earlier_run": assembly.taken_up},
                 "on_error": options.on_error,
                 "tokenizer": {

@@ -1,9 +1,7 @@
 """Which engine encodes a run, what it must prove, and how texts with control strings are treated by each of them."""
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from helpers.documents import first_difference, random_texts, real_documents
 from helpers.native_build import ensure_extension
 from helpers.vocabularies import train_sentencepiece
 
-from megatron_mixtral.data.preprocess.run import main
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer.encode import ControlStrings, DocumentEncoder
 from megatron_mixtral.tokenizer.engines import choose, native
@@ -201,47 +198,45 @@ def test_control_strings_are_found():
     assert ControlStrings(["</s>", "[X]"]).occur_in("a[X]") and not ControlStrings([]).occur_in("a")
 
 
-def run(tmp_path: Path, model: Path, *flags: str) -> tuple[int, dict, bytes]:
+def run(tmp_path: Path, model: Path, *flags: str) -> tuple[dict, bytes]:
     source = tmp_path / "in.jsonl"
     if not source.exists():
         write_jsonl(source, [*python_sources(120, 4000), *NASTY_STRINGS, *CONTROLS])
     prefix = tmp_path / "-".join(["out", *flags]).replace("--", "")
-    status = main(["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-type", "HuggingFaceTokenizer",
-                   "--tokenizer-model", str(model), "--append-eod", *flags])  # fmt: skip
-    if status:
-        return status, {}, b""
+    preprocess_command(["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-type",
+                        "HuggingFaceTokenizer", "--tokenizer-model", str(model), "--append-eod", *flags])  # fmt: skip
     report = json.loads(Path(f"{prefix}.report.json").read_text())
-    return status, report, Path(f"{prefix}_text_document.bin").read_bytes()
+    return report, Path(f"{prefix}_text_document.bin").read_bytes()
 
 
 def test_every_engine_writes_the_same_bytes(mixtral, tmp_path, extension):
     model = mixtral / "tokenizer.json"
-    _, report, expected = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", "tokenizers")
+    report, expected = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", "tokenizers")
     assert report["tokenizer"]["engine"] == "tokenizers" and report["tokenizer"]["proof"] is None
     for engine in ("native", "fastokens"):
-        _, report, found = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", engine)
+        report, found = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", engine)
         assert found == expected
         assert report["tokenizer"]["engine"] == engine
         assert report["tokenizer"]["reason"] == f"--tokenizer-engine {engine}"
         assert report["tokenizer"]["proof"]["documents"] == 100
-    _, _, found = run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--tokenizer-engine", "sentencepiece")
+    _, found = run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--tokenizer-engine", "sentencepiece")
     assert found == expected
 
 
-def test_the_flags_of_a_run(mixtral, tmp_path, caplog, extension):
-    status, report, plain = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1")
-    assert status == 0 and report["keys"]["text"]["control_tokens"] == 0
-    status, report, special = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1", "--allow-special-in-text")
+def test_the_flags_of_a_run(mixtral, tmp_path, extension):
+    report, plain = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1")
+    assert report["keys"]["text"]["control_tokens"] == 0
+    report, special = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1", "--allow-special-in-text")
     counts = report["keys"]["text"]
     assert report["tokenizer"]["allow_special_in_text"] is True and special != plain
     documents = np.frombuffer(special, np.uint16)
     assert counts["control_documents"] >= 4
     # Every EOS in the file is the end of a document or was counted; so was every <s> and <unk>.
     assert np.isin(documents, [0, 1, 2]).sum() == counts["documents"] + counts["control_tokens"]
-    assert run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--allow-special-in-text")[0] == 1
-    assert "--allow-special-in-text needs a tokenizer.json" in caplog.text
-    assert run(tmp_path, mixtral / "tokenizer.json", "--tokenizer-engine", "sentencepiece")[0] == 1
-    assert "--tokenizer-engine sentencepiece cannot serve" in caplog.text
+    with pytest.raises(ConfigError, match="--allow-special-in-text needs a tokenizer.json"):
+        run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--allow-special-in-text")
+    with pytest.raises(ConfigError, match="--tokenizer-engine sentencepiece cannot serve"):
+        run(tmp_path, mixtral / "tokenizer.json", "--tokenizer-engine", "sentencepiece")
 
 
 def test_auto_on_a_model_that_native_declines(tmp_path, extension):

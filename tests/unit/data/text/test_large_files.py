@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mixtral.data.cli import Options
-from megatron_mixtral.data.preprocess.run import preprocess
-from megatron_mixtral.tokenizer.engines.base import EngineUnavailable
+from megatron_mixtral.data.text import TextOptions, preprocess_text
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer.engines import EngineUnavailable
 from megatron_mixtral.tokenizer.engines.native import load_module
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
 
 WORDS = "the quick brown fox jumps over a lazy dog, returns 42 and sleeps.\n"
 
@@ -34,8 +33,8 @@ def measure(connection, path: str, prefix: str) -> None:
     """In a process of its own: seconds, and what the run added to the most memory that the process had."""
     before = most_memory()
     started = time.process_time()
-    report = preprocess(Options((path,), prefix, str(mixtral_tokenizer_path()), tokenizer_type="Llama2Tokenizer",
-                                tokenizer_engine="native", workers=1))  # fmt: skip
+    report = preprocess_text(TextOptions((path,), prefix, str(mixtral_tokenizer_path()), "Llama2Tokenizer",
+                                         tokenizer_engine="native", workers=1))  # fmt: skip
     seconds = time.process_time() - started
     connection.send((seconds, most_memory() - before, report["keys"]["text"]))
 
