@@ -13,6 +13,7 @@ from helpers.documents import first_difference, random_texts, real_documents
 from helpers.native_build import ensure_extension
 from helpers.vocabularies import train_sentencepiece
 
+from megatron_mixtral.data import preprocess_command
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer.encode import ControlStrings, DocumentEncoder
 from megatron_mixtral.tokenizer.engines import choose, native
