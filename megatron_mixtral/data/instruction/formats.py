@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mixtral.data.corpus import BadRecord
-from megatron_mixtral.tokenizer.chat import Turn
+from megatron_mixtral.tokenizer import chat
 
 
 @dataclass
 class Dialogue:
     """The turns of a record. `left_out` counts messages that have no place in them, by what they are."""
 
-    turns: list[Turn]
+    turns: list[chat.Turn]
     left_out: dict[str, int] = field(default_factory=dict)
 
 
@@ -40,13 +40,13 @@ def _alpaca(record: Record, ending: str) -> Dialogue:
     if answer.strip() == "<nooutput>":
         raise BadRecord("no_answer", "the output is the marker <nooutput>")
     system = _text(record, "system", optional=True)
-    return _checked([Turn(f"{question}\n{more}" if more else question, answer, system)], _unread(record, ending))
+    return _checked([chat.Turn(f"{question}\n{more}" if more else question, answer, system)], _unread(record, ending))
 
 
 def general_instruction(record: Record) -> Dialogue:
     """`instruction`, `input`, `output` joined as ModelLink does: a line for the input, even where it is empty."""
     question, more = _text(record, "instruction"), _text(record, "input", optional=True)
-    return _checked([Turn(f"{question}\n{more}", _text(record, "output"))], _unread(record, ""))
+    return _checked([chat.Turn(f"{question}\n{more}", _text(record, "output"))], _unread(record, ""))
 
 
 def _unread(record: Record, ending: str) -> dict[str, int]:
@@ -89,13 +89,13 @@ def conversation(record: Record) -> Dialogue:
     turns = []
     for one in _list(record, "conversation"):
         question, answer = _text(one, "input", optional=True), _text(one, "output")
-        turns.append(Turn(question or None, answer, _text(one, "system", optional=True), _loss(one)))
+        turns.append(chat.Turn(question or None, answer, _text(one, "system", optional=True), _loss(one)))
     return _checked(turns)
 
 
 def pretrain(record: Record) -> Dialogue:
     """`text`: plain text, all of it trained."""
-    return _checked([Turn(None, _text(record, "text"))])
+    return _checked([chat.Turn(None, _text(record, "text"))])
 
 
 HANDLERS: dict[str, Callable[[Record], Dialogue]] = {
@@ -136,7 +136,7 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
     """(role, text, loss) in order. Answers before the first question and a last question without an answer have no
     place in a turn and are counted; a system text belongs to the question after it.
     """
-    turns: list[Turn] = []
+    turns: list[chat.Turn] = []
     left_out: dict[str, int] = {}
     system, question = "", None
     for role, text, loss in messages:
@@ -145,7 +145,7 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
         elif role == "user" and question is None:
             question = text
         elif role == "assistant" and question is not None:
-            turns.append(Turn(question, text, system, loss))
+            turns.append(chat.Turn(question, text, system, loss))
             system, question = "", None
         elif role == "assistant" and not turns:
             left_out["answer_without_question"] = left_out.get("answer_without_question", 0) + 1
@@ -157,7 +157,7 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
     return _checked(turns, left_out)
 
 
-def _checked(turns: list[Turn], left_out: dict[str, int] | None = None) -> Dialogue:
+def _checked(turns: list[chat.Turn], left_out: dict[str, int] | None = None) -> Dialogue:
     """`BadRecord` unless there is an answer to train, and every answer that is trained has text."""
     if not turns:
         raise BadRecord("no_answer", "no question with an answer")

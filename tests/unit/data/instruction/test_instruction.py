@@ -14,10 +14,9 @@ from megatron_mixtral.data.datasets import InstructionFiles, check_instruction, 
 from megatron_mixtral.data.instruction import InstructionOptions
 from megatron_mixtral.data.instruction.run import COLUMNS, column_prefix, preprocess_instructions
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.chat import TEMPLATES, Turn, render
-from megatron_mixtral.tokenizer.tokenizer import SentencePieceTokenizer, mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import chat, mixtral_tokenizer_path, open_tokenizer
 
-TOKENIZER = SentencePieceTokenizer(mixtral_tokenizer_path())
+TOKENIZER = open_tokenizer(mixtral_tokenizer_path())
 RECORDS = [{"instruction": f"Count to {n}.", "input": "" if n % 3 else "slowly",
             "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 41)]
 
@@ -44,7 +43,7 @@ def samples() -> list[tuple[list[int], list[int]]]:
     found = []
     for record in RECORDS:
         question = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
-        ids, trained = render([Turn(question, record["output"])], TEMPLATES["mixtral"], TOKENIZER)
+        ids, trained = chat.render([chat.Turn(question, record["output"])], chat.TEMPLATES["mixtral"], TOKENIZER)
         found.append((ids.tolist(), np.where(trained, ids, -100).tolist()))
     return found
 

@@ -4,8 +4,9 @@ import pytest
 
 from megatron_mixtral.data.corpus import BadRecord
 from megatron_mixtral.data.instruction.formats import HANDLERS, detect
-from megatron_mixtral.tokenizer.chat import Turn
+from megatron_mixtral.tokenizer import chat
 
+Turn = chat.Turn
 TWO = [Turn("Hi", "Hello", "Be kind."), Turn("Who?", "Me.")]
 
 RECORDS = {

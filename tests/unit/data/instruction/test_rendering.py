@@ -14,7 +14,7 @@ from megatron_mixtral.data.instruction import InstructionOptions, run
 from megatron_mixtral.data.instruction.rendering import Renderer
 from megatron_mixtral.data.instruction.run import COLUMNS, column_prefix, preprocess_instructions
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 RECORDS = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n % 50 + 2)))} for n in range(900)]
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_mixtral.data.text import TextOptions, preprocess_text
-from megatron_mixtral.tokenizer import mixtral_tokenizer_path
-from megatron_mixtral.tokenizer.engines import EngineUnavailable
-from megatron_mixtral.tokenizer.engines.native import load_module
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path, open_tokenizer
+from megatron_mixtral.tokenizer.engines import EngineUnavailable, make_engine
 
 WORDS = "the quick brown fox jumps over a lazy dog, returns 42 and sleeps.\n"
 
@@ -51,7 +50,7 @@ def run(path: Path, prefix: Path) -> tuple[float, int, dict]:
 @pytest.mark.parametrize(("small", "large"), [(5, 20), pytest.param(50, 200, marks=pytest.mark.slow)])
 def test_one_huge_line(tmp_path, small, large):
     try:
-        load_module()
+        make_engine("native", open_tokenizer(mixtral_tokenizer_path()))
     except EngineUnavailable as error:
         pytest.skip(f"other engines take 12 times the memory for a document of this size: {error}")
     results = {}
