@@ -13,7 +13,7 @@ def native_extension(name: str) -> Extension:
     *packages, module = name.split(".")
     folder = Path(*packages, module.removeprefix("_"))
     files = sorted(path for path in (ROOT / folder).iterdir() if path.suffix in (".cpp", ".h"))
-    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))  # as `data.extensions.fingerprint`
+    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))  # as `fingerprint` of tokenizer/engines/native.py
     return Extension(
         name,
         sources=[str(folder / path.name) for path in files if path.suffix == ".cpp"],
@@ -29,7 +29,6 @@ def native_extension(name: str) -> Extension:
 setup(
     ext_modules=[
         native_extension("megatron_mixtral.tokenizer.engines._native_bpe"),
-        native_extension("megatron_mixtral.data.corpus._native_json"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp312"}},  # one wheel for all later releases of Python
 )

@@ -29,15 +29,12 @@ import _clone  # noqa: F401 - makes the imports below work
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import awkward  # noqa: E402
 import sentencepiece  # noqa: E402
 import tokenizers  # noqa: E402
 
-from megatron_mixtral.data.preprocess.workers import BATCH_CHARACTERS  # noqa: E402
-from megatron_mixtral.tokenizer.engines.base import Engine, SpecialTokens  # noqa: E402
-from megatron_mixtral.tokenizer.engines.choose import make_engine  # noqa: E402
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer  # noqa: E402
-from megatron_mixtral.tokenizer.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
+from megatron_mixtral.data.text import BATCH_CHARACTERS  # noqa: E402
+from megatron_mixtral.tokenizer import Tokenizer, open_tokenizer, write_hf_tokenizer  # noqa: E402
+from megatron_mixtral.tokenizer.engines import Engine, SpecialTokens, make_engine  # noqa: E402
 
 BARE = SpecialTokens(None, None)
 SLOW = ("sentencepiece", "tokenizers")
@@ -101,7 +98,7 @@ def with_all_cores(folder: Path, tokenizer: Tokenizer) -> dict[str, Encoder]:
     as_json = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     as_json.encode_special_tokens = True
     engines = [make_engine("native", tokenizer) for _ in range(cores)]
-    fast = make_engine("gigatoken", tokenizer)._model  # the library's tokenizer, for its own threads
+    fast = make_engine("fastokens", tokenizer)._model  # the library's tokenizer, for its own threads
 
     def batch(texts: list[str]) -> int:
         return sum(len(encoding.ids) for encoding in as_json.encode_batch_fast(texts, add_special_tokens=False))
@@ -113,7 +110,7 @@ def with_all_cores(folder: Path, tokenizer: Tokenizer) -> dict[str, Encoder]:
     return {
         "sentencepiece, all cores": lambda texts: sum(map(len, pieces.encode(texts, num_threads=cores))),
         "tokenizers, all cores": batch,
-        "gigatoken, all cores": lambda texts: len(awkward.flatten(fast.encode_batch(texts, parallel=True))),
+        "fastokens, all cores": lambda texts: len(fast.encode_batch_flat(texts, False, True)[0]) // 4,
         "native, all cores": native,
     }
 
@@ -134,7 +131,7 @@ def one_round(
     for name, encode in threaded.items():
         results[name] = measure(encode, texts[::4] if name.startswith(SLOW) else texts, time.perf_counter)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for name in ("gigatoken", "native"):
+    for name in ("fastokens", "native"):
         engine = make_engine(name, tokenizer)
         results[f"{name}, cold"] = measure(by_engine(engine), texts)
         results[f"{name}, warm"] = measure(by_engine(engine), texts)
@@ -162,7 +159,7 @@ def main() -> int:
     rates = {key: [row[key][0] for row in rounds] for key in rounds[0]}
     base = statistics.median(rates["tokenizers, one by one"])
     rates = {key: [round(value, 2) for value in values] for key, values in rates.items()}
-    packages = ("sentencepiece", "tokenizers", "gigatoken", "numpy")
+    packages = ("sentencepiece", "tokenizers", "fastokens", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     print(f"{len(texts)} documents, {size / 1e6:.1f} MB, {counts[1].pop() / 1e6:.2f} M ids; median of {flags.repeats}")
     print(f"{'encoder':<24} {'MB/s':>7} {'range':>15} {'ratio':>7}")

@@ -34,13 +34,11 @@ from pathlib import Path
 
 from _clone import ROOT
 
-from megatron_mixtral.data.preprocess.workers import BATCH_CHARACTERS  # noqa: E402
-from megatron_mixtral.tokenizer.engines.base import SpecialTokens  # noqa: E402
-from megatron_mixtral.tokenizer.engines.choose import make_engine  # noqa: E402
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer  # noqa: E402
-from megatron_mixtral.tokenizer.tokenizer import open_tokenizer  # noqa: E402
+from megatron_mixtral.data.text import BATCH_CHARACTERS  # noqa: E402
+from megatron_mixtral.tokenizer import open_tokenizer, write_hf_tokenizer  # noqa: E402
+from megatron_mixtral.tokenizer.engines import SpecialTokens, make_engine  # noqa: E402
 
-ENGINES = ("native", "gigatoken", "tokenizers", "sentencepiece")
+ENGINES = ("native", "fastokens", "tokenizers", "sentencepiece")
 SLOW = ("naive pool", "tokenizers", "sentencepiece")
 STARTED = "naive pool without its start"
 EOS = 2
@@ -251,7 +249,7 @@ def add(rates: Rates, name: str, source: Path, seconds: float, processor: float)
 def print_table(
     args: argparse.Namespace, count: int, size: int, rates: Rates, peaks: dict[str, float], flat: dict[float, float]
 ) -> None:
-    packages = ("tokenizers", "sentencepiece", "gigatoken", "orjson", "numpy", "torch")
+    packages = ("tokenizers", "sentencepiece", "fastokens", "msgspec", "numpy", "torch")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     print(f"{count} documents, {size / 1e6:.0f} MB of JSON lines, {args.workers} workers, {os.cpu_count()} cores, "
           f"median of {args.repeats}\n")  # fmt: skip

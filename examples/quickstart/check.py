@@ -20,8 +20,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from megatron_mixtral.data.datasets import pretraining as data
-from megatron_mixtral.data.datasets.blend import blend_of
+from megatron_mixtral.data.datasets import blend_of, build_pretraining
 
 LOGGED = re.compile(r"validation loss at iteration (\d+).*?lm loss value: ([0-9.E+-]+)")
 
@@ -37,7 +36,7 @@ def load(directory: Path) -> tuple[torch.nn.Module, str]:
 def validation_samples(flags: argparse.Namespace) -> list[torch.Tensor]:
     """The samples that the engine takes from the blend's validation split: ids [sequence + 1] each."""
     tokenizer = SimpleNamespace(vocab_size=flags.vocab_size, eod=flags.eod, unique_identifiers={})
-    _, dataset, _ = data.build(
+    _, dataset, _ = build_pretraining(
         (0, flags.samples, 0), tokenizer=tokenizer, seq_length=flags.seq_length, seed=flags.seed,
         blend=blend_of(flags.data_path), blend_per_split=None, split=flags.split, cache=None,
         is_built_on_rank=lambda: True, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False)

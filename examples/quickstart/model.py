@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from megatron_mixtral.config import preset
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
+from megatron_mixtral.tokenizer import write_hf_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

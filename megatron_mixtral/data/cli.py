@@ -1,103 +1,54 @@
-"""The flags of `tools/preprocess_data.py`, and what they mean together.
+"""The commands of this room: `preprocess`, `merge`, `inspect-dataset`.
 
-Their spellings are those of Megatron-LM's tool and its forks, so that command lines written for these run here. A flag
-that would change the data and is not implemented is refused, never ignored.
+The flags of preprocessing are spelled as in Megatron-LM's tool and its forks, so that command lines written for these
+run here. A flag that would change the data and is not implemented is refused, never ignored.
 """
 
 import argparse
 import logging
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from megatron_mixtral.data.instruction.formats import HANDLERS
-from megatron_mixtral.data.preprocess.sentences import SentenceRule
+from megatron_mixtral.data.indexed import check_tokenizer, inspect, samples, tokenizer_of
+from megatron_mixtral.data.indexed import merge as merge_datasets
+from megatron_mixtral.data.instruction import HANDLER_NAMES, InstructionOptions
+from megatron_mixtral.data.options import Options
+from megatron_mixtral.data.preprocessing import run
+from megatron_mixtral.data.text import TextOptions
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.tokenizer.chat import TEMPLATES
-from megatron_mixtral.tokenizer.engines.choose import ENGINES
-from megatron_mixtral.tokenizer.tokenizer import TOKENIZER_TYPES, mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import TOKENIZER_TYPES, chat, load_tokenizer, mixtral_tokenizer_path
+from megatron_mixtral.tokenizer.engines import ENGINES
 
 logger = logging.getLogger(__name__)
 
-HANDLER_NAMES = ("none", "auto", *HANDLERS)
-# The form in which ModelLink's handler writes a sample, plain text as it stands, and Mixtral's for all others.
-DEFAULT_PROMPT_TYPES = {"GeneralInstructionHandler": "modellink", "pretrain": "raw"}
 FALLBACK_TYPES = ("PretrainedTokenizerFromHF", "PretrainedFromHF")
+TEXT_FLAGS = {"keys": "--json-keys", "allow_special_in_text": "--allow-special-in-text", "num_shards": "--num-shards",
+              "shard_index": "--shard-index", "tokenizer_engine": "--tokenizer-engine"}  # fmt: skip
+INSTRUCTION_FLAGS = {"prompt_type": "--prompt-type", "seq_length": "--seq-length", "pack": "--pack"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """A preprocessing run, validated. `chunk_bytes` bounds the input that a worker takes at a time.
+def preprocess(argv: Sequence[str]) -> int:
+    """Tokenize: 0 when all is written and accounted for. Ctrl-C and SIGTERM end it with KeyboardInterrupt."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
+    try:
+        run(parse_flags(argv, os.environ))
+    except KeyboardInterrupt:
+        logger.error("nothing is left under the output's name")
+        raise
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+    return 0
 
-    With a `handler` other than none the records are instruction data, written as `prompt_type` says; `seq_length` drops
-    longer samples and is the size of a pack (`pack`).
-    """
 
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer_path: str
-    tokenizer_type: str = "HuggingFaceTokenizer"
-    tokenizer_engine: str = "auto"
-    allow_special_in_text: bool = False
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    prepend_bod: bool = False
-    workers: int = 1
-    on_error: str = "stop"
-    log_interval: int = 1000
-    chunk_bytes: int = 4 << 20
-    sentences: SentenceRule | None = None
-    num_shards: int = 1
-    shard_index: int = 0
-    handler: str = "none"
-    prompt_type: str = "mixtral"
-    seq_length: int | None = None
-    pack: bool = False
-
-    @property
-    def shard_prefix(self) -> str:
-        """The output prefix, with the number of the shard where there is more than one."""
-        if self.num_shards == 1:
-            return self.output_prefix
-        return f"{self.output_prefix}-{self.shard_index:05d}-of-{self.num_shards:05d}"
-
-    def __post_init__(self) -> None:
-        """Raises `ConfigError` for values that cannot work."""
-        if not os.path.basename(self.output_prefix):
-            raise ConfigError(f"--output-prefix {self.output_prefix!r} must end in a name, such as DIR/common_crawl.")
-        if len(set(self.keys)) != len(self.keys) or not self.keys:
-            raise ConfigError(f"--json-keys {' '.join(self.keys)}: give at least one key, and each once.")
-        for key in self.keys:
-            if not key or os.sep in key or "\0" in key:
-                raise ConfigError(f"--json-keys {key!r} cannot be part of a file name ({{prefix}}_{{key}}_document).")
-        if self.workers < 1 or self.log_interval < 1 or self.chunk_bytes < 1:
-            raise ConfigError("--workers and --log-interval must be at least 1.")
-        if not 0 <= self.shard_index < self.num_shards:
-            raise ConfigError(
-                f"--shard-index {self.shard_index} must be from 0 to {self.num_shards - 1} (--num-shards - 1)."
-            )
-        if self.on_error not in ("stop", "skip"):
-            raise ConfigError(f"--on-error {self.on_error} is neither stop nor skip.")
-        self._check_instruction()
-
-    def _check_instruction(self) -> None:
-        if self.handler not in HANDLER_NAMES:
-            raise ConfigError(f"--handler-name {self.handler} is not one of: {', '.join(HANDLER_NAMES)}.")
-        if self.prompt_type not in TEMPLATES:
-            raise ConfigError(f"--prompt-type {self.prompt_type} is not one of: {', '.join(TEMPLATES)}.")
-        if self.handler == "none" and (self.seq_length is not None or self.pack):
-            raise ConfigError("--seq-length and --pack are for instruction data: give --handler-name too.")
-        if self.pack and self.seq_length is None:
-            raise ConfigError("--pack needs --seq-length, the length of a row in training.")
-        if self.seq_length is not None and self.seq_length < 1:
-            raise ConfigError(f"--seq-length {self.seq_length} must be at least 1.")
-        plain = {"--split-sentences": self.sentences, "--num-shards": self.num_shards > 1,
-                 "--allow-special-in-text": self.allow_special_in_text}
-        for flag, given in plain.items():
-            if given and self.handler != "none":
-                raise ConfigError(f"{flag} is for plain text; with --handler-name {self.handler} it has no meaning.")
-
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def default_workers() -> int:
@@ -106,13 +57,15 @@ def default_workers() -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Flags of one kind of data have no default here: only those that are given go to its options."""
     parser = argparse.ArgumentParser(
-        description="Tokenize JSON lines into {prefix}_{key}_document.bin/.idx for pretraining.",
+        description="Tokenize JSON lines into {prefix}_{key}_document.bin/.idx for pretraining, or dialogues into "
+        "data sets for fine-tuning.",
         allow_abbrev=False,
     )
     data = parser.add_argument_group("data")
     data.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders, glob patterns")
-    data.add_argument("--json-keys", "--json_keys", nargs="+", default=["text"], metavar="KEY", dest="json_keys",
+    data.add_argument("--json-keys", "--json_keys", nargs="+", default=argparse.SUPPRESS, metavar="KEY", dest="keys",
                       help="keys whose texts are tokenized, one dataset each (default: text)")  # fmt: skip
     data.add_argument("--on-error", choices=["stop", "skip"], default="stop",
                       help="at a bad line: stop with file:line (default), or leave it out and count it")  # fmt: skip
@@ -126,73 +79,69 @@ def make_parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--tokenizer-name-or-path", nargs="?", metavar="PATH", help="the same as --tokenizer-model")
     tokenizer.add_argument("--tokenizer-not-use-fast", action="store_true",
                            help="accepted; changes nothing: fast and slow give the same ids here")  # fmt: skip
-    tokenizer.add_argument("--tokenizer-engine", choices=ENGINES, default="auto",
-                           help="what encodes: native (our C++ extension), gigatoken (extra [fast]), tokenizers, "
-                           "sentencepiece; auto (default): the fastest whose ids are proved right")  # fmt: skip
-    tokenizer.add_argument("--allow-special-in-text", action="store_true",
+    tokenizer.add_argument("--tokenizer-engine", default=argparse.SUPPRESS, metavar="ENGINE",
+                           help=f"what encodes: {', '.join(ENGINES)}; native is our C++ extension, fastokens comes "
+                           "with the extra [fast]; auto (default): the fastest whose ids are proved right")  # fmt: skip
+    tokenizer.add_argument("--allow-special-in-text", action="store_true", default=argparse.SUPPRESS,
                            help="control strings in a text, such as </s>, become control ids; without it they are "
                            "text")  # fmt: skip
     tokenizer.add_argument("--append-eod", action="store_true", help="end every document with the EOS id")
     tokenizer.add_argument("--prepend-bod", action="store_true", help="begin every document with the BOS id")
-    run = parser.add_argument_group("run")
-    run.add_argument("--workers", type=int, default=default_workers(), help="processes (default here: %(default)s)")
-    run.add_argument("--log-interval", type=int, default=1000, metavar="N", help="progress every N documents")
-    run.add_argument("--num-shards", type=int, default=1, metavar="N",
+    process = parser.add_argument_group("run")
+    process.add_argument("--workers", type=int, default=default_workers(), help="processes (default here: %(default)s)")
+    process.add_argument("--log-interval", type=int, default=1000, metavar="N", help="progress every N documents")
+    process.add_argument("--num-shards", type=int, default=argparse.SUPPRESS, metavar="N",
                      help="split the corpus over N runs; tools/merge_datasets.py joins what they write")  # fmt: skip
-    run.add_argument("--shard-index", type=int, default=0, metavar="I", help="which of them this is: 0 to N - 1")
-    sentences = parser.add_argument_group("sentences")
-    sentences.add_argument("--split-sentences", action="store_true",
-                           help="each sentence is a sequence of its document (nltk's Punkt)")  # fmt: skip
-    sentences.add_argument("--keep-newlines", action="store_true",
-                           help="with --split-sentences: white space after a sentence stays with it")  # fmt: skip
-    sentences.add_argument("--lang", default="english", help="Punkt's language (default: %(default)s)")
+    process.add_argument("--shard-index", type=int, default=argparse.SUPPRESS, metavar="I",
+                     help="which of them this is: 0 to N - 1")  # fmt: skip
+    for gone in ("--split-sentences", "--keep-newlines"):
+        process.add_argument(gone, action="store_true", help=argparse.SUPPRESS)
+    process.add_argument("--lang", help=argparse.SUPPRESS)
     instruction = parser.add_argument_group("instruction data (docs/instruction_data.md)")
     instruction.add_argument("--handler-name", default="none", metavar="NAME",
-                             help=f"form of the records: {', '.join(HANDLER_NAMES)}")  # fmt: skip
-    instruction.add_argument("--prompt-type", metavar="TYPE",
-                             help=f"how a conversation is written: {', '.join(TEMPLATES)} (default: modellink with "
-                             "GeneralInstructionHandler, raw with pretrain, else mixtral)")  # fmt: skip
-    instruction.add_argument("--seq-length", type=int, metavar="N",
+                             help=f"form of the records: none, {', '.join(HANDLER_NAMES)}")  # fmt: skip
+    instruction.add_argument("--prompt-type", metavar="TYPE", default=argparse.SUPPRESS,
+                             help=f"how a conversation is written: {', '.join(chat.TEMPLATES)} (default: modellink "
+                             "with GeneralInstructionHandler, raw with pretrain, else mixtral)")  # fmt: skip
+    instruction.add_argument("--seq-length", type=int, metavar="N", default=argparse.SUPPRESS,
                              help="length of a row in training; longer samples are left out and counted")  # fmt: skip
-    instruction.add_argument("--pack", action="store_true", help="put several samples into a row of --seq-length")
+    instruction.add_argument("--pack", action="store_true", default=argparse.SUPPRESS,
+                             help="put several samples into a row of --seq-length")  # fmt: skip
     return parser
 
 
-def parse_flags(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Options:
-    """Flags to `Options`; `environ` is where `MIXTRAL_HUGGINGFACE_PATH` is looked up.
+def parse_flags(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
+    """Flags to options; `environ` is where `MIXTRAL_HUGGINGFACE_PATH` is looked up.
 
     Raises `ConfigError` for flags that contradict each other or ask for what is not there; unknown flags end the
     process with status 2, as argparse does.
     """
     flags = make_parser().parse_args(argv)
+    if flags.split_sentences or flags.keep_newlines or flags.lang:
+        raise ConfigError("--split-sentences, --keep-newlines and --lang are gone, since Mixtral is trained on whole "
+                          "documents: leave them out, or write each sentence as a record of its own beforehand.")
     if flags.dataset_impl != "mmap":
         raise ConfigError(f"--dataset-impl {flags.dataset_impl}: only mmap is written; the engine reads nothing else.")
-    handler = "none" if flags.handler_name.lower() == "none" else flags.handler_name
-    if handler == "none" and flags.prompt_type is not None:
-        raise ConfigError("--prompt-type is for instruction data: give --handler-name too.")
     if flags.tokenizer_type not in TOKENIZER_TYPES:
         raise ConfigError(f"--tokenizer-type {flags.tokenizer_type} is not one of: {', '.join(TOKENIZER_TYPES)}.")
-    return Options(
-        inputs=tuple(flags.input),
-        output_prefix=flags.output_prefix,
-        tokenizer_path=_tokenizer_path(flags, environ),
-        tokenizer_type=flags.tokenizer_type,
-        tokenizer_engine=flags.tokenizer_engine,
-        allow_special_in_text=flags.allow_special_in_text,
-        keys=tuple(flags.json_keys),
-        append_eod=flags.append_eod,
-        prepend_bod=flags.prepend_bod,
-        workers=flags.workers,
-        on_error=flags.on_error,
-        log_interval=flags.log_interval,
-        sentences=SentenceRule(flags.lang, flags.keep_newlines) if flags.split_sentences else None,
-        num_shards=flags.num_shards,
-        shard_index=flags.shard_index,
-        handler=handler,
-        prompt_type=flags.prompt_type or DEFAULT_PROMPT_TYPES.get(handler, "mixtral"),
-        seq_length=flags.seq_length,
-        pack=flags.pack,
-    )
+    given = vars(flags)
+    text, instruction = ({name: given[name] for name in names if name in given}
+                         for names in (TEXT_FLAGS, INSTRUCTION_FLAGS))  # fmt: skip
+    names = ("output_prefix", "tokenizer_type", "append_eod", "prepend_bod", "workers", "on_error", "log_interval")
+    common: dict[str, Any] = {name: given[name] for name in names}
+    if flags.handler_name.lower() == "none":
+        if instruction:
+            wrong = " and ".join(INSTRUCTION_FLAGS[name] for name in instruction)
+            raise ConfigError(f"{wrong}: for instruction data only; give --handler-name too.")
+        make: Any = TextOptions
+        specific = text | ({"keys": tuple(text["keys"])} if "keys" in text else {})
+    else:
+        text.pop("tokenizer_engine", None)  # dialogues are always encoded by the published tokenizer
+        if text:
+            wrong = " and ".join(TEXT_FLAGS[name] for name in text)
+            raise ConfigError(f"{wrong}: for plain text; with --handler-name {flags.handler_name} it has no meaning.")
+        make, specific = InstructionOptions, {**instruction, "handler": flags.handler_name}
+    return make(inputs=tuple(flags.input), tokenizer_path=_tokenizer_path(flags, environ), **common, **specific)
 
 
 def _tokenizer_path(flags: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -212,50 +161,36 @@ def _tokenizer_path(flags: argparse.Namespace, environ: Mapping[str, str]) -> st
     return str(path)
 
 
-def preprocess(argv: Sequence[str]) -> int:
-    """Tokenize text or dialogues."""
-    from megatron_mixtral.data.preprocess.run import main
-
-    return main(argv, os.environ)
-
-
 def merge(argv: Sequence[str]) -> int:
-    """Join indexed datasets."""
-    from megatron_mixtral.data.indexed.merge import merge
-
-    parser = argparse.ArgumentParser(allow_abbrev=False,
-                                     description="Merge indexed datasets into one.")  # fmt: skip
+    """Merge indexed data sets into one: 0 when it is written."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Merge indexed datasets into one.")
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="datasets, with or without .idx")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the new dataset, without an ending")
     parser.add_argument("--order", choices=["natural", "given"], default="natural",
                         help="natural order of the names (default), or as given")  # fmt: skip
-    args = parser.parse_args(argv)
-    report = merge(args.input, args.output_prefix, args.order == "natural")
-    print(f"wrote {args.output_prefix}: {report['documents']} documents, {report['tokens']} tokens")
+    flags = parser.parse_args(argv)
+    report = merge_datasets(flags.input, flags.output_prefix, flags.order == "natural")
+    print(f"wrote {flags.output_prefix}: {report['documents']} documents, {report['tokens']} tokens")
     return 0
 
 
 def inspect_dataset(argv: Sequence[str]) -> int:
-    """Show and check an indexed dataset."""
-    from megatron_mixtral.data.indexed import inspection
-    from megatron_mixtral.tokenizer.tokenizer import load_tokenizer
-
-    parser = argparse.ArgumentParser(allow_abbrev=False,
-                                     description="Show and check an indexed dataset.")  # fmt: skip
+    """Show and check an indexed data set: 0 for one that is whole, 1 with sentences for one that is not."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Show and check an indexed dataset.")
     parser.add_argument("prefix", metavar="PREFIX", help="the dataset, with or without .idx")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="decode the beginnings of N sequences")
     parser.add_argument("--tokenizer-model", metavar="PATH", help="default: the one that the report names")
-    args = parser.parse_args(argv)
-    path = args.tokenizer_model
-    if path is None and args.show and (noted := inspection.tokenizer_of(args.prefix)):
+    flags = parser.parse_args(argv)
+    path = flags.tokenizer_model
+    if path is None and flags.show and (noted := tokenizer_of(flags.prefix)):
         path = noted["path"]
-    if path is None and args.show:
+    if path is None and flags.show:
         raise ConfigError("--show needs --tokenizer-model: no report beside the dataset names one.")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", path) if path else None
     if tokenizer:
-        inspection.check_tokenizer(args.prefix, tokenizer)
-    found = inspection.inspect(args.prefix, tokenizer.vocab_size if tokenizer else None)
+        check_tokenizer(flags.prefix, tokenizer)
+    found = inspect(flags.prefix, tokenizer.vocab_size if tokenizer else None)
     print(found)
-    for sample in inspection.samples(args.prefix, tokenizer, args.show) if tokenizer else ():
+    for sample in samples(flags.prefix, tokenizer, flags.show) if tokenizer else ():
         print(sample)
     return 1 if found.problems else 0

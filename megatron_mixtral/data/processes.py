@@ -1,42 +1,82 @@
-"""Worker processes, and the parent's side of talking to them.
+"""The one pool of worker processes of preprocessing, and the parent's side of talking to them.
 
-A task is a `Chunk`; its answer is the account of a few numbers that `workers.py` makes. Workers are forked where this
-process has one thread, which takes milliseconds and shares what is loaded; otherwise (a library has started threads,
-or another system) they are started fresh, so that no lock of a thread can be caught half-way in them.
+A worker has a `Work`: an object whose `run` answers task after task. Workers are forked where this process has one
+thread, which takes milliseconds and shares what is loaded; otherwise (a library has started threads, or another system)
+they are started fresh, so that no lock of a thread can be caught half-way in them. They die with their parent.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
-from megatron_mixtral.data.corpus.files import Chunk
-from megatron_mixtral.data.preprocess.workers import ChunkEncoder, ChunkResult, Job
 from megatron_mixtral.errors import DataError, MixtralError
 
 
-def run_chunks(chunks: Sequence[Chunk], job: Job, workers: int) -> Generator[tuple[Chunk, ChunkResult], None, None]:
-    """The result of every chunk, in the order in which they end; in this process when `workers` is 1.
+class Work(Protocol):
+    """What workers do. It can be pickled, so that a fresh process can be sent it."""
+
+    def run(self, task: Any) -> Any:
+        """The answer to one task. Raises `MixtralError` for what ends the run."""
+
+    def place(self, task: Any) -> str:
+        """Where in the input a task lies, for messages."""
+
+
+def run_tasks(
+    tasks: Iterable[Any], work: Work, workers: int, ahead: int | None = None
+) -> Generator[tuple[Any, Any], None, None]:
+    """(task, answer) of every task, in the order in which they end; in this process when `workers` is 1.
+
+    With `ahead` no task is begun before the one that many places earlier has ended.
 
     Raises:
-        MixtralError: what a worker raised, or a worker that died, at once and with the chunk it was at.
+        MixtralError: what a worker raised, or a worker that died, at once and with the place it was at.
     """
-    workers = min(workers, len(chunks))
     if workers <= 1:
-        encoder = ChunkEncoder(job) if chunks else None
-        for chunk in chunks:
-            yield chunk, encoder.encode(chunk)
+        for task in tasks:
+            yield task, work.run(task)
         return
-    pool = _Pool()
+    pool = _Pool(work)
     try:
-        pool.start(job, workers)
-        yield from pool.run(chunks)
+        pool.start(workers)
+        for _, task, answer in pool.run(tasks, ahead):
+            yield task, answer
     finally:
         pool.stop()
+
+
+def run_in_order(tasks: Iterable[Any], work: Work, workers: int, ahead: int) -> Generator[Any, None, None]:
+    """The answers to all tasks, in the order of these. Otherwise as `run_tasks`."""
+    numbered = _Numbered(work)
+    ready: dict[int, Any] = {}
+    following = 0
+    with closing(run_tasks(enumerate(tasks), numbered, workers, ahead)) as answers:
+        for (number, _), answer in answers:
+            ready[number] = answer
+            while following in ready:
+                yield ready.pop(following)
+                following += 1
+
+
+class _Numbered:
+    """Work on tasks that carry their number."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def run(self, task: tuple[int, Any]) -> Any:
+        return self._work.run(task[1])
+
+    def place(self, task: tuple[int, Any]) -> str:
+        return self._work.place(task[1])
 
 
 def start_method() -> str:
@@ -49,21 +89,23 @@ def start_method() -> str:
 
 
 class _Pool:
-    """Processes, each with a pipe; a process gets its next chunk when it has answered the last."""
+    """Processes, each with a pipe; a process gets its next task when it has answered the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work) -> None:
+        self._work = work
         self._processes: dict[Connection, BaseProcess] = {}
-        self._busy: dict[Connection, Chunk] = {}
+        self._busy: dict[Connection, tuple[int, Any]] = {}  # the number of the task, and the task
+        self._handed_out = 0
 
-    def start(self, job: Job, workers: int) -> None:
+    def start(self, workers: int) -> None:
         method = start_method()
         context = multiprocessing.get_context(method)
         for number in range(workers):
             ours, theirs = context.Pipe()
-            # A forked child has the job already, and the parent's ends of all pipes made so far: it must close those,
-            # or it would not see the parent go. A fresh one is sent the job: as an argument it would make `start` wait
+            # A forked child has the work already, and the parent's ends of all pipes made so far: it must close those,
+            # or it would not see the parent go. A fresh one is sent the work: as an argument it would make `start` wait
             # for ever where the child dies before it reads (it is larger than a pipe holds).
-            inherited = (job, (*self._processes, ours)) if method == "fork" else (None, ())
+            inherited = (self._work, (*self._processes, ours)) if method == "fork" else (None, ())
             process = context.Process(
                 target=_serve, args=(theirs, *inherited), name=f"preprocess-{number}", daemon=True
             )
@@ -72,47 +114,58 @@ class _Pool:
             self._processes[ours] = process
         if method == "spawn":
             for connection in self._processes:  # they start side by side
-                self._send(connection, job)
+                self._send(connection, self._work)
 
-    def run(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ChunkResult]]:
-        waiting = iter(chunks)
-        for connection in self._processes:
-            self._hand_out(connection, next(waiting, None))
+    def run(self, tasks: Iterable[Any], ahead: int | None) -> Iterator[tuple[int, Any, Any]]:
+        waiting = enumerate(tasks)
+        idle = list(self._processes)
+        self._hand_out(idle, waiting, ahead)
         while self._busy:
+            ended = []
             for connection in wait(list(self._busy)):
-                result = self._receive(connection)
-                chunk = self._busy.pop(connection)
-                self._hand_out(connection, next(waiting, None))
-                yield chunk, result
+                answer = self._receive(connection)
+                ended.append((*self._busy.pop(connection), answer))
+                idle.append(connection)
+            # Handed out before these answers are looked at, so that no worker waits for that.
+            self._hand_out(idle, waiting, ahead)
+            yield from ended
 
-    def _hand_out(self, connection: Connection, chunk: Chunk | None) -> None:
-        if chunk is None:
-            return
-        self._busy[connection] = chunk
-        self._send(connection, chunk)
+    def _hand_out(self, idle: list[Connection], waiting: Iterator[tuple[int, Any]], ahead: int | None) -> None:
+        """Give tasks to the idle processes, which leave the list."""
+        while idle and (ahead is None or not self._busy or self._handed_out < self._oldest() + ahead):
+            numbered = next(waiting, None)
+            if numbered is None:
+                return
+            connection = idle.pop()
+            self._busy[connection] = numbered
+            self._handed_out += 1
+            self._send(connection, numbered[1])
 
-    def _send(self, connection: Connection, what: Chunk | Job) -> None:
+    def _oldest(self) -> int:
+        return min(number for number, _ in self._busy.values())
+
+    def _send(self, connection: Connection, what: Any) -> None:
         try:
             connection.send(what)
         except OSError as error:
             raise self._death(connection) from error
 
-    def _receive(self, connection: Connection) -> ChunkResult:
+    def _receive(self, connection: Connection) -> Any:
         # A pipe whose other end is gone counts as readable, so a worker that dies is noticed without a time limit.
         try:
-            result = connection.recv()
+            failed, answer = connection.recv()
         except (EOFError, OSError) as error:
             raise self._death(connection) from error
-        if isinstance(result, str):
-            raise DataError(result)
-        return result
+        if failed:
+            raise DataError(answer)
+        return answer
 
     def _death(self, connection: Connection) -> DataError:
-        process, chunk = self._processes[connection], self._busy.get(connection)
+        process, busy = self._processes[connection], self._busy.get(connection)
         process.join(5)
         code = process.exitcode
         cause = f"status {code}" if code is None or code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
-        place = f"at {chunk.start} to {chunk.end} of {chunk.file.path}" if chunk else "when it started"
+        place = f"at {self._work.place(busy[1])}" if busy else "when it started"
         return DataError(
             f"A worker process died ({cause}) {place}. If the machine ran out of memory (SIGKILL), use fewer --workers."
         )
@@ -129,32 +182,36 @@ class _Pool:
             connection.close()
 
 
-def _serve(connection: Connection, job: Job | None, others: Sequence[Connection]) -> None:
-    """A worker's life: answer chunks until the parent is gone. An answer that is a string is an error.
+def _serve(connection: Connection, work: Work | None, others: Sequence[Connection]) -> None:
+    """A worker's life: answer tasks until the parent is gone. An answer is (failed, the answer or the error's text).
 
-    Without a `job` the parent sends it first; `others` are pipes that are not for this process.
+    Without `work` the parent sends it first; `others` are pipes that are not for this process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:
         other.close()
-    encoder = None
-    while True:
-        try:
-            job = job or connection.recv()
-            chunk = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            encoder = encoder or ChunkEncoder(job)
-            answer: ChunkResult | str = encoder.encode(chunk)
-        except MixtralError as error:
-            answer = str(error)
-        except OSError as error:
-            answer = f"A worker cannot write in {job.scratch}: {error}."
-        except Exception:  # noqa: BLE001 - the parent must hear of anything, or it would wait for ever
-            answer = f"A worker failed at {chunk.file.path}:\n{traceback.format_exc()}"
-        try:
-            connection.send(answer)
-        except OSError:
-            return
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        work = work or connection.recv()
+        while True:
+            connection.send(_answer(work, connection.recv()))
+    except (EOFError, OSError):
+        return
+
+
+def _answer(work: Work, task: Any) -> tuple[bool, Any]:
+    try:
+        return False, work.run(task)
+    except MixtralError as error:
+        return True, str(error)
+    except OSError as error:
+        return True, f"A worker failed at {work.place(task)}: {error}."
+    except Exception:  # noqa: BLE001 - the parent must hear of anything, or it would wait for ever
+        return True, f"A worker failed at {work.place(task)}:\n{traceback.format_exc()}"
+
+
+def _die_with_parent() -> None:
+    """End this process when its parent has gone, even in the middle of a long task."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

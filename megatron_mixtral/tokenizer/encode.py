@@ -4,16 +4,19 @@ A worker hands over a list of texts and gets back one flat array of ids and the 
 them (`engines/`) is known only here; nothing outside handles single ids.
 """
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.engines.base import LONGEST_DOCUMENT, Engine, SpecialTokens, frame, token_dtype
-from megatron_mixtral.tokenizer.engines.mixed import ControlStrings, encode_apart
-from megatron_mixtral.tokenizer.engines.reference import ReferenceEngine
+from megatron_mixtral.tokenizer.engines import Engine, ReferenceEngine, SpecialTokens, frame, token_dtype
 from megatron_mixtral.tokenizer.tokenizer import JsonTokenizer, Tokenizer
+
+LONGEST_DOCUMENT = np.iinfo(np.int32).max  # tokens; lengths in the index are int32
+Encode = Callable[[Sequence[str], SpecialTokens], tuple[np.ndarray, np.ndarray]]
 
 
 def special_tokens(tokenizer: Tokenizer, prepend_bod: bool, append_eod: bool) -> SpecialTokens:
@@ -92,3 +95,30 @@ class DocumentEncoder:
         self._control_counts.documents += len(texts)
         self._control_counts.tokens += int(np.isin(flat, self._control_ids).sum())
         return frame(flat, np.array([len(ids) for ids in encoded]), specials, self.tokenizer.vocab_size)
+
+
+class ControlStrings:
+    """Finds out whether a text has any of some strings in it."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._strings = sorted(set(filter(None, strings)))
+        # Most texts have not even what all the strings begin with, and `in` is much faster than a regular expression.
+        self._start = os.path.commonprefix(self._strings)
+        self._any = re.compile("|".join(map(re.escape, self._strings)))
+
+    def occur_in(self, text: str) -> bool:
+        return bool(self._strings) and self._start in text and self._any.search(text) is not None
+
+
+def encode_apart(
+    texts: Sequence[str], apart: Sequence[bool], specials: SpecialTokens, encode: Encode, encode_those_apart: Encode
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `Engine.encode`: the texts marked in `apart` by one function, all others by the other, in the order given."""
+    mask = np.array(apart, dtype=bool)
+    lengths = np.zeros(len(texts), dtype=np.int64)
+    pieces: list[np.ndarray | None] = [None] * len(texts)
+    for function, indices in ((encode, np.flatnonzero(~mask)), (encode_those_apart, np.flatnonzero(mask))):
+        ids, lengths[indices] = function([texts[i] for i in indices], specials)
+        for index, piece in zip(indices, np.split(ids, np.cumsum(lengths[indices])[:-1]), strict=True):
+            pieces[index] = piece
+    return np.concatenate(pieces), lengths

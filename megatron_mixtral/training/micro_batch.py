@@ -17,9 +17,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
-from megatron_mixtral.data.datasets import instruction, pretraining
-from megatron_mixtral.data.datasets.blend import blend_of
-from megatron_mixtral.data.datasets.instruction_files import instruction_blend
+from megatron_mixtral.data.datasets import blend_of, build_instruction, build_pretraining, instruction_blend
 from megatron_mixtral.runtime import current_device
 
 Rows = Iterator[dict[str, torch.Tensor]]
@@ -38,8 +36,8 @@ def datasets(args: Namespace, samples: Any, vp_stage: int | None = None) -> Any:
               "blend": blend(args.data_path), "blend_per_split": blends,
               "split": args.split if blends is None else None, "cache": args.data_cache_path}
     if args.is_instruction_dataset:
-        return instruction.build(samples, **common, is_built_on_rank=lambda: True)
-    return pretraining.build(
+        return build_instruction(samples, **common, is_built_on_rank=lambda: True)
+    return build_pretraining(
         samples, **common, is_built_on_rank=lambda: _reads(args, vp_stage),
         reset_position_ids=args.reset_position_ids, reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss, mmap_bin_files=args.mmap_bin_files,

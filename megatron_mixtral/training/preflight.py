@@ -5,7 +5,7 @@ Nothing here imports torch or the engine, so the answer comes within a second or
 
 import logging
 
-from megatron_mixtral.data.datasets import blend, instruction_files
+from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, instruction_blend
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RESERVED, RunShape, fullest_stage, stage_memory
@@ -42,7 +42,7 @@ def check_data(run: Run) -> None:
     given, vocabulary, length = run.engine, run.config.vocab_size, run.engine.seq_length or 1
     data = [given.data_path, given.train_data_path, given.valid_data_path, given.test_data_path]
     if not run.flags.is_instruction_dataset:
-        blend.check([blend.blend_of(words) for words in data], vocabulary, length)
+        check_pretraining([blend_of(words) for words in data], vocabulary, length)
         return
     if not any(data):
         raise ConfigError("--is-instruction-dataset needs --data-path PREFIX, as tools/preprocess_data.py wrote it")
@@ -50,7 +50,7 @@ def check_data(run: Run) -> None:
         raise ConfigError(f"--is-instruction-dataset with --context-parallel-size {run.layout.cp}: samples are not cut "
                           "over devices; set it to 1")
     rows = max(given.micro_batch_size or 1, given.eval_micro_batch_size or 1)
-    instruction_files.check([instruction_files.instruction_blend(words) for words in data], vocabulary, length, rows)
+    check_instruction([instruction_blend(words) for words in data], vocabulary, length, rows)
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:

@@ -12,10 +12,9 @@ from helpers.program import pretrain
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.data.cli import Options
-from megatron_mixtral.data.datasets.instruction_files import InstructionFiles
-from megatron_mixtral.data.instruction.run import preprocess_instructions
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.data.datasets import InstructionFiles
+from megatron_mixtral.data.instruction import InstructionOptions, preprocess_instructions
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 from megatron_mixtral.weights.convert import convert
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
@@ -46,7 +45,7 @@ def sets(folder: Path) -> dict[str, str]:
     source = folder / "records.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     for name in ("single", "packed"):
-        preprocess_instructions(Options(
+        preprocess_instructions(InstructionOptions(
             inputs=(str(source),), output_prefix=str(folder / name), tokenizer_path=str(mixtral_tokenizer_path()),
             tokenizer_type="Llama2Tokenizer", handler="auto", seq_length=SEQUENCE, pack=name == "packed"))
     return {name: str(folder / name) for name in ("single", "packed")}
@@ -56,7 +55,7 @@ def _row_logits(rank: int, checkpoint: str, layout: dict[str, int], prefix: str,
     """For each sample of the rows: its tokens and the logits [positions, vocabulary] of the training batch."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_mixtral.data.datasets.instruction import row_tensors
+    from megatron_mixtral.data.datasets import row_tensors
     from megatron_mixtral.training.micro_batch import packed_params
 
     [model] = engine.load_stages(checkpoint, layout)
@@ -93,9 +92,9 @@ def test_a_packed_sample_has_the_logits_it_has_alone(folder: Path, hf: Path, set
 
 def _rows_read(rank: int, prefix: str, steps: int) -> list[dict[str, torch.Tensor]]:
     """The rows of the first steps, in the order in which a run reads them."""
-    from megatron_mixtral.data.datasets import instruction as sft
+    from megatron_mixtral.data.datasets import build_instruction
 
-    train, _, _ = sft.build((steps * BATCH, 0, 0), tokenizer=None, seq_length=SEQUENCE, seed=1234,
+    train, _, _ = build_instruction((steps * BATCH, 0, 0), tokenizer=None, seq_length=SEQUENCE, seed=1234,
                             blend=([prefix], None), blend_per_split=None, split="1,0,0", cache=None,
                             is_built_on_rank=lambda: True)
     return [train[index] for index in range(steps * BATCH)]
@@ -154,7 +153,7 @@ def _gradients(rank: int, checkpoint: str, seq_length: int, per_token: bool) -> 
     from megatron.core.timers import Timers
     from megatron.training import global_vars
 
-    from megatron_mixtral.data.datasets.instruction import row_tensors
+    from megatron_mixtral.data.datasets import row_tensors
     from megatron_mixtral.training.micro_batch import instruction_step
 
     global_vars._GLOBAL_TIMERS = Timers(0, "minmax")

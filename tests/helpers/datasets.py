@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mixtral.data.indexed.writer import IndexedWriter
+from megatron_mixtral.data.indexed import IndexedWriter
 
 
 def write_dataset(prefix: Path, *, vocab_size: int, documents: int = 200, seed: int = 0) -> str:
@@ -29,10 +29,10 @@ def samples(rank: int, prefix: str, cache: str, seq_length: int, wanted: tuple[i
     """The first `count` training samples [count, seq_length + 1] in the order in which a run reads them."""
     from megatron.core.tokenizers import MegatronTokenizer
 
-    from megatron_mixtral.data.datasets import pretraining as pretrain
+    from megatron_mixtral.data.datasets import build_pretraining
 
     tokenizer: Any = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=96)
-    train, _, _ = pretrain.build(
+    train, _, _ = build_pretraining(
         wanted, tokenizer=tokenizer, seq_length=seq_length, seed=seed, blend=([prefix], None), blend_per_split=None,
         split="969, 30, 1", cache=cache, is_built_on_rank=lambda: True, reset_position_ids=False,
         reset_attention_mask=False, eod_mask_loss=False)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from megatron_mixtral.tokenizer.engines.base import Engine, SpecialTokens
-from megatron_mixtral.tokenizer.tokenizer import Tokenizer
+from megatron_mixtral.tokenizer import Tokenizer
+from megatron_mixtral.tokenizer.engines import Engine, SpecialTokens
 
 TEXT_SUFFIXES = (".pyi", ".md", ".rst", ".txt", ".json", ".h", ".cpp", ".cuh", ".html", ".toml", ".gz", ".mo", ".pyc")
 

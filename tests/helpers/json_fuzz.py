@@ -1,53 +1,12 @@
-"""Compare the native reader of JSON lines with the standard library, on random lines and on lines with random damage.
-
-    python tests/helpers/json_fuzz.py EXTENSION COUNT
-
-For builds with sanitizers (`native_build.run_sanitized`). Exit status 0: no difference.
-"""
+"""Random lines of JSON, good ones and ones with random damage, for the parser of records."""
 
 import json
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from helpers.native_build import JSON, use_extension
-from megatron_mixtral.data.corpus import records
-from megatron_mixtral.data.corpus.records import BadRecord
-from megatron_mixtral.tokenizer.engines.extensions import load_extension
 
 CHARACTERS = 'abc xyz"\\/\n\t\r\b\f\x00\x1f\x7f{}[],:0\u00e9\u4e2d\u2028\ufeff\U0001f600\U0010ffff'
 DAMAGE = b'"\\{}[],: \n\r\t\x00\x1f\xff\xc3\xed\xa0\xf0u/tfnNe-+.019Dd8'
-
-
-def main(extension: str, count: str) -> int:
-    use_extension(JSON, Path(extension))
-    lines = [line for _, line in zip(range(int(count)), random_lines(7), strict=False)]
-    accepted, difference = compare(lines)
-    sys.stdout.write(f"{accepted} of {len(lines)} lines accepted, first difference: {difference!r}\n")
-    return int(difference is not None)
-
-
-def compare(lines: list[bytes]) -> tuple[int, bytes | None]:
-    """(lines that the native reader accepts, the first of them of which the standard library has other texts)."""
-    keys = ("text", "b")
-    reader = load_extension(JSON).LineReader(keys)
-    accepted = 0
-    for line in lines:
-        columns, read, stop = reader.read(line, 0, len(line), 1 << 20)
-        if not read:
-            assert stop == 0 and columns == ([], [])
-            continue
-        accepted += read
-        ends = [part for part in line[:stop].split(b"\n") if part]
-        try:
-            expected = [records._slow_texts(part, keys) for part in ends]
-        except BadRecord:
-            return accepted, line
-        if [list(row) for row in zip(*columns, strict=True)] != expected:
-            return accepted, line
-    return accepted, None
 
 
 def random_lines(seed: int) -> Iterator[bytes]:
@@ -91,7 +50,3 @@ def random_value(source: random.Random, depth: int) -> Any:
     if source.random() < 0.5:
         return [random_value(source, depth + 1) for _ in range(source.randrange(4))]
     return {random_text(source): random_value(source, depth + 1) for _ in range(source.randrange(4))}
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))

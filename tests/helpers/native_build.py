@@ -1,4 +1,4 @@
-"""Our extensions for tests, built from the sources as they are, with any flags of the compiler."""
+"""Our extension for tests, built from the sources as they are, with any flags of the compiler."""
 
 import importlib.util
 import os
@@ -10,46 +10,43 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixtral.tokenizer.engines.extensions import ExtensionMissing, fingerprint, load_extension, sources_of
+from megatron_mixtral.tokenizer.engines import EngineUnavailable, native
 
-BPE = "megatron_mixtral.tokenizer.engines._native_bpe"
-JSON = "megatron_mixtral.data.corpus._native_json"
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def ensure_extension(module: str, folder: Path) -> None:
+def ensure_extension(folder: Path) -> None:
     """Use the extension that is installed, if it is of these sources; else build one in `folder`, for this process."""
     try:
-        load_extension(module)
-    except ExtensionMissing:
-        use_extension(module, compile_extension(module, folder))
-    load_extension(module)
+        native.load_module()
+    except EngineUnavailable:
+        use_extension(compile_extension(folder))
+    native.load_module()
 
 
-def compile_extension(module: str, folder: Path, *flags: str) -> Path:
+def compile_extension(folder: Path, *flags: str) -> Path:
     """Compile with setup.py's macros. Skips the test that asks on a machine without a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler:
-        pytest.skip("our extensions need a C++ compiler, and there is none on PATH")
-    sources = sources_of(module)
-    target = folder / f"{module.rpartition('.')[2]}.abi3.so"
+        pytest.skip("our extension needs a C++ compiler, and there is none on PATH")
+    target = folder / "_native_bpe.abi3.so"
     subprocess.run(
         [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *flags,
-         "-DPy_LIMITED_API=0x030C0000", f'-DNATIVE_SOURCES="{fingerprint(sources)}"',
-         f"-I{sysconfig.get_path('include')}", *sorted(map(str, sources.glob("*.cpp"))), "-o", str(target)],
+         "-DPy_LIMITED_API=0x030C0000", f'-DNATIVE_SOURCES="{native.fingerprint()}"',
+         f"-I{sysconfig.get_path('include')}", *sorted(map(str, native.SOURCES.glob("*.cpp"))), "-o", str(target)],
         check=True,
     )  # fmt: skip
     return target
 
 
-def use_extension(module: str, path: Path) -> None:
-    """Make this file the extension of that name."""
-    spec = importlib.util.spec_from_file_location(module, path)
+def use_extension(path: Path) -> None:
+    """Make this file our extension."""
+    spec = importlib.util.spec_from_file_location(native.MODULE, path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
-    sys.modules[module] = loaded
-    package, _, name = module.rpartition(".")
+    sys.modules[native.MODULE] = loaded
+    package, _, name = native.MODULE.rpartition(".")
     setattr(importlib.import_module(package), name, loaded)
 
 

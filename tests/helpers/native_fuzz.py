@@ -10,14 +10,14 @@ import threading
 from pathlib import Path
 
 from helpers.documents import first_difference, random_texts, real_documents
-from helpers.native_build import BPE, use_extension
+from helpers.native_build import use_extension
 from megatron_mixtral.tokenizer.engines import native
 from megatron_mixtral.tokenizer.engines.base import SpecialTokens
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
 
 
 def main(extension: str, tokenizer_path: str, count: str) -> int:
-    use_extension(BPE, Path(extension))
+    use_extension(Path(extension))
     tokenizer = open_tokenizer(Path(tokenizer_path))
     engine = native.NativeEngine(tokenizer)
     texts = [*NASTY_STRINGS, *real_documents(int(count) // 50, 5000), *random_texts(int(count), tokenizer, seed=5)]

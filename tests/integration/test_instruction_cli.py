@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixtral.data.datasets.instruction_files import InstructionFiles
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
+from megatron_mixtral.data.datasets import InstructionFiles
+from megatron_mixtral.tokenizer import write_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

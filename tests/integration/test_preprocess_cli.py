@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,8 +14,7 @@ import pytest
 import sentencepiece
 from helpers.corpus import python_sources, write_jsonl
 
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path, write_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 120  # generous: a hang is what it is for
@@ -209,11 +209,10 @@ def test_a_worker_that_dies_is_an_error_at_once(tmp_path):
 # A program of a user's, which forgets that fresh workers import it: each of them would start workers of its own.
 UNGUARDED = """
 import sys, threading
-from megatron_mixtral.data.preprocess import preprocess
-from megatron_mixtral.data.cli import Options
+from megatron_mixtral.data.text import TextOptions, preprocess_text
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 source, prefix, model = sys.argv[1:]
-preprocess(Options((source,), prefix, model, tokenizer_type="Llama2Tokenizer", workers=2, chunk_bytes=1000))
+preprocess_text(TextOptions((source,), prefix, model, tokenizer_type="Llama2Tokenizer", workers=2, chunk_bytes=1000))
 """
 
 
@@ -228,6 +227,35 @@ def test_a_fresh_worker_that_dies_at_once_is_an_error(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and "A worker process died (status 1) when it started" in done.stderr
     assert visible(tmp_path / "out") == []
+
+
+def start_instruction(tmp_path):
+    """The same of instruction data. It has begun when the log says so, which the workers have made happen."""
+    path = tmp_path / "x.jsonl"
+    path.write_text((json.dumps({"instruction": "Count.", "output": "1 2 3 " * 500}) + "\n") * 20_000)
+    command = [sys.executable, "tools/preprocess_data.py", "--input", path, "--output-prefix", tmp_path / "out" / "set",
+               "--tokenizer-type", "PretrainedTokenizerFromHF", "--handler-name", "alpaca", "--workers", "2",
+               "--log-interval", "100"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert any(" records, " in line for line in process.stderr), "it ended before it began"
+    return process
+
+
+@needs_proc
+@pytest.mark.parametrize("start", [start, start_instruction])
+def test_no_worker_outlives_a_parent_that_was_killed(tmp_path, start):
+    """Not even in the middle of a piece."""
+    process = start(tmp_path)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    handles = [os.pidfd_open(worker) for worker in workers]
+    process.kill()
+    process.wait(TIME_LIMIT)
+    for handle in handles:
+        ended, _, _ = select.select([handle], [], [], TIME_LIMIT)
+        assert ended, "a worker outlives the run"
+        os.close(handle)
+    process.stderr.close()
 
 
 @needs_proc

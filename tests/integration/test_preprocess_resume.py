@@ -15,7 +15,7 @@ import torch
 from helpers.corpus import python_sources, write_jsonl
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 120

@@ -12,16 +12,19 @@ alone, not on the number of workers, so that a run can be taken up again with mo
 import glob
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mixtral.data.report import REPORT_SUFFIX
 from megatron_mixtral.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
-REPORT_SUFFIX = ".report.json"  # what preprocessing writes beside its output; never an input
 PLAIN, GZIP, ZSTD, PARQUET = "plain", "gzip", "zstd", "parquet"
 FORMAT_OF_ENDING = {".gz": GZIP, ".zst": ZSTD, ".parquet": PARQUET}
 OTHER_ENDINGS = (".bz2", ".xz", ".zip", ".tar", ".tgz", ".csv", ".arrow")
@@ -39,6 +42,11 @@ class InputFile:
     size: int
     mtime_ns: int
     format: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is cut at bytes, which are all accounted for."""
+        return self.format == PLAIN
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,11 @@ class Chunk:
     start: int
     end: int
     size: int
+
+    @property
+    def where(self) -> str:
+        """The place in the input, for messages."""
+        return f"{self.start} to {self.end} of {self.file.path}"
 
     @property
     def name(self) -> str:
@@ -117,6 +130,8 @@ def list_inputs(inputs: Sequence[str]) -> InputFiles:
         if real in seen:
             raise ConfigError(f"--input names {path} twice (as {seen[real]} too). To weight data, use the blend.")
         seen[real] = path
+    if ignored:
+        logger.warning("%d files are not read because of their names: %s ...", len(ignored), ", ".join(ignored[:3]))
     return InputFiles(tuple(_inspect(path) for path in paths), tuple(ignored))
 
 
@@ -161,11 +176,12 @@ def _inspect(path: str) -> InputFile:
     return InputFile(path, status.st_size, status.st_mtime_ns, kind)
 
 
-def cut_chunks(files: Sequence[InputFile], most: int) -> list[Chunk]:
-    """The pieces of all files, in order: byte ranges of `most` bytes, row groups, whole compressed files.
+def cut_chunks(files: Sequence[InputFile], most: int, shard: int = 0, shards: int = 1) -> list[Chunk]:
+    """The pieces of all files, in order: byte ranges of `most` bytes, row groups, whole compressed files; of these,
+    those of one shard.
 
     Inputs of less than `CHUNKS_OF_SMALL_INPUTS` such ranges are cut finer, so that every worker gets something. An
-    empty file gives no chunk.
+    empty file gives no chunk. Raises `ConfigError` for a shard that gets none.
     """
     total = sum(file.size for file in files)
     step = max(min(most, total // CHUNKS_OF_SMALL_INPUTS), min(most, SMALLEST_CHUNK))
@@ -180,7 +196,7 @@ def cut_chunks(files: Sequence[InputFile], most: int) -> list[Chunk]:
         else:
             ranges = [(0, file.size, file.size)]
         chunks += [Chunk(len(chunks) + n, file, file_index, *piece) for n, piece in enumerate(ranges)]
-    return chunks
+    return chunks if shards == 1 else _shard(chunks, shard, shards)
 
 
 def _row_groups(file: InputFile) -> int:
@@ -194,11 +210,11 @@ def _row_groups(file: InputFile) -> int:
         raise DataError(f"{file.path}: damaged Parquet file: {error}") from error
 
 
-def take_shard(chunks: Sequence[Chunk], index: int, count: int) -> list[Chunk]:
+def _shard(chunks: Sequence[Chunk], index: int, count: int) -> list[Chunk]:
     """The chunks of shard `index` of `count`: consecutive ones, about the same number of bytes for each shard.
 
     A chunk belongs to the shard in whose share of all bytes its middle lies. So the shards, one after another, are all
-    chunks in order. Raises `ConfigError` for a shard that gets none.
+    chunks in order.
     """
     total = max(sum(chunk.size for chunk in chunks), 1)
     taken, before = [], 0

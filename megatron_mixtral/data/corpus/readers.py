@@ -5,14 +5,15 @@ text. Nothing is read twice but the end of a line that is longer than a chunk, a
 longest line.
 """
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import BinaryIO
 
-from megatron_mixtral.data.corpus.files import GZIP, PARQUET, PLAIN, Chunk, InputFile
-from megatron_mixtral.data.corpus.records import BadRecord, line_reader, parse_record
+from megatron_mixtral.data.corpus.files import GZIP, PARQUET, PLAIN, ZSTD, Chunk, InputFile
+from megatron_mixtral.data.corpus.records import BadRecord, parse_record
 from megatron_mixtral.errors import DataError
 
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -21,7 +22,7 @@ COMPRESSED_BLOCK = 1 << 16  # small, because what comes out of it may be a thous
 ROWS = 256
 
 Block = tuple[bytes, int, int]
-Columns = tuple[list[str], ...]  # of some lines: their texts, a list for each key
+Columns = tuple[Sequence[str], ...]  # of some lines: their texts, a sequence for each key
 
 
 @dataclass
@@ -38,13 +39,17 @@ class LineCounts:
     boms: int = 0
     begin: int = 0
     end: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "LineCounts") -> None:
+        """Take in the counts of another piece, but for its place."""
+        for name in ("lines", "blank", "bytes", "boms"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-def read_records(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Iterator[Columns | BadRecord]:
+def read_records(chunk: Chunk, keys: tuple[str, ...], counts: LineCounts) -> Iterator[Columns | BadRecord]:
     """The texts of `keys` of the lines or rows that a chunk owns, some at a time, and each one that has none.
 
-    Of a `BadRecord` the line is `counts.lines`, which counts every line up to what was last given.
+    When a `BadRecord` is given, its line is `counts.lines`.
 
     Raises:
         DataError: the file cannot be read, or its compressed data are damaged, or a Parquet file has no such column.
@@ -52,24 +57,32 @@ def read_records(chunk: Chunk, keys: Sequence[str], counts: LineCounts) -> Itera
     if chunk.file.format == PARQUET:
         yield from _read_rows(chunk, keys, counts)
         return
-    reader = line_reader(tuple(keys))
     for data, at, end in read_blocks(chunk, counts):
+        rows: list[tuple[str, ...]] = []
+        held = 0
         while at < end:
-            if reader:
-                columns, lines, at = reader.read(data, at, end, BLOCK)
-                if lines:
-                    counts.lines += lines
-                    yield columns
-                    continue
             line, at = _line_at(data, at, end)
             counts.lines += 1
-            if _is_blank(line):
-                counts.blank += 1
-                continue
-            try:
-                yield tuple([text] for text in parse_record(line, keys))
-            except BadRecord as error:
-                yield error
+            found: tuple[str, ...] | BadRecord | None = _parsed(line, keys, counts)
+            if isinstance(found, tuple):
+                rows.append(found)
+                held += len(line)
+            if rows and (held >= BLOCK or at == end or isinstance(found, BadRecord)):
+                yield tuple(zip(*rows, strict=True))
+                rows, held = [], 0
+            if isinstance(found, BadRecord):
+                yield found
+
+
+def _parsed(line: bytes, keys: tuple[str, ...], counts: LineCounts) -> tuple[str, ...] | BadRecord | None:
+    """The texts of a line, or why it has none; None for a blank one, which is counted."""
+    try:
+        return parse_record(line, keys)
+    except BadRecord as error:
+        if not _is_blank(line):
+            return error
+        counts.blank += 1
+        return None
 
 
 def read_lines(chunk: Chunk, counts: LineCounts) -> Iterator[bytes]:
@@ -189,7 +202,7 @@ def lines_before(chunk: Chunk) -> int:
 
 def _unpacked_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
     pending: list[bytes] = []  # pieces of the line under way: joined once, however long it is
-    for piece in _unpacked(chunk.file):
+    for piece in _content(chunk.file):
         counts.bytes += len(piece)
         end = piece.rfind(b"\n") + 1
         pending.append(piece[:end] if end else piece)
@@ -201,9 +214,20 @@ def _unpacked_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
         yield last, 0, len(last)
 
 
-def _unpacked(file: InputFile) -> Iterator[bytes]:
-    if file.format == GZIP:
-        with gzip.open(file.path, "rb") as stream:
+def read_text(file: InputFile) -> Iterator[str]:
+    """The whole content of a file of JSON in blocks, unpacked and decoded, without BOM.
+
+    Raises EOFError, zlib.error or OSError where it cannot be read on, and ValueError where it is not UTF-8.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    for block in _content(file):
+        yield decode(block)
+    yield decode(b"", True)
+
+
+def _content(file: InputFile) -> Iterator[bytes]:
+    if file.format != ZSTD:
+        with (gzip.open if file.format == GZIP else open)(file.path, "rb") as stream:
             while block := stream.read(BLOCK):
                 yield block
         return

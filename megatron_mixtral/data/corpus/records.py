@@ -1,8 +1,7 @@
 """Lines of JSON to the texts of their keys, or to the reason why a line has none.
 
-Three parsers, the next where one declines a line: our extension, which reads many lines at a time and nothing that is
-in any way unusual; `orjson`, where it is installed; `json` of the standard library, which accepts the most (`NaN`,
-halves of surrogate pairs) and says where an error is. So all give the same texts and the same errors.
+`msgspec` reads a line; where it declines, `json` of the standard library does, which accepts more (`NaN`, halves of
+surrogate pairs) and says where an error is. So every line has the texts, or the error, of the standard library.
 """
 
 import json
@@ -11,49 +10,32 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from megatron_mixtral.tokenizer.engines.extensions import ExtensionMissing, load_extension
+import msgspec
 
-try:
-    import orjson
-except ImportError:
-    orjson = None  # type: ignore[assignment]
-
-REASONS = ("bad_utf8", "bad_json", "not_an_object", "missing_key", "not_a_string", "lone_surrogate")
-
-_fast_loads: Callable[[bytes], Any] | None = orjson.loads if orjson else None
+REASONS = ("bad_utf8", "bad_json", "not_an_object", "missing_key", "not_a_string", "lone_surrogate")  # of lines
 
 
 class BadRecord(Exception):
-    """A line or row that gives no document. `reason` is one of `REASONS`; the text says what is wrong, with a piece."""
+    """A line, row or dialogue that gives nothing. `reason` is a word to count by; the text says what is wrong."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        assert reason in REASONS, reason
         self.reason = reason
-
-
-@cache
-def line_reader(keys: tuple[str, ...]) -> Any | None:
-    """The `LineReader` of `native_json/`, which reads what is certain, or None where it is not built."""
-    try:
-        return load_extension("megatron_mixtral.data.corpus._native_json").LineReader(keys)
-    except ExtensionMissing:
-        return None
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
     """One line of JSON that holds an object. Raises `BadRecord` as `parse_record` does.
 
-    Where `orjson` does not parse a line, integers come as floats and strings may hold halves of surrogate pairs.
+    Where `msgspec` does not parse a line, integers come as floats and strings may hold halves of surrogate pairs.
     """
     try:
-        record = _fast_loads(line) if _fast_loads else _loads(line)
-    except ValueError:
+        record = msgspec.json.decode(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         record = _loads(line)
     return _object(record, line)
 
 
-def parse_record(line: bytes, keys: Sequence[str]) -> list[str]:
+def parse_record(line: bytes, keys: tuple[str, ...]) -> tuple[str, ...]:
     """The texts of `keys` in one line of JSON.
 
     Raises `BadRecord` for bytes that are not UTF-8, bad JSON, a value that is no object, a missing key, a text that is
@@ -61,20 +43,22 @@ def parse_record(line: bytes, keys: Sequence[str]) -> list[str]:
     keys are fine; of a key that occurs twice the last counts.
     """
     try:
-        record = _fast_loads(line) if _fast_loads else None
-    except ValueError:
-        record = None
-    if record is not None:  # `orjson` takes no half of a pair: what it gives is Unicode
-        try:
-            texts = [record[key] for key in keys]
-        except (KeyError, TypeError, IndexError):
-            texts = []
-        if texts and all(type(text) is str for text in texts):
-            return texts
-    return _slow_texts(line, keys)
+        texts = msgspec.structs.astuple(_decoder(keys)(line))
+        if not line.isascii():
+            line.decode("utf-8")  # `msgspec` does not look inside the values that are not asked for
+        return texts
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return _slow_texts(line, keys)
 
 
-def _slow_texts(line: bytes, keys: Sequence[str]) -> list[str]:
+@cache
+def _decoder(keys: tuple[str, ...]) -> Callable[[bytes], Any]:
+    """A function from a line to the strings of `keys`. Raises `ValueError` for a key with a quote or a backslash."""
+    names = {f"key_{number}": key for number, key in enumerate(keys)}
+    return msgspec.json.Decoder(msgspec.defstruct("Texts", [(name, str) for name in names], rename=names)).decode
+
+
+def _slow_texts(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
     """The texts by way of the standard library, which also finds what is wrong and where."""
     record = _object(_loads(line), line)
     texts = []
@@ -90,7 +74,7 @@ def _slow_texts(line: bytes, keys: Sequence[str]) -> list[str]:
             shown = ascii(value[max(half.start() - 20, 0) : half.start() + 20])
             raise BadRecord("lone_surrogate", f"half of a surrogate pair in the value of {key!r}, near {shown}")
         texts.append(value)
-    return texts
+    return tuple(texts)
 
 
 def _object(record: object, line: bytes) -> dict[str, Any]:
@@ -108,7 +92,7 @@ def _loads(line: bytes) -> object:
         piece = line[max(error.start - 20, 0) : error.start + 20]
         raise BadRecord("bad_utf8", f"byte {error.start + 1} of the line is not UTF-8, near {piece!r}") from error
     try:
-        # Numbers are not used; as float one of any length is read, as orjson does.
+        # Numbers are not used; as float one of any length is read.
         return json.loads(text, parse_int=float)
     except json.JSONDecodeError as error:
         place = len(text[: error.pos].encode("utf-8"))

@@ -1,12 +1,12 @@
 """Which data sets a run reads, with which weights, and whether the model can read them. Standard library and numpy.
 
-`training/preflight.py` asks before the engine is imported, `data/datasets/pretraining.py` builds what was asked for.
+Training asks before the engine is imported; `pretraining.py` builds what was asked for.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_mixtral.data.indexed.reader import IndexFile
+from megatron_mixtral.data.indexed import IndexFile
 from megatron_mixtral.errors import DataError
 
 Blend = tuple[list[str], list[float] | None]
@@ -56,11 +56,16 @@ def _check_pair(prefix: str, ending: str) -> None:
                             f"without .bin or .idx){hint}")
 
 
-def check(blends: Iterable[Blend | None], vocab_size: int, seq_length: int) -> None:
+def prefixes_of(blends: Iterable[Blend | None]) -> list[str]:
+    """The data sets of some blends, each once."""
+    return list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
+
+
+def check_pretraining(blends: Iterable[Blend | None], vocab_size: int, seq_length: int) -> None:
     """`DataError` for a data set that is not whole, is too short for one sample, or whose first documents hold a token
     the model has no row for.
     """
-    for prefix in dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]):
+    for prefix in prefixes_of(blends):
         index = IndexFile(prefix)
         if index.tokens < seq_length + 1:
             raise DataError(f"{prefix}: {index.tokens} tokens in {len(index)} documents; one sample needs "

@@ -2,15 +2,14 @@
 
 The engine knows a cached index by the names of the data sets. One that is written again under its old name would be
 read by the old index: other documents, cut at the wrong places. So each blend gets a folder of its own, named by the
-lengths of all sequences of its data sets; nothing else of the data enters the index. `data/datasets/pretraining.py`
-asks.
+lengths of all sequences of its data sets; nothing else of the data enters the index.
 """
 
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_mixtral.data.indexed.reader import IndexFile
+from megatron_mixtral.data.indexed import IndexFile
 
 BLOCK = 1 << 22  # sequences at a time
 

@@ -1,7 +1,6 @@
 """Fine-tuning samples from instruction data: rows of ids, shifted labels, masks and the bounds of their samples.
 
-The engine's builder makes blends and splits of `InstructionDataset`, as `data/datasets/pretraining.py` has it do for
-plain text.
+The engine's builder makes blends and splits of `InstructionDataset`, as `pretraining.py` has it do for plain text.
 """
 
 from collections.abc import Callable
@@ -9,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from megatron_mixtral.data.datasets.blend import Blend
 from megatron_mixtral.data.datasets.instruction_files import InstructionFiles
+from megatron_mixtral.data.datasets.splits import Samples, Shares, build_splits, parts_of, wanted
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.chat import IGNORED
+from megatron_mixtral.tokenizer import chat
 
 PAD = 0  # any id of the vocabulary: it is neither attended to, nor routed into a balancing loss, nor trained
 
@@ -59,7 +58,7 @@ def row_tensors(samples: list[tuple[np.ndarray, np.ndarray]], seq_length: int) -
     [seq_length]; `cu_seqlens` (int32 [seq_length + 1]): 0 and the end of each sample, then seq_length; `samples`: their
     number, int64 scalar.
     """
-    tokens, labels, positions = (np.full(seq_length, fill, dtype=np.int64) for fill in (PAD, IGNORED, 0))
+    tokens, labels, positions = (np.full(seq_length, fill, dtype=np.int64) for fill in (PAD, chat.IGNORED, 0))
     bounds = np.full(seq_length + 1, seq_length, dtype=np.int32)
     end = bounds[0] = 0
     for number, (ids, targets) in enumerate(samples, start=1):
@@ -67,7 +66,7 @@ def row_tensors(samples: list[tuple[np.ndarray, np.ndarray]], seq_length: int) -
         tokens[start:end], labels[start:end] = ids[:-1], targets[1:]
         positions[start:end] = np.arange(end - start)
         bounds[number] = end
-    trained = labels != IGNORED
+    trained = labels != chat.IGNORED
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(np.where(trained, labels, 0)),
@@ -79,39 +78,33 @@ def row_tensors(samples: list[tuple[np.ndarray, np.ndarray]], seq_length: int) -
     }
 
 
-def build(samples: tuple[int | None, int | None, int | None], *, tokenizer: Any, seq_length: int, seed: int,
-          blend: Blend | None, blend_per_split: list[Blend | None] | None, split: str | None, cache: str | None,
-          is_built_on_rank: Callable[[], bool]) -> tuple[Any, Any, Any]:
+def build_instruction(
+    samples: Samples, *, tokenizer: Any, seq_length: int, seed: int, blend: Blend | None,
+    blend_per_split: list[Blend | None] | None, split: str | None, cache: str | None,
+    is_built_on_rank: Callable[[], bool],
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """Train, validation and test set (None where none is wanted); `samples` are the numbers wanted of each.
 
     Sets without weights are blended by their numbers of rows, so that each row is read once an epoch. `DataError` for a
     split without rows.
     """
     if blend_per_split is not None:
-        # A split of which no sample is wanted is not built, so it may be empty.
-        blend_per_split = [one if size != 0 else None for one, size in zip(blend_per_split, samples, strict=True)]
-        blend_per_split = [_weighted(one) for one in blend_per_split]
+        blend_per_split = [_weighted(one) for one in wanted(blend_per_split, samples)]
     config = BlendedMegatronDatasetConfig(
         random_seed=seed, sequence_length=seq_length, blend=_weighted(blend), blend_per_split=blend_per_split,
         split=split, path_to_cache=cache, tokenizer=tokenizer)
-    if config.split_matrix is not None:
-        config.split_matrix = [part if size != 0 else None
-                               for part, size in zip(config.split_matrix, samples, strict=True)]
-        for prefix in blend[0] if blend is not None else []:
-            _check_splits(prefix, config.split_matrix, split)
-    return BlendedMegatronDatasetBuilder(InstructionDataset, list(samples), is_built_on_rank, config).build()
+
+    def check(prefix: str, shares: list[Shares]) -> None:
+        rows = len(InstructionFiles(prefix))
+        for name, first, last, hint in parts_of(shares, rows):
+            if first == last:
+                raise DataError(f"{prefix}: its {name} split of --split {split} holds none of its {rows} rows: give "
+                                f"more data, or another --split{hint}")
+
+    return build_splits(InstructionDataset, config, samples, is_built_on_rank, check)
 
 
 def _weighted(blend: Blend | None) -> Blend | None:
     if blend is None or blend[1] is not None or len(blend[0]) == 1:
         return blend
     return blend[0], [float(len(InstructionFiles(prefix))) for prefix in blend[0]]
-
-
-def _check_splits(prefix: str, matrix: list[tuple[float, float] | None], split: str | None) -> None:
-    rows = len(InstructionFiles(prefix))
-    for name, part in zip(("training", "validation", "test"), matrix, strict=True):
-        if part is not None and int(round(part[0] * rows)) == int(round(part[1] * rows)):
-            hint = "" if name == "training" else ", or want none with --eval-iters 0"
-            raise DataError(f"{prefix}: its {name} split of --split {split} holds none of its {rows} rows: give more "
-                            f"data, or another --split{hint}")

@@ -1,18 +1,17 @@
 """Instruction datasets as training sees them: `{prefix}_packed_input_ids_document` and `..._labels_document`.
 
-numpy alone, so that `training/preflight.py` can ask before the engine is imported; `data/datasets/instruction.py`
-reads rows from it.
-The format is in `data/instruction/run.py`. The third dataset of a set, its attention mask, is all ones and is not read.
+numpy alone, so that training can ask before the engine is imported; `instruction.py` reads rows from it. The format is
+in `data/instruction/run.py`. The third dataset of a set, its attention mask, is all ones and is not read.
 """
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from megatron_mixtral.data.datasets.blend import DOCUMENTS_CHECKED, Blend, blend_of
-from megatron_mixtral.data.indexed.reader import IndexFile
+from megatron_mixtral.data.datasets.blend import DOCUMENTS_CHECKED, Blend, blend_of, prefixes_of
+from megatron_mixtral.data.indexed import IndexFile
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.chat import IGNORED
+from megatron_mixtral.tokenizer import chat
 
 IDS, LABELS = "_packed_input_ids_document", "_packed_labels_document"
 
@@ -49,16 +48,18 @@ class InstructionFiles:
         return int(np.add.reduceat(self._ids.lengths.astype(np.int64) - 1, self._ids.documents[:-1]).max())
 
     def row(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, labels) of each sample of a row, both int32; a label is the id itself or `IGNORED`."""
+        """(ids, labels) of each sample of a row, both int32; a label is the id itself or `chat.IGNORED`."""
         samples = range(int(self._ids.documents[number]), int(self._ids.documents[number + 1]))
         return [(self._ids.sequence(sample), self._labels.sequence(sample)) for sample in samples]
 
 
-def check(blends: Iterable[Blend | None], vocab_size: int, seq_length: int, micro_batch_size: int) -> None:
+def check_instruction(
+    blends: Iterable[Blend | None], vocab_size: int, seq_length: int, micro_batch_size: int
+) -> None:
     """`DataError` for sets that are not whole, do not fit a row, or whose first rows hold ids the model has no row for;
     also for packed sets in micro-batches of several rows.
     """
-    for prefix in dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]):
+    for prefix in prefixes_of(blends):
         files = InstructionFiles(prefix)
         if not len(files):
             raise DataError(f"{prefix} holds no row")
@@ -77,5 +78,5 @@ def _check_row(prefix: str, number: int, files: InstructionFiles, vocab_size: in
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise DataError(f"{prefix}: row {number} holds ids from {ids.min()} to {ids.max()}, the model's vocabulary "
                             f"has {vocab_size}; it was written with another tokenizer")
-        if not ((labels == ids) | (labels == IGNORED)).all():
-            raise DataError(f"{prefix}: row {number} has labels that are neither its ids nor {IGNORED}")
+        if not ((labels == ids) | (labels == chat.IGNORED)).all():
+            raise DataError(f"{prefix}: row {number} has labels that are neither its ids nor {chat.IGNORED}")

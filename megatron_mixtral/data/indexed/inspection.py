@@ -1,4 +1,4 @@
-"""What an indexed dataset holds, and whether it is whole: behind `tools/inspect_dataset.py`."""
+"""What an indexed dataset holds, and whether it is whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mixtral.data.indexed.reader import IndexFile
-from megatron_mixtral.data.preprocess.report import find_report
+from megatron_mixtral.data.indexed.reader import IndexFile, bare_prefix
+from megatron_mixtral.data.report import find_report
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.tokenizer import Tokenizer
+from megatron_mixtral.tokenizer import Tokenizer
 
 BLOCK = 1 << 22  # ids or sequences at a time
 
@@ -35,7 +35,7 @@ def inspect(prefix: str, vocab_size: int | None = None) -> Inspection:
     `vocab_size` is the bound of the ids; without it the report beside the dataset gives it. Raises `DataError` where
     the pair cannot be read at all: another format, or sizes of `.bin` and `.idx` that contradict each other.
     """
-    prefix = prefix.removesuffix(".bin").removesuffix(".idx")
+    prefix = bare_prefix(prefix)
     index = IndexFile(prefix)
     report = find_report(prefix)
     tokenizer = tokenizer_of(prefix)
@@ -66,7 +66,7 @@ def inspect(prefix: str, vocab_size: int | None = None) -> Inspection:
 
 def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
     """The beginnings of `count` sequences, evenly spread, as ids and as text."""
-    index = IndexFile(prefix.removesuffix(".bin").removesuffix(".idx"))
+    index = IndexFile(bare_prefix(prefix))
     for number in np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(np.int64)).tolist():
         ids = index.sequence(number)
         shown = ids[:64].tolist()

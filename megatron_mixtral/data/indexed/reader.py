@@ -1,6 +1,6 @@
 """Reader of an indexed dataset's `.idx`, with numpy alone: sizes and lengths without importing the engine.
 
-`data/datasets/blend.py` looks at data sets with it before a run starts. The format is in `data/indexed/writer.py`.
+A run looks at its data sets with it before it starts. The format is in `writer.py`.
 """
 
 import struct
@@ -14,6 +14,11 @@ from megatron_mixtral.errors import DataError
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _COUNTS_AT = len(HEADER) + 9  # after the version (8 bytes) and the dtype code (1 byte)
 _ARRAYS_AT = _COUNTS_AT + 16
+
+
+def bare_prefix(name: str) -> str:
+    """The prefix of a data set that is named with or without an ending."""
+    return name.removesuffix(".bin").removesuffix(".idx")
 
 
 class IndexFile:

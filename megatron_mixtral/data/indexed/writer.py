@@ -10,7 +10,7 @@ endian:
     int64     position of each sequence in the .bin, in bytes
     int64     first sequence of each document, then the number of sequences
 
-A document is one sequence, or several where it is split into sentences. Lengths pass through files, so memory does not
+A document is one sequence, or several where it is a pack of samples. Lengths pass through files, so memory does not
 grow with the corpus. Everything is written under temporary names, flushed to disk, and renamed only when whole; what a
 killed run wrote can be taken up again (`whole_parts`).
 """
@@ -26,6 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_mixtral import disk
 from megatron_mixtral.errors import DataError
 
 HEADER = b"MMIDIDX\x00\x00"
@@ -35,10 +36,9 @@ BLOCK = 1 << 20  # sequences per block of the index
 
 @dataclass(frozen=True)
 class PartSize:
-    """What a part adds to a dataset: ids, sequences, documents, and the CRC-32 of the ids."""
+    """What a part adds to a dataset of documents of one sequence: ids, documents, and the CRC-32 of the ids."""
 
     tokens: int
-    sequences: int
     documents: int
     checksum: int
 
@@ -60,11 +60,10 @@ class IndexedWriter:
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         self._tmp = _Temporaries.of(prefix, scratch)
         self.tokens = sum(part.tokens for part in kept)
-        self.sequences = sum(part.sequences for part in kept)
-        self.documents = sum(part.documents for part in kept)
+        self.sequences = self.documents = sum(part.documents for part in kept)
         self._bin = _open_at(self._tmp.bin, self.tokens * self.dtype.itemsize)
         self._lengths = _open_at(self._tmp.lengths, 4 * self.sequences)
-        self._splits = _open_at(self._tmp.splits, 4 * self.documents) if splits else None
+        self._splits = _open_at(self._tmp.splits, 0) if splits else None
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, splits: np.ndarray | None = None) -> None:
         """Append documents: ids of `self.dtype` (total,), lengths int32 (sequences,) with sum total, none of them 0,
@@ -76,11 +75,9 @@ class IndexedWriter:
         self.tokens += ids.size
         self.add_lengths(lengths, splits)
 
-    def add_part(
-        self, ids_path: str | Path, lengths_path: str | Path, splits_path: str | Path | None = None
-    ) -> None:
-        """Append the documents of files of raw ids (`self.dtype`), raw lengths (int32) and, where
-        documents have several sequences, raw counts of these (int32). The ids are not read.
+    def add_part(self, ids_path: str | Path, lengths_path: str | Path) -> None:
+        """Append documents of one sequence each: files of raw ids (`self.dtype`), which are not read, and raw lengths
+        (int32).
         """
         lengths = np.fromfile(lengths_path, dtype="<i4")
         tokens = int(lengths.sum(dtype=np.int64))
@@ -88,7 +85,7 @@ class IndexedWriter:
         if found != tokens * self.dtype.itemsize:
             raise DataError(f"{ids_path} has {found} bytes; its {tokens} ids need {tokens * self.dtype.itemsize}.")
         self.add_ids(ids_path, tokens)
-        self.add_lengths(lengths, np.fromfile(splits_path, dtype="<i4") if splits_path else None)
+        self.add_lengths(lengths)
 
     def add_ids(self, ids_path: str | Path, tokens: int) -> None:
         """Append `tokens` ids of a file, whose lengths the caller adds too (`add_lengths`)."""
@@ -100,7 +97,7 @@ class IndexedWriter:
             os.posix_fadvise(self._bin.fileno(), start, size, os.POSIX_FADV_DONTNEED)
         self.tokens += tokens
 
-    def add_lengths(self, lengths: np.ndarray, splits: np.ndarray | None) -> None:
+    def add_lengths(self, lengths: np.ndarray, splits: np.ndarray | None = None) -> None:
         """Append lengths int32 (sequences,), and int32 (documents,) where documents have several sequences."""
         self._lengths.write(lengths.tobytes())
         self.sequences += lengths.size
@@ -125,7 +122,8 @@ class IndexedWriter:
         """
         if self.tokens == 0 and not may_be_empty:
             raise DataError(f"No document with text came out for {self.bin_path}: nothing is written.")
-        _flush(self._bin)
+        self._bin.close()
+        disk.sync(self._tmp.bin)
         self._lengths.flush()
         found, wanted = os.path.getsize(self._tmp.bin), self.tokens * self.dtype.itemsize
         if found != wanted:
@@ -136,8 +134,7 @@ class IndexedWriter:
                 shutil.copyfileobj(lengths, index, 1 << 20)
                 self._write_pointers(lengths, index)
             self._write_documents(index)
-            index.flush()
-            os.fsync(index.fileno())
+        disk.sync(self._tmp.idx)
 
     def _write_documents(self, index: BinaryIO) -> None:
         """The first sequence of each document, and the number of sequences."""
@@ -170,11 +167,7 @@ class IndexedWriter:
         os.replace(self._tmp.idx, self.idx_path)
         self._tmp.lengths.unlink()
         self._tmp.splits.unlink(missing_ok=True)
-        directory = os.open(self.bin_path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        disk.sync(self.bin_path.parent)
 
     def close(self) -> None:
         """Close the files; without `publish` nothing is left but what lies in the scratch directory."""
@@ -198,19 +191,16 @@ class _Temporaries:
         return cls(*(Path(scratch) / f"{name}.{end}.tmp" for end in ("bin", "idx", "lengths", "splits")))
 
 
-def whole_parts(
-    prefix: str | Path, dtype: np.dtype, scratch: str | Path, splits: bool, parts: Sequence[PartSize]
-) -> int:
+def whole_parts(prefix: str | Path, dtype: np.dtype, scratch: str | Path, parts: Sequence[PartSize]) -> int:
     """How many of `parts`, the first ones of a dataset, are whole in the files that a killed writer left."""
     files = _Temporaries.of(prefix, scratch)
-    sizes = [path.stat().st_size if path.exists() else 0 for path in (files.bin, files.lengths, files.splits)]
+    sizes = [path.stat().st_size if path.exists() else 0 for path in (files.bin, files.lengths)]
     if not sizes[0]:
         return 0
     with open(files.bin, "rb") as ids:
         for number, part in enumerate(parts):
             sizes[0] -= part.tokens * np.dtype(dtype).itemsize
-            sizes[1] -= 4 * part.sequences
-            sizes[2] -= 4 * part.documents if splits else 0
+            sizes[1] -= 4 * part.documents
             if min(sizes) < 0 or _checksum(ids, part.tokens * np.dtype(dtype).itemsize) != part.checksum:
                 return number
     return len(parts)
@@ -260,9 +250,3 @@ def append_file(source: BinaryIO, target: BinaryIO, size: int) -> None:
             raise DataError(f"{source.name} ended {left} bytes early.")
         target.write(block)
         left -= len(block)
-
-
-def _flush(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()

@@ -1,7 +1,7 @@
 """The forms in which instruction data come, each turned into the same canonical turns (`chat.Turn`).
 
-A handler takes one JSON object and gives a `Dialogue`; what does not fit raises `BadRecord` with a reason that
-`data/instruction/run.py` counts. `detect` names the form of a record by its keys and texts.
+A handler takes one JSON object and gives a `Dialogue`; what does not fit raises `BadRecord` with a reason to count by.
+`detect` names the form of a record by its keys and texts.
 """
 
 import re
@@ -9,22 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mixtral.tokenizer.chat import Turn
-
-
-class BadDialogue(Exception):
-    """A record that gives no turns. `reason` is a word to count by; the text says what is wrong and shows a piece."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+from megatron_mixtral.data.corpus import BadRecord
+from megatron_mixtral.tokenizer import chat
 
 
 @dataclass
 class Dialogue:
     """The turns of a record. `left_out` counts messages that have no place in them, by what they are."""
 
-    turns: list[Turn]
+    turns: list[chat.Turn]
     left_out: dict[str, int] = field(default_factory=dict)
 
 
@@ -45,15 +38,15 @@ def _alpaca(record: Record, ending: str) -> Dialogue:
     question, more = _text(record, "instruction" + ending), _text(record, "input" + ending, optional=True)
     answer = _text(record, "output" + ending)
     if answer.strip() == "<nooutput>":
-        raise BadDialogue("no_answer", "the output is the marker <nooutput>")
+        raise BadRecord("no_answer", "the output is the marker <nooutput>")
     system = _text(record, "system", optional=True)
-    return _checked([Turn(f"{question}\n{more}" if more else question, answer, system)], _unread(record, ending))
+    return _checked([chat.Turn(f"{question}\n{more}" if more else question, answer, system)], _unread(record, ending))
 
 
 def general_instruction(record: Record) -> Dialogue:
     """`instruction`, `input`, `output` joined as ModelLink does: a line for the input, even where it is empty."""
     question, more = _text(record, "instruction"), _text(record, "input", optional=True)
-    return _checked([Turn(f"{question}\n{more}", _text(record, "output"))], _unread(record, ""))
+    return _checked([chat.Turn(f"{question}\n{more}", _text(record, "output"))], _unread(record, ""))
 
 
 def _unread(record: Record, ending: str) -> dict[str, int]:
@@ -71,7 +64,7 @@ def oasst1(record: Record) -> Dialogue:
     """
     first, *rest = _GUANACO.split(_text(record, "text"))
     if first.strip() or not rest:
-        raise BadDialogue("unknown_form", f"the text does not begin with '### Human:' but with {first[:40]!r}")
+        raise BadRecord("unknown_form", f"the text does not begin with '### Human:' but with {first[:40]!r}")
     roles = {"Human": "user", "Assistant": "assistant"}
     return _from_messages([(roles[role], text.strip(), True) for role, text in zip(rest[::2], rest[1::2], strict=True)])
 
@@ -96,13 +89,13 @@ def conversation(record: Record) -> Dialogue:
     turns = []
     for one in _list(record, "conversation"):
         question, answer = _text(one, "input", optional=True), _text(one, "output")
-        turns.append(Turn(question or None, answer, _text(one, "system", optional=True), _loss(one)))
+        turns.append(chat.Turn(question or None, answer, _text(one, "system", optional=True), _loss(one)))
     return _checked(turns)
 
 
 def pretrain(record: Record) -> Dialogue:
     """`text`: plain text, all of it trained."""
-    return _checked([Turn(None, _text(record, "text"))])
+    return _checked([chat.Turn(None, _text(record, "text"))])
 
 
 HANDLERS: dict[str, Callable[[Record], Dialogue]] = {
@@ -118,7 +111,7 @@ HANDLERS: dict[str, Callable[[Record], Dialogue]] = {
 
 
 def detect(record: Record) -> str:
-    """The name of the handler that fits a record. `BadDialogue` ("unknown_form") where none does.
+    """The name of the handler that fits a record. `BadRecord` ("unknown_form") where none does.
 
     A record with both `instruction` and `instruction_zh` is `alpaca`: the language is a choice, made by name.
     """
@@ -131,7 +124,7 @@ def detect(record: Record) -> str:
         return "alpaca_zh"
     if isinstance(record.get("text"), str):
         return "oasst1" if _GUANACO.match(record["text"].lstrip()) else "pretrain"
-    raise BadDialogue("unknown_form", f"no known form of instruction data has the keys {', '.join(list(record)[:8])}")
+    raise BadRecord("unknown_form", f"no known form of instruction data has the keys {', '.join(list(record)[:8])}")
 
 
 # -- the parts --------------------------------------------------------------------------------------------
@@ -143,7 +136,7 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
     """(role, text, loss) in order. Answers before the first question and a last question without an answer have no
     place in a turn and are counted; a system text belongs to the question after it.
     """
-    turns: list[Turn] = []
+    turns: list[chat.Turn] = []
     left_out: dict[str, int] = {}
     system, question = "", None
     for role, text, loss in messages:
@@ -152,26 +145,26 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
         elif role == "user" and question is None:
             question = text
         elif role == "assistant" and question is not None:
-            turns.append(Turn(question, text, system, loss))
+            turns.append(chat.Turn(question, text, system, loss))
             system, question = "", None
         elif role == "assistant" and not turns:
             left_out["answer_without_question"] = left_out.get("answer_without_question", 0) + 1
         else:
-            raise BadDialogue("roles_out_of_order", f"a message of {role} where none can be: {text[:40]!r}")
+            raise BadRecord("roles_out_of_order", f"a message of {role} where none can be: {text[:40]!r}")
     for name, text in (("question_without_answer", question), ("system_without_question", question is None and system)):
         if text:
             left_out[name] = 1
     return _checked(turns, left_out)
 
 
-def _checked(turns: list[Turn], left_out: dict[str, int] | None = None) -> Dialogue:
-    """`BadDialogue` unless there is an answer to train, and every answer that is trained has text."""
+def _checked(turns: list[chat.Turn], left_out: dict[str, int] | None = None) -> Dialogue:
+    """`BadRecord` unless there is an answer to train, and every answer that is trained has text."""
     if not turns:
-        raise BadDialogue("no_answer", "no question with an answer")
+        raise BadRecord("no_answer", "no question with an answer")
     if not any(turn.loss for turn in turns):
-        raise BadDialogue("no_trained_answer", "every answer has loss false")
+        raise BadRecord("no_trained_answer", "every answer has loss false")
     if any(turn.loss and not (turn.output or "").strip() for turn in turns):
-        raise BadDialogue("no_answer", "an answer without text")
+        raise BadRecord("no_answer", "an answer without text")
     return Dialogue(turns, left_out or {})
 
 
@@ -180,7 +173,7 @@ def _message(record: Record, role_key: str, text_key: str) -> tuple[str, str, bo
     role = _ROLES.get(str(record.get(role_key)))
     if role is None:
         found = str(record.get(role_key))[:40]
-        raise BadDialogue("unknown_role", f"the {role_key} of a message is {found!r}; known: {', '.join(_ROLES)}")
+        raise BadRecord("unknown_role", f"the {role_key} of a message is {found!r}; known: {', '.join(_ROLES)}")
     content = record.get(text_key)
     if isinstance(content, list) and all(isinstance(one, dict) and one.get("type") == "text" for one in content):
         return role, "\n\n".join(_text(one, "text") for one in content), _loss(record)
@@ -195,13 +188,13 @@ def _loss(record: Record) -> bool:
         return True
     if word in ("false", "0", False):
         return False
-    raise BadDialogue("bad_loss_flag", f"loss is {found!r}; expected true or false")
+    raise BadRecord("bad_loss_flag", f"loss is {found!r}; expected true or false")
 
 
 def _list(record: Record, key: str) -> list[Any]:
     value = record.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
-        raise BadDialogue("missing_key", f"expected {key!r} to be a list of objects, found {str(value)[:40]!r}")
+        raise BadRecord("missing_key", f"expected {key!r} to be a list of objects, found {str(value)[:40]!r}")
     return value
 
 
@@ -213,9 +206,9 @@ def _text(record: Record, key: str, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if key not in record:
-        raise BadDialogue("missing_key", f"no key {key!r}; keys found: {', '.join(list(record)[:8]) or 'none'}")
+        raise BadRecord("missing_key", f"no key {key!r}; keys found: {', '.join(list(record)[:8]) or 'none'}")
     if not isinstance(value, str):
-        raise BadDialogue("not_a_string", f"the value of {key!r} is {str(value)[:40]!r}, not a string")
+        raise BadRecord("not_a_string", f"the value of {key!r} is {str(value)[:40]!r}, not a string")
     if _HALF_PAIR.search(value):
-        raise BadDialogue("lone_surrogate", f"half of a surrogate pair in the value of {key!r}: {ascii(value[:40])}")
+        raise BadRecord("lone_surrogate", f"half of a surrogate pair in the value of {key!r}: {ascii(value[:40])}")
     return value

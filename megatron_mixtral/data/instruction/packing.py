@@ -1,8 +1,7 @@
 """Packing: which samples share a row of training, so that little of it is padding and no sample is cut.
 
 Best fit, the longest samples first: each goes into the fullest row that still has room for it.
-`data/instruction/run.py`
-writes what is decided here.
+`run.py` writes what is decided here.
 """
 
 from bisect import bisect_left, insort

@@ -8,10 +8,9 @@ packing a document is one sample; with packing it is one pack, so the bounds of 
 
 A sample of n ids has n - 1 *positions* in training (each id predicts the next). It fits `--seq-length` S when
 n - 1 <= S, and a pack holds samples of together at most S positions.
-
-`data/preprocess/run.py` calls `preprocess_instructions` when `--handler-name` is given.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,23 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mixtral.data.cli import Options
-from megatron_mixtral.data.corpus.files import REPORT_SUFFIX, list_inputs
-from megatron_mixtral.data.indexed.writer import IndexedWriter
+from megatron_mixtral.data.corpus import list_inputs, read_objects
+from megatron_mixtral.data.indexed import IndexedWriter
+from megatron_mixtral.data.instruction.options import InstructionOptions
 from megatron_mixtral.data.instruction.packing import best_fit
-from megatron_mixtral.data.instruction.records import Lines, read_file
-from megatron_mixtral.data.instruction.rendering import Batch, Counts, Renderer, render_records
-from megatron_mixtral.data.preprocess.parts import clear
-from megatron_mixtral.data.preprocess.report import versions, write_json
-from megatron_mixtral.data.preprocess.scratch import scratch_directory
+from megatron_mixtral.data.instruction.rendering import Batch, InstructionAccount, Renderer
+from megatron_mixtral.data.processes import run_in_order
+from megatron_mixtral.data.report import REPORT_SUFFIX, publish, tokenizer_facts, versions
+from megatron_mixtral.data.scratch import clear, scratch_directory
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.chat import IGNORED
-from megatron_mixtral.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megatron_mixtral.tokenizer import chat, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("input_ids", "attention_mask", "labels")
 ROWS_PER_WRITE = 1024
+RECORDS_PER_BATCH = 256
+BATCHES_PER_WORKER = 4  # read ahead of the oldest that is not done
 
 
 def column_prefix(prefix: str, column: str) -> str:
@@ -44,44 +43,68 @@ def column_prefix(prefix: str, column: str) -> str:
     return f"{prefix}_packed_{column}_document"
 
 
-def preprocess_instructions(options: Options) -> dict[str, Any]:
+def preprocess_instructions(options: InstructionOptions) -> dict[str, Any]:
     """Render `options.inputs`; returns the report, which also lies in `{prefix}.report.json`.
 
     Raises:
         ConfigError: flags, paths or a tokenizer that cannot work.
-        DataError: a record that fits no form (with its place) unless such records are skipped, or no sample at all. No
-            output is left then; an older output of the same name is kept.
+        DataError: a record that fits no form (with its place) unless such records are skipped, no sample at all, or a
+            worker that died. No output is left then; an older output of the same name is kept.
     """
     tokenizer = load_tokenizer(options.tokenizer_type, options.tokenizer_path)
     renderer = Renderer(options, tokenizer)
     inputs = list_inputs(options.inputs)
-    for path in inputs.ignored:
-        logger.warning("not read because of its name: %s", path)
     logger.info("%d files; handler %s, template %s, tokenizer %s", len(inputs.files), options.handler,
-                options.prompt_type, tokenizer.path)
-    counts, lines, logged = Counts(), Lines(), 0
-    with _emptied_scratch(options.output_prefix) as scratch, closing(_Samples(scratch)) as samples:
-        records = (found for file in inputs.files for found in read_file(file, options.chunk_bytes, lines))
+                options.template_name, tokenizer.path)
+    account, prefix = InstructionAccount(), options.output_prefix
+    with _emptied_scratch(prefix) as scratch, closing(_Samples(scratch)) as samples:
+        records = itertools.chain.from_iterable(
+            read_objects(file, options.chunk_bytes, account.lines) for file in inputs.files)
+        batches = itertools.batched(records, RECORDS_PER_BATCH)
+        ahead = BATCHES_PER_WORKER * options.workers
         # Closed at once on any error: the workers must be gone before this process is.
-        with closing(render_records(records, renderer, options.workers)) as batches:
-            for batch in batches:
-                samples.add(batch)
-                counts.add(batch.counts)
-                if counts.records // options.log_interval > logged:
-                    logged = counts.records // options.log_interval
-                    logger.info("%d records, %d samples, %d tokens", counts.records, counts.samples, counts.tokens)
-        if counts.records != counts.samples + counts.too_long + counts.skipped.total():
-            raise DataError(f"The counts do not add up: {counts}. Nothing is written.")
-        if counts.samples == 0:
-            raise DataError(f"No sample came out of {counts.records} records: {_left_out(counts) or 'no record'}. "
-                            "Nothing is written.")
+        with closing(run_in_order(batches, renderer, options.workers, ahead)) as results:
+            _collect(results, samples, account, options.log_interval)
         positions = samples.lengths() - 1
-        rows = best_fit(positions, options.seq_length) if options.pack else [[n] for n in range(counts.samples)]
-        _write(options.output_prefix, samples, rows, scratch)
-        report = _report(options, tokenizer, counts, lines, [file.path for file in inputs.files], rows, positions)
-        write_json(Path(options.output_prefix + REPORT_SUFFIX), report)
-    _log_result(options, counts, report)
+        rows = best_fit(positions, options.seq_length) if options.pack else [[n] for n in range(positions.size)]
+        filled = float(positions.sum()) / (len(rows) * options.seq_length) if options.seq_length else None
+        counts = {"documents": len(rows), "sequences": positions.size, "tokens": account.counts.tokens}
+        report = {
+            **account.as_dict(),
+            "handler": options.handler,
+            "prompt_type": options.template_name,
+            "append_eod": options.append_eod,
+            "on_error": options.on_error,
+            "seq_length": options.seq_length,
+            "packed": options.pack,
+            "rows": len(rows),
+            "filled": filled,
+            "keys": {column: {"output": column_prefix(prefix, column), "dtype": "int32", **counts}
+                     for column in COLUMNS},
+            "tokenizer": tokenizer_facts(tokenizer),
+            "inputs": [{"path": file.path, "bytes": file.size} for file in inputs.files],
+            "ignored_files": list(inputs.ignored),
+            "versions": versions(),
+        }
+        _write(samples, rows, scratch, report, prefix)
+    _log_result(options, account, report)
     return report
+
+
+def _collect(results: Iterator[Batch], samples: "_Samples", account: InstructionAccount, log_interval: int) -> None:
+    """All batches to `samples` and `account`. `DataError` where the account does not add up, or no sample came out."""
+    counts, logged = account.counts, 0
+    for batch in results:
+        samples.add(batch)
+        account.add(batch)
+        if counts.records // log_interval > logged:
+            logged = counts.records // log_interval
+            logger.info("%d records, %d samples, %d tokens", counts.records, counts.samples, counts.tokens)
+    if counts.records != counts.samples + counts.too_long + account.skipped.total():
+        raise DataError(f"The counts do not add up: {account}. Nothing is written.")
+    if counts.samples == 0:
+        raise DataError(f"No sample came out of {counts.records} records: {account.left_out() or 'no record'}. "
+                        "Nothing is written.")
 
 
 @contextmanager
@@ -129,7 +152,9 @@ class _Samples:
             file.close()
 
 
-def _write(prefix: str, samples: _Samples, rows: list[list[int]], scratch: Path) -> None:
+def _write(
+    samples: _Samples, rows: list[list[int]], scratch: Path, report: dict[str, Any], prefix: str
+) -> None:
     """The three datasets; under their final names only when all three are whole."""
     writers = [IndexedWriter(column_prefix(prefix, column), np.dtype(np.int32), scratch, splits=True)
                for column in COLUMNS]
@@ -137,71 +162,28 @@ def _write(prefix: str, samples: _Samples, rows: list[list[int]], scratch: Path)
         for start in range(0, len(rows), ROWS_PER_WRITE):
             block = rows[start : start + ROWS_PER_WRITE]
             ids, trained, lengths = samples.take([sample for row in block for sample in row])
-            labels = np.where(trained, ids, np.int32(IGNORED))
+            labels = np.where(trained, ids, np.int32(chat.IGNORED))
             sizes = np.array([len(row) for row in block], dtype=np.int32)
             for writer, values in zip(writers, (ids, np.ones_like(ids), labels), strict=True):
                 writer.add(values, lengths, sizes)
         for writer in writers:
             writer.finish()
-        Path(prefix + REPORT_SUFFIX).unlink(missing_ok=True)
-        for writer in writers:
-            writer.publish()
+        publish(writers, prefix, report)
     finally:
         for writer in writers:
             writer.close()
 
 
-def _report(options: Options, tokenizer: Tokenizer, counts: Counts, lines: Lines, paths: list[str],
-            rows: list[list[int]], positions: np.ndarray) -> dict[str, Any]:
-    """Everything needed to know what is in the output."""
-    return {
-        "handler": options.handler,
-        "prompt_type": options.prompt_type,
-        "append_eod": options.append_eod,
-        "on_error": options.on_error,
-        "seq_length": options.seq_length,
-        "lines": lines.read,
-        "blank_lines": lines.blank,
-        "records": counts.records,
-        "formats": dict(counts.formats.most_common()),
-        "samples": counts.samples,
-        "tokens": counts.tokens,
-        "trained_tokens": counts.trained_tokens,
-        "longest_sample": counts.longest,
-        "too_long": counts.too_long,
-        "too_long_tokens": counts.too_long_tokens,
-        "skipped": dict(sorted(counts.skipped.items())),
-        "skipped_records": counts.skipped_records,
-        "left_out_of_samples": dict(sorted(counts.left_out.items())),
-        "packed": options.pack,
-        "rows": len(rows),
-        "filled": float(positions.sum()) / (len(rows) * options.seq_length) if options.seq_length else None,
-        "outputs": [column_prefix(options.output_prefix, column) for column in COLUMNS],
-        "dtype": "int32",
-        "tokenizer": {"name": tokenizer.name, "path": str(tokenizer.path), "sha256": tokenizer.sha256,
-                      "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
-        "inputs": paths,
-        "versions": versions(),
-    }
-
-
-def _left_out(counts: Counts) -> str:
-    """What is not in the output, in words; empty where all of it is."""
-    parts = [f"{number} records skipped: {reason}" for reason, number in sorted(counts.skipped.items())]
-    if counts.too_long:
-        parts.append(f"{counts.too_long} samples of {counts.too_long_tokens} tokens longer than --seq-length + 1")
-    parts += [f"{number} times {what}" for what, number in sorted(counts.left_out.items())]
-    return "; ".join(parts)
-
-
-def _log_result(options: Options, counts: Counts, report: dict[str, Any]) -> None:
+def _log_result(options: InstructionOptions, account: InstructionAccount, report: dict[str, Any]) -> None:
+    counts = account.counts
     if options.handler == "auto":
         found = ", ".join(f"{number} of {name}" for name, number in counts.formats.most_common())
         logger.warning("--handler-name auto read the records by their content as: %s", found)
     logger.info("%d records -> %d samples in %d rows: %d tokens, %d of them trained; the longest sample has %d",
-                counts.records, counts.samples, report["rows"], counts.tokens, counts.trained_tokens, counts.longest)
+                counts.records, counts.samples, report["rows"], counts.tokens, counts.trained_tokens,
+                counts.longest_sample)
     if report["filled"] is not None:
         logger.info("rows of --seq-length %d are filled to %.1f %%", options.seq_length, 100 * report["filled"])
-    if left_out := _left_out(counts):
+    if left_out := account.left_out():
         logger.warning("left out: %s; see %s", left_out, options.output_prefix + REPORT_SUFFIX)
-    logger.info("wrote %s and the other two, .bin and .idx", report["outputs"][0])
+    logger.info("wrote %s and the other two, .bin and .idx", column_prefix(options.output_prefix, COLUMNS[0]))

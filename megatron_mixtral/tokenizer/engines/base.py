@@ -8,8 +8,6 @@ import numpy as np
 
 from megatron_mixtral.errors import ConfigError, DataError
 
-LONGEST_DOCUMENT = np.iinfo(np.int32).max  # tokens; lengths in the index are int32
-
 
 class EngineUnavailable(ConfigError):
     """An engine cannot serve this tokenizer on this machine; the message is the reason, without the engine's name."""

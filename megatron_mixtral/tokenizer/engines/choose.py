@@ -10,15 +10,15 @@ import numpy as np
 
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.tokenizer.engines.base import Engine, EngineUnavailable, SpecialTokens
-from megatron_mixtral.tokenizer.engines.gigatoken_engine import GigatokenEngine
+from megatron_mixtral.tokenizer.engines.fast import FastokensEngine
 from megatron_mixtral.tokenizer.engines.native import NativeEngine
 from megatron_mixtral.tokenizer.engines.reference import ReferenceEngine
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("auto", "native", "gigatoken", "tokenizers", "sentencepiece")
-FAST: dict[str, Callable[[Tokenizer], Engine]] = {"native": NativeEngine, "gigatoken": GigatokenEngine}  # in this order
+ENGINES = ("auto", "native", "fastokens", "tokenizers", "sentencepiece")
+FAST: dict[str, Callable[[Tokenizer], Engine]] = {"native": NativeEngine, "fastokens": FastokensEngine}  # in this order
 BARE = SpecialTokens(None, None)
 
 
@@ -52,13 +52,16 @@ def make_engine(name: str, tokenizer: Tokenizer) -> Engine:
 
 
 def choose_engine(wanted: str, tokenizer: Tokenizer, documents: Sequence[str]) -> EngineChoice:
-    """The engine of `--tokenizer-engine`; for `auto` the first of native, gigatoken and the reference that is proved.
+    """The engine of `--tokenizer-engine`; for `auto` the first of native, fastokens and the reference that is proved.
 
     `documents` are texts of the run, on which an engine is proved, besides strings that are known to be difficult.
 
     Raises:
         ConfigError: a named engine that cannot serve, or that gives other ids than the published tokenizer.
     """
+    if wanted == "gigatoken":
+        raise ConfigError("--tokenizer-engine gigatoken is gone, since some of its ids differ from the published "
+                          "tokenizer's: leave the flag out, and pip install megatron-mixtral[fast] for fastokens.")
     if wanted not in ENGINES:
         raise ConfigError(f"--tokenizer-engine {wanted} is not one of: {', '.join(ENGINES)}.")
     candidates = [*FAST, tokenizer.kind] if wanted == "auto" else [wanted]

@@ -5,7 +5,10 @@ text can be cut, and the words on both sides encoded independently. Words repeat
 not there is encoded by plain byte-pair merging, by rank or score as the published tokenizer does.
 """
 
+import importlib
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +18,11 @@ import megatron_mixtral
 from megatron_mixtral.errors import DataError
 from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTokens, token_dtype
 from megatron_mixtral.tokenizer.engines.bpe_tables import bpe_tables
-from megatron_mixtral.tokenizer.engines.extensions import ExtensionMissing, load_extension
 from megatron_mixtral.tokenizer.tokenizer import Tokenizer
 
 MODULE = "megatron_mixtral.tokenizer.engines._native_bpe"
+SOURCES = Path(__file__).parent / "native_bpe"  # the C++ files, which only a checkout has
+BUILD = "python setup.py build_ext --inplace, or pip install again, where a C++ compiler is"
 
 
 class NativeEngine:
@@ -61,8 +65,17 @@ class NativeEngine:
 
 
 def load_module() -> ModuleType:
-    """The module `_native_bpe`. Raises `EngineUnavailable` where it cannot be used."""
+    """The module `_native_bpe`. Raises `EngineUnavailable` where it is not built, or was built from other sources."""
     try:
-        return load_extension(MODULE)
-    except ExtensionMissing as error:
-        raise EngineUnavailable(str(error)) from error
+        found = importlib.import_module(MODULE)
+    except ImportError as error:
+        raise EngineUnavailable(f"its extension is not built ({error}): {BUILD}") from error
+    if SOURCES.is_dir() and found.SOURCES != fingerprint():
+        raise EngineUnavailable(f"its extension was built from other sources than these: {BUILD}")
+    return found
+
+
+def fingerprint() -> str:
+    """A checksum of the C++ files, which `setup.py` compiles in as well, so that a stale build is noticed."""
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    return f"{zlib.crc32(b''.join(path.read_bytes() for path in files)):08x}"

@@ -1,28 +1,24 @@
 """Which engine encodes a run, what it must prove, and how texts with control strings are treated by each of them."""
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
-import gigatoken
 import numpy as np
 import pytest
 import tokenizers
 from helpers.corpus import python_sources, write_jsonl
 from helpers.documents import first_difference, random_texts, real_documents
-from helpers.native_build import BPE, ensure_extension
+from helpers.native_build import ensure_extension
 from helpers.vocabularies import train_sentencepiece
 
-from megatron_mixtral.data.preprocess.run import main
+from megatron_mixtral.data import preprocess_command
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.encode import DocumentEncoder
-from megatron_mixtral.tokenizer.engines import choose, extensions, gigatoken_engine, native
+from megatron_mixtral.tokenizer.encode import ControlStrings, DocumentEncoder
+from megatron_mixtral.tokenizer.engines import choose, native
 from megatron_mixtral.tokenizer.engines.base import SpecialTokens, frame, token_dtype
 from megatron_mixtral.tokenizer.engines.choose import choose_engine, make_engine
-from megatron_mixtral.tokenizer.engines.mixed import ControlStrings
 from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
 
@@ -55,7 +51,7 @@ def byte_level(tmp_path_factory):
 
 @pytest.fixture
 def extension(tmp_path_factory):
-    ensure_extension(BPE, tmp_path_factory.mktemp("native"))
+    ensure_extension(tmp_path_factory.mktemp("native"))
 
 
 class WrongEngine(native.NativeEngine):
@@ -74,23 +70,23 @@ def test_auto_takes_the_native_engine_and_proves_it(mixtral, extension, name):
     assert choice.proof["documents"] == 2 and choice.proof["difficult_strings"] == len(NASTY_STRINGS) + 3
 
 
-def test_without_the_extension_auto_takes_gigatoken_and_without_that_the_reference(mixtral, monkeypatch, caplog):
+def test_without_the_extension_auto_takes_fastokens_and_without_that_the_reference(mixtral, monkeypatch, caplog):
     tokenizer = open_tokenizer(mixtral / "tokenizer.json")
-    monkeypatch.setitem(sys.modules, BPE, None)
-    monkeypatch.delattr(sys.modules[BPE.rpartition(".")[0]], "_native_bpe", raising=False)
+    monkeypatch.setitem(sys.modules, native.MODULE, None)
+    monkeypatch.delattr(sys.modules[native.MODULE.rpartition(".")[0]], "_native_bpe", raising=False)
     choice = choose_engine("auto", tokenizer, [])
-    assert choice.engine.name == "gigatoken" and "its extension is not built" in choice.declined["native"]
+    assert choice.engine.name == "fastokens" and "its extension is not built" in choice.declined["native"]
     assert "tokenizer engine native is not used: its extension is not built" in caplog.text
-    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    monkeypatch.setitem(sys.modules, "fastokens", None)
     choice = choose_engine("auto", tokenizer, [])
     assert choice.engine.name == "tokenizers" and choice.proof is None
-    assert set(choice.declined) == {"native", "gigatoken"} and "[fast]" in choice.declined["gigatoken"]
+    assert set(choice.declined) == {"native", "fastokens"} and "[fast]" in choice.declined["fastokens"]
     with pytest.raises(ConfigError, match="--tokenizer-engine native cannot serve .*build_ext --inplace"):
         choose_engine("native", tokenizer, [])
 
 
 def test_an_extension_of_other_sources_is_not_used(mixtral, extension, monkeypatch):
-    monkeypatch.setattr(extensions, "fingerprint", lambda sources: "00000000")
+    monkeypatch.setattr(native, "fingerprint", lambda: "00000000")
     with pytest.raises(ConfigError, match="built from other sources"):
         choose_engine("native", open_tokenizer(mixtral / "tokenizer.json"), [])
 
@@ -100,7 +96,7 @@ def test_an_engine_with_one_wrong_id_is_not_used(mixtral, extension, monkeypatch
     monkeypatch.setitem(choose.FAST, "native", WrongEngine)
     assert choose_engine("auto", tokenizer, ["a horse"]).engine.name == "native"  # nothing shows it
     choice = choose_engine("auto", tokenizer, ["a horse", "a zebra"])
-    assert choice.engine.name == "gigatoken"
+    assert choice.engine.name == "fastokens"
     assert "its ids are not those of tokenizers: from token 1 of the text 'a zebra' on" in choice.declined["native"]
     assert "its ids are not those" in caplog.text
     with pytest.raises(ConfigError, match="a zebra"):
@@ -116,15 +112,15 @@ def test_a_named_engine_that_cannot_serve_is_an_error(mixtral, byte_level, exten
         choose_engine("fastest", open_tokenizer(byte_level), [])
 
 
-def test_gigatoken_on_byte_level_bpe(byte_level, extension):
+def test_fastokens_on_byte_level_bpe(byte_level, extension):
     tokenizer = open_tokenizer(byte_level)
     choice = choose_engine("auto", tokenizer, real_documents(50, 3000))
-    assert choice.engine.name == "gigatoken" and "no byte fallback" in choice.declined["native"]
+    assert choice.engine.name == "fastokens" and "no byte fallback" in choice.declined["native"]
     texts = [*NASTY_STRINGS, "<|end|>", "a<|begin|>b", "<|end", *random_texts(2000, tokenizer)]
     assert first_difference(choice.engine, tokenizer, [*texts, *real_documents(200, 3000)]) is None
 
 
-@pytest.mark.parametrize("name", ["native", "gigatoken", "tokenizers", "sentencepiece"])
+@pytest.mark.parametrize("name", ["native", "fastokens", "tokenizers", "sentencepiece"])
 def test_text_is_text(mixtral, extension, name):
     path = mixtral / ("tokenizer.model" if name == "sentencepiece" else "tokenizer.json")
     tokenizer = open_tokenizer(path)
@@ -137,13 +133,27 @@ def test_text_is_text(mixtral, extension, name):
     assert encoder.take_control_counts().documents == 0
 
 
-def test_gigatoken_alone_would_take_text_for_control_ids(mixtral):
-    """Why texts with control strings go to the reference: when this fails, `GigatokenEngine` can become simpler."""
-    model = gigatoken.Tokenizer(str(mixtral / "tokenizer.json"))
-    assert 2 in model.encode_batch(["a </s> b"], parallel=False)[0].tolist()
+def test_fastokens_on_letters_that_are_younger_than_some_tables_of_letters(tmp_path):
+    """Which characters are letters decides where a text is cut; another library had younger tables, and other ids."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    before = tokenizers.pre_tokenizers
+    letters = before.Split(tokenizers.Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s+"), "isolated")
+    model.pre_tokenizer = before.Sequence([letters, before.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=2000, show_progress=False,
+                                             initial_alphabet=before.ByteLevel.alphabet())  # fmt: skip
+    model.train_from_iterator(python_sources(60), trainer)
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    texts = ["shot-indent\U00032f82_exitcode", "\U00033239/bin compname", *map(chr, range(0x32000, 0x33500))]
+    assert first_difference(make_engine("fastokens", tokenizer), tokenizer, texts) is None
 
 
-@pytest.mark.parametrize("name", ["native", "gigatoken", "tokenizers"])
+def test_gigatoken_is_refused_in_a_sentence(mixtral):
+    with pytest.raises(ConfigError, match="gigatoken is gone.*fastokens"):
+        choose_engine("gigatoken", open_tokenizer(mixtral / "tokenizer.json"), [])
+
+
+@pytest.mark.parametrize("name", ["native", "fastokens", "tokenizers"])
 def test_control_strings_are_allowed_on_demand_and_counted(mixtral, extension, name):
     tokenizer = open_tokenizer(mixtral / "tokenizer.json")
     encoder = DocumentEncoder(tokenizer, FRAME, make_engine(name, tokenizer), allow_special=True)
@@ -161,7 +171,7 @@ def test_control_strings_cannot_be_allowed_with_sentencepiece(mixtral):
         DocumentEncoder(open_tokenizer(mixtral / "tokenizer.model"), FRAME, allow_special=True)
 
 
-@pytest.mark.parametrize("name", ["native", "gigatoken", "tokenizers"])
+@pytest.mark.parametrize("name", ["native", "fastokens", "tokenizers"])
 def test_an_encoder_that_was_sent_to_another_process(mixtral, extension, name):
     tokenizer = open_tokenizer(mixtral / "tokenizer.json")
     encoder = DocumentEncoder(tokenizer, FRAME, make_engine(name, tokenizer), allow_special=True)
@@ -189,79 +199,48 @@ def test_control_strings_are_found():
     assert ControlStrings(["</s>", "[X]"]).occur_in("a[X]") and not ControlStrings([]).occur_in("a")
 
 
-def run(tmp_path: Path, model: Path, *flags: str) -> tuple[int, dict, bytes]:
+def run(tmp_path: Path, model: Path, *flags: str) -> tuple[dict, bytes]:
     source = tmp_path / "in.jsonl"
     if not source.exists():
         write_jsonl(source, [*python_sources(120, 4000), *NASTY_STRINGS, *CONTROLS])
     prefix = tmp_path / "-".join(["out", *flags]).replace("--", "")
-    status = main(["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-type", "HuggingFaceTokenizer",
-                   "--tokenizer-model", str(model), "--append-eod", *flags])  # fmt: skip
-    if status:
-        return status, {}, b""
+    preprocess_command(["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-type",
+                        "HuggingFaceTokenizer", "--tokenizer-model", str(model), "--append-eod", *flags])  # fmt: skip
     report = json.loads(Path(f"{prefix}.report.json").read_text())
-    return status, report, Path(f"{prefix}_text_document.bin").read_bytes()
+    return report, Path(f"{prefix}_text_document.bin").read_bytes()
 
 
 def test_every_engine_writes_the_same_bytes(mixtral, tmp_path, extension):
     model = mixtral / "tokenizer.json"
-    _, report, expected = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", "tokenizers")
+    report, expected = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", "tokenizers")
     assert report["tokenizer"]["engine"] == "tokenizers" and report["tokenizer"]["proof"] is None
-    for engine in ("native", "gigatoken"):
-        _, report, found = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", engine)
+    for engine in ("native", "fastokens"):
+        report, found = run(tmp_path, model, "--workers", "1", "--tokenizer-engine", engine)
         assert found == expected
         assert report["tokenizer"]["engine"] == engine
         assert report["tokenizer"]["reason"] == f"--tokenizer-engine {engine}"
         assert report["tokenizer"]["proof"]["documents"] == 100
-    _, _, found = run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--tokenizer-engine", "sentencepiece")
+    _, found = run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--tokenizer-engine", "sentencepiece")
     assert found == expected
 
 
-def test_the_flags_of_a_run(mixtral, tmp_path, caplog, extension):
-    status, report, plain = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1")
-    assert status == 0 and report["keys"]["text"]["control_tokens"] == 0
-    status, report, special = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1", "--allow-special-in-text")
+def test_the_flags_of_a_run(mixtral, tmp_path, extension):
+    report, plain = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1")
+    assert report["keys"]["text"]["control_tokens"] == 0
+    report, special = run(tmp_path, mixtral / "tokenizer.json", "--workers", "1", "--allow-special-in-text")
     counts = report["keys"]["text"]
     assert report["tokenizer"]["allow_special_in_text"] is True and special != plain
     documents = np.frombuffer(special, np.uint16)
     assert counts["control_documents"] >= 4
     # Every EOS in the file is the end of a document or was counted; so was every <s> and <unk>.
     assert np.isin(documents, [0, 1, 2]).sum() == counts["documents"] + counts["control_tokens"]
-    assert run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--allow-special-in-text")[0] == 1
-    assert "--allow-special-in-text needs a tokenizer.json" in caplog.text
-    assert run(tmp_path, mixtral / "tokenizer.json", "--tokenizer-engine", "sentencepiece")[0] == 1
-    assert "--tokenizer-engine sentencepiece cannot serve" in caplog.text
+    with pytest.raises(ConfigError, match="--allow-special-in-text needs a tokenizer.json"):
+        run(tmp_path, mixtral / "tokenizer.model", "--workers", "1", "--allow-special-in-text")
+    with pytest.raises(ConfigError, match="--tokenizer-engine sentencepiece cannot serve"):
+        run(tmp_path, mixtral / "tokenizer.json", "--tokenizer-engine", "sentencepiece")
 
 
 def test_auto_on_a_model_that_native_declines(tmp_path, extension):
     path = train_sentencepiece(tmp_path / "tokenizer.model", normalization_rule_name="nmt_nfkc")
     choice = choose_engine("auto", open_tokenizer(path), real_documents(20, 2000))
-    assert choice.engine.name in ("gigatoken", "sentencepiece") and "normalized" in choice.declined["native"]
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-def test_gigatoken_that_is_opened_again_and_again_gives_the_same_ids(mixtral, monkeypatch, name):
-    tokenizer = open_tokenizer(mixtral / name)
-    monkeypatch.setattr(gigatoken_engine, "RENEWED_AFTER", 5000)
-    texts = [*CONTROLS, "", *real_documents(60, 2000)]
-    engine = make_engine("gigatoken", tokenizer)
-    first = engine._model
-    for specials in (FRAME, SpecialTokens(None, None), SpecialTokens(None, 2)):
-        ids, lengths = engine.encode(texts, specials)
-        expected, expected_lengths = make_engine(tokenizer.kind, tokenizer).encode(texts, specials)
-        assert np.array_equal(ids, expected) and np.array_equal(lengths, expected_lengths)
-        assert ids.dtype == expected.dtype
-    assert engine._model is not first
-
-
-def test_gigatoken_is_forked_and_imports_nothing_heavy(mixtral):
-    """A thread would keep the workers from being forked; `awkward` takes half a second to import."""
-    script = f"""if True:
-        import os, pathlib, sys
-        from megatron_mixtral.tokenizer.engines.choose import choose_engine
-        from megatron_mixtral.tokenizer.tokenizer import open_tokenizer
-        choice = choose_engine("gigatoken", open_tokenizer(pathlib.Path({str(mixtral / "tokenizer.json")!r})), ["a b"])
-        assert choice.proof and "awkward" not in sys.modules
-        assert len(os.listdir("/proc/self/task")) == 1
-    """
-    environ = dict(os.environ, OPENBLAS_NUM_THREADS="1")  # as tools/preprocess_data.py sets it
-    subprocess.run([sys.executable, "-c", script], check=True, env=environ, timeout=60)
+    assert choice.engine.name in ("fastokens", "sentencepiece") and "normalized" in choice.declined["native"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import native_fuzz
 from helpers.documents import first_difference, random_texts, real_documents
-from helpers.native_build import BPE, SANITIZERS, compile_extension, ensure_extension, run_sanitized
+from helpers.native_build import SANITIZERS, compile_extension, ensure_extension, run_sanitized
 from helpers.vocabularies import edit_json, edit_model, train_sentencepiece
 
 from megatron_mixtral.errors import DataError
@@ -24,7 +24,7 @@ BARE = SpecialTokens(None, None)
 
 @pytest.fixture(scope="module", autouse=True)
 def extension(tmp_path_factory):
-    ensure_extension(BPE, tmp_path_factory.mktemp("native"))
+    ensure_extension(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_tables_that_would_lead_out_of_memory_are_refused(mixtral, name, row, me
 @pytest.mark.parametrize("name", MIXTRAL)
 def test_sanitizers_find_nothing(mixtral, tmp_path, name):
     """The same comparisons with an extension that checks every access and every undefined operation."""
-    library = compile_extension(BPE, tmp_path, *SANITIZERS)
+    library = compile_extension(tmp_path, *SANITIZERS)
     done = run_sanitized(native_fuzz.__file__, library, mixtral / name, 20_000)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.endswith("first difference: None\n")

@@ -144,7 +144,7 @@ def test_transformers_loads_the_folder(folder):
 
 def test_no_heavy_import():
     code = (
-        "import sys, megatron_mixtral.data.preprocess.run as p, megatron_mixtral.tokenizer.hf_folder\n"
+        "import sys, megatron_mixtral.data.cli as p, megatron_mixtral.tokenizer.hf_folder\n"
         "from megatron_mixtral.tokenizer.tokenizer import load_tokenizer, mixtral_tokenizer_path\n"
         "load_tokenizer('Llama2Tokenizer', mixtral_tokenizer_path())\n"
         "print([m for m in ('torch', 'transformers', 'megatron', 'mistral_common') if m in sys.modules])"

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 from helpers.datasets import write_dataset
 
-from megatron_mixtral.data.datasets import pretraining as pretrain
-from megatron_mixtral.data.datasets.blend import blend_of, check
-from megatron_mixtral.data.indexed.reader import IndexFile
+from megatron_mixtral.data.datasets import blend_of, build_pretraining, check_pretraining
+from megatron_mixtral.data.indexed import IndexFile
 from megatron_mixtral.errors import DataError
 
 
@@ -37,9 +36,9 @@ def test_negative_weight_is_refused(prefix: str) -> None:
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(prefix: str) -> None:
-    check([blend_of([prefix])], 96, 32)
+    check_pretraining([blend_of([prefix])], 96, 32)
     with pytest.raises(DataError, match=r"holds token \d+, the model's vocabulary has 50"):
-        check([blend_of([prefix])], 50, 32)
+        check_pretraining([blend_of([prefix])], 50, 32)
 
 
 @pytest.mark.parametrize("words", [["A"], ["A", "B"], ["A", "B", "C"], ["0.6", "A", "0.4", "B"], ["1", "2", "3"]])
@@ -74,17 +73,17 @@ def test_damaged_pairs_are_refused(prefix: str, suffix: str, size: int, sentence
     path = Path(prefix + suffix)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DataError, match=sentence):
-        check([blend_of([prefix])], 96, 32)
+        check_pretraining([blend_of([prefix])], 96, 32)
 
 
 def test_a_data_set_shorter_than_a_sample_is_refused(prefix: str) -> None:
     tokens = IndexFile(prefix).tokens
     with pytest.raises(DataError, match=rf"{tokens} tokens in 200 documents; one sample needs 1000001"):
-        check([blend_of([prefix])], 96, 1_000_000)
+        check_pretraining([blend_of([prefix])], 96, 1_000_000)
 
 
 def build(prefix: str, samples: tuple[int, int, int], split: str, seq_length: int = 32) -> object:
-    return pretrain.build(samples, tokenizer=SimpleNamespace(vocab_size=96), seq_length=seq_length, seed=1,
+    return build_pretraining(samples, tokenizer=SimpleNamespace(vocab_size=96), seq_length=seq_length, seed=1,
                           blend=([prefix], None), blend_per_split=None, split=split, cache=None,
                           is_built_on_rank=lambda: True,
                           reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False)

@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_mixtral.data.indexed import writer as indexed
 from megatron_mixtral.data.indexed.writer import IndexedWriter
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.encode import token_dtype
+from megatron_mixtral.tokenizer.engines import token_dtype
 
 
 def documents(vocab_size, count=500):

@@ -10,15 +10,14 @@ import torch
 from helpers.corpus import python_sources, write_jsonl
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_mixtral import __main__ as commands
-from megatron_mixtral.data.cli import Options
-from megatron_mixtral.data.indexed import merge as merging
+from megatron_mixtral.data import inspect_dataset_command, merge_command
+from megatron_mixtral.data.indexed import merging
 from megatron_mixtral.data.indexed.inspection import inspect
-from megatron_mixtral.data.indexed.merge import merge
+from megatron_mixtral.data.indexed.merging import merge
 from megatron_mixtral.data.indexed.writer import IndexedWriter
-from megatron_mixtral.data.preprocess.run import preprocess
+from megatron_mixtral.data.text import TextOptions, preprocess_text
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 MODEL = str(mixtral_tokenizer_path())
 
@@ -26,7 +25,7 @@ MODEL = str(mixtral_tokenizer_path())
 def run(tmp_path, inputs, name="set", **changes):
     settings = {"append_eod": True, "tokenizer_type": "Llama2Tokenizer", **changes}
     prefix = str(tmp_path / name)
-    preprocess(Options(tuple(map(str, inputs)), prefix, MODEL, **settings))
+    preprocess_text(TextOptions(tuple(map(str, inputs)), prefix, MODEL, **settings))
     return f"{prefix}_text_document"
 
 
@@ -94,14 +93,14 @@ def test_documents_of_several_sequences_as_the_engine_merges_them(tmp_path, monk
     monkeypatch.setattr(merging, "BLOCK", block)
     prefixes = [several_sequences(tmp_path / f"d{number}", number) for number in (2, 10)]
     engine_merge(prefixes, tmp_path / "engine")
-    assert commands.run("merge", ["--input", *(f"{p}.idx" for p in reversed(prefixes)),
+    assert merge_command(["--input", *(f"{p}.idx" for p in reversed(prefixes)),
                                    "--output-prefix", str(tmp_path / "ours")]) == 0  # fmt: skip
     assert pair(tmp_path / "ours") == pair(tmp_path / "engine")
     assert len(IndexedDataset(str(tmp_path / "ours")).document_indices) == 81
     assert inspect(str(tmp_path / "ours")).problems == []
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path, corpus, capsys):
+def test_what_does_not_belong_together_is_refused(tmp_path, corpus):
     first = run(tmp_path, corpus[:1], "a")
     with pytest.raises(DataError, match="prepend_bod False, .* has True"):
         merge([first, run(tmp_path, corpus[:1], "b", prepend_bod=True)], str(tmp_path / "x"))
@@ -118,8 +117,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path, corpus, capsys):
     report = json.loads((tmp_path / "c.report.json").read_text())
     report["tokenizer"]["sha256"] = "0" * 64
     (tmp_path / "c.report.json").write_text(json.dumps(report))
-    assert commands.run("merge", ["--input", first, second, "--output-prefix", str(tmp_path / "x")]) == 1
-    assert "different tokenizers" in capsys.readouterr().err
+    with pytest.raises(DataError, match="different tokenizers"):
+        merge_command(["--input", first, second, "--output-prefix", str(tmp_path / "x")])
     for wrong in ([first], [first, first]):
         with pytest.raises(ConfigError, match="at least two different"):
             merge(wrong, str(tmp_path / "x"))
@@ -128,7 +127,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, corpus, capsys):
 
 def test_inspection_counts_and_decodes(tmp_path, corpus, capsys):
     prefix = run(tmp_path, corpus)
-    assert commands.run("inspect-dataset", [prefix + ".idx", "--show", "3"]) == 0
+    assert inspect_dataset_command([prefix + ".idx", "--show", "3"]) == 0
     shown = capsys.readouterr().out
     dataset = IndexedDataset(prefix)  # a name: its arrays are views of a map that ends with it
     lengths = dataset.sequence_lengths
@@ -156,8 +155,9 @@ def test_inspection_finds_damage(tmp_path, corpus, capsys):
     report = json.loads((tmp_path / "set.report.json").read_text())
     report["keys"]["text"]["documents"] += 1
     (tmp_path / "set.report.json").write_text(json.dumps(report))
-    assert commands.run("inspect-dataset", [prefix]) == 1
+    assert inspect_dataset_command([prefix]) == 1
     assert f"the report says {count + 1} documents, found {count}" in capsys.readouterr().out
     with open(prefix + ".bin", "ab") as stream:
         stream.write(b"\0")
-    assert commands.run("inspect-dataset", [prefix]) == 1 and "are not of one data set" in capsys.readouterr().err
+    with pytest.raises(DataError, match="are not of one data set"):
+        inspect_dataset_command([prefix])

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mixtral.data.cli import Options, parse_flags
+from megatron_mixtral.data.cli import parse_flags
 from megatron_mixtral.data.corpus.files import list_inputs
-from megatron_mixtral.data.datasets.instruction_files import InstructionFiles, check, instruction_blend
-from megatron_mixtral.data.instruction.records import read_array
+from megatron_mixtral.data.corpus.objects import read_array
+from megatron_mixtral.data.datasets import InstructionFiles, check_instruction, instruction_blend
+from megatron_mixtral.data.instruction import InstructionOptions
 from megatron_mixtral.data.instruction.run import COLUMNS, column_prefix, preprocess_instructions
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.chat import TEMPLATES, Turn, render
-from megatron_mixtral.tokenizer.tokenizer import SentencePieceTokenizer, mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import chat, mixtral_tokenizer_path, open_tokenizer
 
-TOKENIZER = SentencePieceTokenizer(mixtral_tokenizer_path())
+TOKENIZER = open_tokenizer(mixtral_tokenizer_path())
 RECORDS = [{"instruction": f"Count to {n}.", "input": "" if n % 3 else "slowly",
             "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 41)]
 
@@ -27,8 +27,8 @@ def write(path: Path, records: list, as_array: bool = False) -> str:
     return str(path)
 
 
-def options(tmp_path: Path, source: str, **given) -> Options:
-    return Options(**{"inputs": (source,), "output_prefix": str(tmp_path / "out"), "handler": "auto",
+def options(tmp_path: Path, source: str, **given) -> InstructionOptions:
+    return InstructionOptions(**{"inputs": (source,), "output_prefix": str(tmp_path / "out"), "handler": "auto",
                       "tokenizer_path": str(mixtral_tokenizer_path()), "tokenizer_type": "Llama2Tokenizer", **given})
 
 
@@ -43,7 +43,7 @@ def samples() -> list[tuple[list[int], list[int]]]:
     found = []
     for record in RECORDS:
         question = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
-        ids, trained = render([Turn(question, record["output"])], TEMPLATES["mixtral"], TOKENIZER)
+        ids, trained = chat.render([chat.Turn(question, record["output"])], chat.TEMPLATES["mixtral"], TOKENIZER)
         found.append((ids.tolist(), np.where(trained, ids, -100).tolist()))
     return found
 
@@ -128,7 +128,7 @@ def test_every_record_is_accounted_for(tmp_path, caplog):
 
 
 def test_a_json_array_gives_the_same_samples(tmp_path, samples, monkeypatch):
-    monkeypatch.setattr("megatron_mixtral.data.instruction.records.BLOCK", 7)  # every record is cut by the blocks
+    monkeypatch.setattr("megatron_mixtral.data.corpus.readers.BLOCK", 7)  # every record is cut by the blocks
     source = write(tmp_path / "a.json", RECORDS, as_array=True)
     assert preprocess_instructions(options(tmp_path, source))["samples"] == 40
     assert rows_of(tmp_path / "out") == [[sample] for sample in samples]
@@ -168,7 +168,7 @@ def test_arrays_whole_and_damaged(tmp_path, text, elements, monkeypatch):
     path.write_text(text, encoding="utf-8")
     [file] = list_inputs([str(path)]).files
     for block in (1, 1000):
-        monkeypatch.setattr("megatron_mixtral.data.instruction.records.BLOCK", block)
+        monkeypatch.setattr("megatron_mixtral.data.corpus.readers.BLOCK", block)
         if elements is None:
             with pytest.raises(DataError, match=r"a\.json: the JSON array cannot be read after record [01]"):
                 list(read_array(file))
@@ -186,6 +186,7 @@ def test_nothing_usable_is_an_error(tmp_path):
     (["--handler-name", "Alpaca"], "not one of: none, auto, alpaca"),
     (["--handler-name", "auto", "--pack"], "--pack needs --seq-length"),
     (["--seq-length", "100"], "give --handler-name"),
+    (["--handler-name", "auto", "--num-shards", "2"], "--num-shards: for plain text"),
     (["--prompt-type", "mixtral"], "give --handler-name"),
     (["--handler-name", "auto", "--prompt-type", "vicuna"], "not one of: mixtral, chatml"),
 ])
@@ -198,13 +199,13 @@ def test_sets_that_training_cannot_use_are_refused(tmp_path):
     source = write(tmp_path / "a.jsonl", RECORDS)
     preprocess_instructions(options(tmp_path, source, seq_length=200, pack=True))
     prefix = str(tmp_path / "out")
-    check([instruction_blend([prefix])], 32000, 200, 1)
+    check_instruction([instruction_blend([prefix])], 32000, 200, 1)
     with pytest.raises(DataError, match=r"a row has \d+ positions, --seq-length has 100"):
-        check([instruction_blend([prefix])], 32000, 100, 1)
+        check_instruction([instruction_blend([prefix])], 32000, 100, 1)
     with pytest.raises(DataError, match="is packed, .* set --micro-batch-size 1"):
-        check([instruction_blend([prefix])], 32000, 200, 2)
+        check_instruction([instruction_blend([prefix])], 32000, 200, 2)
     with pytest.raises(DataError, match="the model's vocabulary has 500"):
-        check([instruction_blend([prefix])], 500, 200, 1)
+        check_instruction([instruction_blend([prefix])], 500, 200, 1)
     with pytest.raises(DataError, match=r"missing_packed_input_ids_document\.bin does not exist"):
         instruction_blend([str(tmp_path / "missing")])
     preprocess_instructions(options(tmp_path, source, output_prefix=str(tmp_path / "other")))
@@ -212,4 +213,4 @@ def test_sets_that_training_cannot_use_are_refused(tmp_path):
         Path(column_prefix(prefix, "labels") + end).write_bytes(
             Path(column_prefix(str(tmp_path / "other"), "labels") + end).read_bytes())
     with pytest.raises(DataError, match="they are not of one set"):
-        check([instruction_blend([prefix])], 32000, 200, 1)
+        check_instruction([instruction_blend([prefix])], 32000, 200, 1)

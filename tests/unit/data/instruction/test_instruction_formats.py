@@ -2,9 +2,11 @@
 
 import pytest
 
-from megatron_mixtral.data.instruction.formats import HANDLERS, BadDialogue, detect
-from megatron_mixtral.tokenizer.chat import Turn
+from megatron_mixtral.data.corpus import BadRecord
+from megatron_mixtral.data.instruction.formats import HANDLERS, detect
+from megatron_mixtral.tokenizer import chat
 
+Turn = chat.Turn
 TWO = [Turn("Hi", "Hello", "Be kind."), Turn("Who?", "Me.")]
 
 RECORDS = {
@@ -95,11 +97,11 @@ def _messages(*pairs):
     ("pretrain", {"text": ""}, "no_answer"),
 ])
 def test_records_that_do_not_fit_say_why(name, record, reason):
-    with pytest.raises(BadDialogue) as found:
+    with pytest.raises(BadRecord) as found:
         HANDLERS[name](record)
     assert found.value.reason == reason and str(found.value)
 
 
 def test_an_unknown_form_lists_its_keys():
-    with pytest.raises(BadDialogue, match="no known form of instruction data has the keys question, response"):
+    with pytest.raises(BadRecord, match="no known form of instruction data has the keys question, response"):
         detect({"question": "a", "response": "b"})

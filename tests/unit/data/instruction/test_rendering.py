@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mixtral.data.cli import Options
-from megatron_mixtral.data.instruction import rendering
+from megatron_mixtral.data.instruction import InstructionOptions, run
+from megatron_mixtral.data.instruction.rendering import Renderer
 from megatron_mixtral.data.instruction.run import COLUMNS, column_prefix, preprocess_instructions
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 RECORDS = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n % 50 + 2)))} for n in range(900)]
 
@@ -25,10 +25,9 @@ def write(path: Path, bad: tuple[int, ...] = ()) -> Path:
     return path
 
 
-def options(source: Path, name: str, workers: int, **given) -> Options:
-    return Options(**{"inputs": (str(source),), "output_prefix": str(source.parent / name), "handler": "auto",
-                      "tokenizer_path": str(mixtral_tokenizer_path()), "tokenizer_type": "Llama2Tokenizer",
-                      "seq_length": 120, "workers": workers, **given})  # fmt: skip
+def options(source: Path, name: str, workers: int, **given) -> InstructionOptions:
+    return InstructionOptions((str(source),), str(source.parent / name), str(mixtral_tokenizer_path()), **{
+        "tokenizer_type": "Llama2Tokenizer", "seq_length": 120, "workers": workers, **given})
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -38,7 +37,7 @@ def test_any_number_of_workers_gives_the_same_files_and_account(tmp_path, caplog
     for workers in (1, 2, 3):
         caplog.clear()
         report = preprocess_instructions(options(source, f"out{workers}", workers, pack=pack, on_error="skip"))
-        prefixes = report.pop("outputs")
+        prefixes = [one.pop("output") for one in report["keys"].values()]
         reports.append(report)
         files.append([Path(prefix + end).read_bytes() for prefix in prefixes for end in (".bin", ".idx")])
         logs.append([record.getMessage() for record in caplog.records if "skipped /" in record.getMessage()])
@@ -56,13 +55,15 @@ def test_the_first_bad_record_is_told_whichever_worker_meets_it(tmp_path):
         assert [one.name for one in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def die(records):
-    """In the place of `_render_batch`; workers find it here by its name."""
-    os.kill(os.getpid(), signal.SIGKILL)
+class DyingRenderer(Renderer):
+    """Workers find it here by its name."""
+
+    def run(self, records):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(rendering, "_render_batch", die)
+    monkeypatch.setattr(run, "Renderer", DyingRenderer)
     with pytest.raises(DataError, match="A worker process died.*fewer --workers"):
         preprocess_instructions(options(write(tmp_path / "a.jsonl"), "out", 2))
     assert [one.name for one in tmp_path.iterdir()] == ["a.jsonl"]

@@ -9,13 +9,16 @@ import pytest
 import sentencepiece
 from helpers.corpus import python_sources, write_jsonl
 
-from megatron_mixtral.data.cli import Options, parse_flags
-from megatron_mixtral.data.preprocess import run, workers
-from megatron_mixtral.data.preprocess.assemble import output_prefix
-from megatron_mixtral.data.preprocess.report import Account
-from megatron_mixtral.data.preprocess.run import main, preprocess, scratch_directory
+from megatron_mixtral.data import cli, preprocess_command
+from megatron_mixtral.data import preprocess as preprocess_by_keywords
+from megatron_mixtral.data.cli import parse_flags
+from megatron_mixtral.data.scratch import scratch_directory
+from megatron_mixtral.data.text import TextOptions, run, workers
+from megatron_mixtral.data.text import preprocess_text as preprocess
+from megatron_mixtral.data.text.account import TextAccount
+from megatron_mixtral.data.text.assemble import output_prefix
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 MODEL = str(mixtral_tokenizer_path())
 
@@ -27,7 +30,7 @@ def reference():
 
 def options(tmp_path, *inputs, **changes):
     settings = {"append_eod": True, "tokenizer_type": "Llama2Tokenizer", **changes}
-    return Options(tuple(map(str, inputs)), str(tmp_path / "out" / "set"), MODEL, **settings)
+    return TextOptions(tuple(map(str, inputs)), str(tmp_path / "out" / "set"), MODEL, **settings)
 
 
 def read(prefix, key="text"):
@@ -119,7 +122,7 @@ def test_a_bad_line_stops_with_its_place_or_is_counted(tmp_path, reason, referen
     assert read(tmp_path / "out" / "set") == [[*reference.encode(f"good {n}"), 2] for n in range(40)]
     assert (report["lines"], report["blank_lines"], report["records"]) == (42, 1, 41)
     assert report["skipped"] == {reason: 1}
-    assert report["skipped_lines"][0]["where"] == f"{path}:19"
+    assert report["skipped_records"][0]["where"] == f"{path}:19"
 
 
 def test_bom_crlf_and_blank_lines_are_read(tmp_path, reference):
@@ -155,12 +158,12 @@ def test_a_changed_input_is_noticed(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "x.jsonl", ["a"] * 5)
     real = run.cut_chunks
 
-    def grow_after_listing(files, chunk_bytes):
+    def grow_after_listing(files, *how):
         with open(path, "ab") as stream:
             stream.write(b"   ")
         with open(path, "r+b") as stream:
             stream.truncate(30)
-        return real(files, chunk_bytes)
+        return real(files, *how)
 
     monkeypatch.setattr(run, "cut_chunks", grow_after_listing)
     with pytest.raises(DataError, match="70 bytes were listed, it ends before"):
@@ -203,7 +206,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
 @pytest.mark.parametrize("how", [KeyboardInterrupt, "term"])
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, how):
     path = write_jsonl(tmp_path / "x.jsonl", ["a b"] * 50)
-    real, signalled = Account.add, []
+    real, signalled = TextAccount.add, []
 
     def interrupted(self, chunk, result):
         if chunk.index == 3 and not signalled:
@@ -213,9 +216,10 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, how):
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, chunk, result)
 
-    monkeypatch.setattr(Account, "add", interrupted)
-    monkeypatch.setattr(run, "parse_flags", lambda argv, environ: options(tmp_path, path, chunk_bytes=100))
-    assert main([]) == 130
+    monkeypatch.setattr(TextAccount, "add", interrupted)
+    monkeypatch.setattr(cli, "parse_flags", lambda argv, environ: options(tmp_path, path, chunk_bytes=100))
+    with pytest.raises(KeyboardInterrupt):
+        preprocess_command([])
     assert left(tmp_path) == []
 
 
@@ -228,6 +232,8 @@ def test_flags_that_are_refused(tmp_path):
         ([*llama, "--tokenizer-model"], "needs --tokenizer-model"),
         ([*given, "--dataset-impl", "lazy"], "only mmap"),
         ([*given, "--handler-name", "Nobody"], "is not one of: none, auto"),
+        ([*given, "--split-sentences"], "--split-sentences, .* are gone"),
+        ([*given, "--pack"], "--pack: for instruction data only"),
         ([*given, "--num-shards", "2", "--shard-index", "2"], "from 0 to 1"),
         ([*given, "--workers", "0"], "at least 1"),
         ([*given, "--json-keys", "a", "a"], "each once"),
@@ -259,12 +265,27 @@ def test_flags_of_all_spellings():
 
 
 def test_eod_without_an_eos_token_is_refused(tmp_path):
-    from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
+    from megatron_mixtral.tokenizer import write_hf_tokenizer
 
     write_hf_tokenizer(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": null}')
     (tmp_path / "hf" / "tokenizer.model").unlink()
     path = write_jsonl(tmp_path / "x.jsonl", ["a"])
-    chosen = Options((str(path),), str(tmp_path / "out" / "set"), str(tmp_path / "hf"), append_eod=True)
+    chosen = TextOptions((str(path),), str(tmp_path / "out" / "set"), str(tmp_path / "hf"), append_eod=True)
     with pytest.raises(ConfigError, match="--append-eod needs the eos_token"):
         preprocess(chosen)
+
+
+def test_the_function_with_keywords(tmp_path, reference):
+    path = write_jsonl(tmp_path / "x.jsonl", ["a b", "c"], key="body")
+    report = preprocess_by_keywords(path, tmp_path / "out" / "set", tokenizer=MODEL, keys=("body",), append_eod=True)
+    assert read(tmp_path / "out" / "set", "body") == [[*reference.encode(text), 2] for text in ("a b", "c")]
+    assert report["keys"]["body"]["documents"] == 2
+    write_jsonl(tmp_path / "y.jsonl", ["all of it"])
+    report = preprocess_by_keywords([path.with_name("y.jsonl")], tmp_path / "out" / "y", tokenizer=MODEL,
+                                    handler="pretrain", seq_length=8)  # fmt: skip
+    assert report["rows"] == 1 and report["prompt_type"] == "raw"
+    for settings, words in (({"pack": True}, "plain text has no setting pack"),
+                            ({"handler": "auto", "keys": ("text",)}, "dialogues has no setting keys")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            preprocess_by_keywords(path, tmp_path / "out" / "z", tokenizer=MODEL, **settings)

@@ -1,28 +1,21 @@
-"""The account of a preprocessing run: every line read is a document, an empty text, a blank line or a counted skip.
+"""The account of plain text: every line read is a document, an empty text, a blank line or a counted skip.
 
-`preprocess.py` adds the chunks up in order, asks `check` before anything gets its final name, and writes the account as
-JSON beside the output. `Progress` tells the user how far the run is.
+`Assembly` adds the chunks up in order and asks `check` before anything gets its final name. `Progress` tells the user
+how far the run is.
 """
 
-import json
 import logging
 import os
-import platform
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import megatron_mixtral
-from megatron_mixtral.data.corpus.files import PLAIN, REPORT_SUFFIX, Chunk
-from megatron_mixtral.data.corpus.readers import LineCounts, lines_before
-from megatron_mixtral.data.preprocess.workers import ChunkResult, KeyCounts
+from megatron_mixtral.data.account import Account
+from megatron_mixtral.data.corpus import Chunk, LineCounts, lines_before
+from megatron_mixtral.data.text.workers import ChunkResult, KeyCounts
 from megatron_mixtral.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-BAD_LINES_REPORTED = 1000
 
 
 @dataclass
@@ -37,13 +30,11 @@ class FileAccount:
 
 
 @dataclass
-class Account:
-    """Sums over all chunks merged so far; `files` turns a chunk's line numbers into those of its file."""
+class TextAccount(Account):
+    """Sums over all chunks so far; `files` turns a chunk's line numbers into those of its file."""
 
-    keys: tuple[str, ...]
-    counts: LineCounts = field(default_factory=LineCounts)
+    keys: tuple[str, ...] = ()
     per_key: dict[str, KeyCounts] = field(default_factory=dict)
-    bad_lines: list[dict[str, str]] = field(default_factory=list)
     files: dict[int, FileAccount] = field(default_factory=dict)
 
     def add(self, chunk: Chunk, result: ChunkResult) -> None:
@@ -54,20 +45,10 @@ class Account:
         """
         file = self.files.setdefault(chunk.file_index, FileAccount(chunk, chunk))
         # A shard may begin inside a file; only a bad line needs to know after how many lines.
-        before = file.lines + (lines_before(file.first) if result.bad else 0)
-        for bad in result.bad:
-            where = f"{chunk.file.path}:{before + bad.line}"
-            if result.failed:
-                raise DataError(f"{where}: {bad.reason}: {bad.message}. To leave such lines out: --on-error skip")
-            if len(self.bad_lines) < BAD_LINES_REPORTED:
-                self.bad_lines.append({"where": where, "reason": bad.reason, "message": bad.message})
-                logger.warning("skipped %s: %s: %s", where, bad.reason, bad.message)
+        before = file.lines + (lines_before(file.first) if result.bad.shown else 0)
+        self.add_bad(result.bad, lambda line: f"{chunk.file.path}:{before + line}")
         self._add_place(file, chunk, result.counts)
-        counts = result.counts
-        for name in ("lines", "blank", "bytes", "boms"):
-            setattr(self.counts, name, getattr(self.counts, name) + getattr(counts, name))
-        for reason, number in counts.skipped.items():
-            self.counts.skipped[reason] = self.counts.skipped.get(reason, 0) + number
+        self.lines.add(result.counts)
         for key, found in zip(self.keys, result.keys, strict=True):
             total = self.per_key.setdefault(key, KeyCounts())
             for name, value in asdict(found).items():
@@ -94,7 +75,7 @@ class Account:
     @property
     def records(self) -> int:
         """Lines that are not blank: the documents that came in."""
-        return self.counts.lines - self.counts.blank
+        return self.lines.lines - self.lines.blank
 
     def check(self, written: dict[str, tuple[int, int]]) -> None:
         """Raises `DataError` unless the counts add up.
@@ -108,7 +89,7 @@ class Account:
             status = os.stat(listed.path)
             if (status.st_size, status.st_mtime_ns) != (listed.size, listed.mtime_ns):
                 raise DataError(f"{listed.path} has changed while it was read. Nothing is written.")
-            if listed.format != PLAIN:
+            if not listed.is_plain:
                 continue
             begins = file.begin == 0 if file.first.start == 0 else file.begin >= file.first.start or not file.end
             ends = file.end == listed.size if file.last.end == listed.size and file.first.start == 0 else \
@@ -118,7 +99,7 @@ class Account:
                     f"{listed.path}: bytes {file.begin} to {file.end} were read of {file.first.start} to "
                     f"{file.last.end}. Nothing is written."
                 )
-        skipped = sum(self.counts.skipped.values())
+        skipped = self.skipped.total()
         for key in self.keys:
             found = self.per_key.get(key, KeyCounts())
             if self.records != found.documents + found.empty + skipped:
@@ -134,16 +115,8 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         """The counts in the words of the report."""
-        return {
-            "lines": self.counts.lines,
-            "blank_lines": self.counts.blank,
-            "records": self.records,
-            "bytes": self.counts.bytes,
-            "byte_order_marks_removed": self.counts.boms,
-            "skipped": dict(sorted(self.counts.skipped.items())),
-            "skipped_lines": self.bad_lines,
-            "keys": {key: asdict(self.per_key.get(key, KeyCounts())) for key in self.keys},
-        }
+        keys = {key: asdict(self.per_key.get(key, KeyCounts())) for key in self.keys}
+        return {**super().as_dict(), "records": self.records, "keys": keys}
 
 
 class Progress:
@@ -159,12 +132,12 @@ class Progress:
         self._bytes = self._bytes_before = 0
         self._records_before = self._tokens_before = 0
 
-    def resume(self, account: Account, done_bytes: int) -> None:
+    def resume(self, account: TextAccount, done_bytes: int) -> None:
         """Begin the rates here: `account` and `done_bytes` are the work of an earlier run."""
         self._bytes = self._bytes_before = done_bytes
         self._records_before, self._tokens_before = account.records, _tokens(account)
 
-    def update(self, account: Account, chunk: Chunk) -> None:
+    def update(self, account: TextAccount, chunk: Chunk) -> None:
         self._bytes += chunk.size
         now = time.monotonic()
         if account.records - self._last_records < self._interval or now - self._last_time < 1.0:
@@ -177,7 +150,7 @@ class Progress:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
-    def line(self, account: Account) -> str:
+    def line(self, account: TextAccount) -> str:
         """Documents, bytes and tokens so far, with their rates."""
         seconds = max(self.elapsed(), 1e-9)
         tokens = _tokens(account)
@@ -189,51 +162,5 @@ class Progress:
         )
 
 
-def _tokens(account: Account) -> int:
+def _tokens(account: TextAccount) -> int:
     return sum(counts.tokens for counts in account.per_key.values())
-
-
-def versions() -> dict[str, str]:
-    """The versions of everything that can change an id."""
-    found = {"megatron_mixtral": megatron_mixtral.__version__, "python": platform.python_version()}
-    for name in ("numpy", "sentencepiece", "tokenizers", "nltk"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def find_report(dataset: str) -> dict[str, Any] | None:
-    """The report of the run that wrote a dataset (a prefix), or None. It lies beside it, one for all keys of a run.
-
-    Raises `DataError` for a report that cannot be read.
-    """
-    prefix = Path(dataset.removesuffix(".bin").removesuffix(".idx"))
-    candidates = [prefix.with_name(prefix.name + REPORT_SUFFIX), *sorted(prefix.parent.glob("*" + REPORT_SUFFIX))]
-    for path in candidates:
-        stem = path.name.removesuffix(REPORT_SUFFIX)
-        if not path.is_file() or not (prefix.name == stem or prefix.name.startswith(stem + "_")):
-            continue
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            if "merged" in report:
-                names = {stem}
-            else:
-                names = {Path(counts["output"]).name for counts in report["keys"].values()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a report of preprocessing: {error!r}. Remove it.") from error
-        if prefix.name in names:
-            return report
-    return None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the final name only ever shows a whole file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mixtral.data.cli import Options
-from megatron_mixtral.data.preprocess.run import preprocess
-from megatron_mixtral.tokenizer.engines.base import EngineUnavailable
-from megatron_mixtral.tokenizer.engines.native import load_module
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.data.text import TextOptions, preprocess_text
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path, open_tokenizer
+from megatron_mixtral.tokenizer.engines import EngineUnavailable, make_engine
 
 WORDS = "the quick brown fox jumps over a lazy dog, returns 42 and sleeps.\n"
 
@@ -34,8 +32,8 @@ def measure(connection, path: str, prefix: str) -> None:
     """In a process of its own: seconds, and what the run added to the most memory that the process had."""
     before = most_memory()
     started = time.process_time()
-    report = preprocess(Options((path,), prefix, str(mixtral_tokenizer_path()), tokenizer_type="Llama2Tokenizer",
-                                tokenizer_engine="native", workers=1))  # fmt: skip
+    report = preprocess_text(TextOptions((path,), prefix, str(mixtral_tokenizer_path()), "Llama2Tokenizer",
+                                         tokenizer_engine="native", workers=1))  # fmt: skip
     seconds = time.process_time() - started
     connection.send((seconds, most_memory() - before, report["keys"]["text"]))
 
@@ -52,7 +50,7 @@ def run(path: Path, prefix: Path) -> tuple[float, int, dict]:
 @pytest.mark.parametrize(("small", "large"), [(5, 20), pytest.param(50, 200, marks=pytest.mark.slow)])
 def test_one_huge_line(tmp_path, small, large):
     try:
-        load_module()
+        make_engine("native", open_tokenizer(mixtral_tokenizer_path()))
     except EngineUnavailable as error:
         pytest.skip(f"other engines take 12 times the memory for a document of this size: {error}")
     results = {}

@@ -1,4 +1,4 @@
-"""Several indexed datasets to one, without reading an id: behind `tools/merge_datasets.py`.
+"""Several indexed datasets to one, without reading an id.
 
 The order is the one given, or natural order of the names; so the shards of `--num-shards` give the bytes of the run
 without shards. What was written with different tokenizers or flags is refused as far as the reports beside the datasets
@@ -9,22 +9,21 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_mixtral.data.corpus.files import REPORT_SUFFIX, natural_key
-from megatron_mixtral.data.indexed.reader import IndexFile
+from megatron_mixtral.data.corpus import natural_key
+from megatron_mixtral.data.indexed.reader import IndexFile, bare_prefix
 from megatron_mixtral.data.indexed.writer import IndexedWriter
-from megatron_mixtral.data.preprocess.report import find_report, write_json
-from megatron_mixtral.data.preprocess.run import scratch_directory
+from megatron_mixtral.data.report import find_report, publish
+from megatron_mixtral.data.scratch import scratch_directory
 from megatron_mixtral.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20  # sequences at a time
-AGREEING = ("append_eod", "prepend_bod", "split_sentences")
+AGREEING = ("append_eod", "prepend_bod")
 
 
 def merge(prefixes: Sequence[str], output: str, natural_order: bool = True) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def merge(prefixes: Sequence[str], output: str, natural_order: bool = True) -> d
         ConfigError: fewer than two datasets, one given twice, or the output among them.
         DataError: datasets that are damaged, of different dtypes, by other tokenizers or flags, or not all shards.
     """
-    prefixes = [prefix.removesuffix(".bin").removesuffix(".idx") for prefix in prefixes]
+    prefixes = [bare_prefix(prefix) for prefix in prefixes]
     if natural_order:
         prefixes.sort(key=natural_key)
     if len(prefixes) < 2 or len({os.path.realpath(prefix) for prefix in [*prefixes, output]}) <= len(prefixes):
@@ -55,9 +54,6 @@ def merge(prefixes: Sequence[str], output: str, natural_order: bool = True) -> d
             _append(writer, dataset)
             logger.info("%s: %d documents, %d tokens", dataset.prefix, len(dataset.documents) - 1, dataset.tokens)
         writer.finish()
-        report_path = Path(output + REPORT_SUFFIX)
-        report_path.unlink(missing_ok=True)
-        writer.publish()
         report = {
             "documents": writer.documents,
             "sequences": writer.sequences,
@@ -69,7 +65,7 @@ def merge(prefixes: Sequence[str], output: str, natural_order: bool = True) -> d
                 for prefix, dataset in zip(prefixes, datasets, strict=True)
             ],
         }
-        write_json(report_path, report)
+        publish([writer], output, report)
     return report
 
 

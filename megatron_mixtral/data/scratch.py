@@ -44,3 +44,10 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path, ignore_errors=True)
+
+
+def clear(scratch: Path) -> None:
+    """Empty a scratch directory, but for its lock."""
+    for left in scratch.iterdir():
+        if left.name != "lock":
+            shutil.rmtree(left) if left.is_dir() else left.unlink()

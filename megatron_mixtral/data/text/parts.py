@@ -1,15 +1,14 @@
 """Finished pieces of a run, kept so that a killed run can be taken up where it was.
 
-The scratch directory of a run holds part files, the dataset so far (`indexed.py`), and `finished.jsonl`: a first line
-that says what the parts were made with, then a line for each finished chunk with its counts and the checksum of its
-ids. The line is what makes a part exist. A part is used again only if size and checksum fit, so nothing needs to be
-flushed to the disk on the way, and a machine that lost power costs no more than the parts that it lost.
+The scratch directory of a run holds part files, the dataset so far, and `finished.jsonl`: a first line that says what
+the parts were made with, then a line for each finished chunk with its counts and the checksum of its ids. The line is
+what makes a part exist. A part is used again only if size and checksum fit, so nothing needs to be flushed to the disk
+on the way, and a machine that lost power costs no more than the parts that it lost.
 """
 
 import json
 import logging
 import os
-import shutil
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mixtral.data.corpus.files import Chunk
-from megatron_mixtral.data.corpus.readers import LineCounts
-from megatron_mixtral.data.preprocess.workers import BadLine, ChunkResult, Job, KeyCounts, PartPaths
+from megatron_mixtral import disk
+from megatron_mixtral.data.account import BadRecords, Shown
+from megatron_mixtral.data.corpus import Chunk, LineCounts
+from megatron_mixtral.data.scratch import clear
+from megatron_mixtral.data.text.workers import ChunkResult, KeyCounts, PartPaths
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,8 @@ class FinishedParts:
                 )  # fmt: skip
             clear(scratch)
         # Written anew, since the last line of a killed run may be torn.
-        with open(self._path.with_suffix(".tmp"), "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(made_with) + "\n")
-            for name, result in self._records.items():
-                stream.write(_line(name, result))
-        os.replace(self._path.with_suffix(".tmp"), self._path)
+        kept = (_line(name, result) for name, result in self._records.items())
+        disk.write_whole(self._path, "".join([json.dumps(made_with) + "\n", *kept]))
         self._stream = open(self._path, "a", encoding="utf-8")
 
     def __len__(self) -> int:
@@ -72,14 +70,12 @@ class FinishedParts:
         """Take a chunk for unfinished: it will be encoded again."""
         self._records.pop(chunk.name, None)
 
-    def is_whole(self, chunk: Chunk, job: Job, itemsize: int) -> bool:
+    def is_whole(self, chunk: Chunk, itemsize: int) -> bool:
         """Whether the part files of a finished chunk have the size and the checksum that were noted."""
         result = self._records[chunk.name]
         for number, (counts, checksum) in enumerate(zip(result.keys, result.checksums, strict=True)):
-            paths = PartPaths.of(job.scratch, chunk.name, number)
-            sizes = {paths.ids: counts.tokens * itemsize, paths.lengths: 4 * counts.sequences}
-            if job.sentences:
-                sizes[paths.splits] = 4 * counts.documents
+            paths = PartPaths.of(str(self._scratch), chunk.name, number)
+            sizes = {paths.ids: counts.tokens * itemsize, paths.lengths: 4 * counts.documents}
             try:
                 if any(os.path.getsize(path) != size for path, size in sizes.items()):
                     return False
@@ -101,13 +97,6 @@ def checksum_of(path: str | Path) -> int:
         while block := stream.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def clear(scratch: Path) -> None:
-    """Empty a scratch directory, but for its lock."""
-    for left in scratch.iterdir():
-        if left.name != "lock":
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
@@ -135,5 +124,5 @@ def _result_of(record: dict[str, Any]) -> ChunkResult:
         counts=LineCounts(**record["counts"]),
         keys=[KeyCounts(**counts) for counts in record["keys"]],
         checksums=record["checksums"],
-        bad=[BadLine(**bad) for bad in record["bad"]],
+        bad=BadRecords(record["bad"]["reasons"], [Shown(**one) for one in record["bad"]["shown"]]),
     )

@@ -1,37 +1,24 @@
-"""Records of instruction data with their places: lines of JSON, elements of one JSON array, or rows of Parquet.
+"""JSON objects with their places, for instruction data: lines of JSON, elements of one JSON array, or rows of Parquet.
 
 Instruction sets are often published as a single `.json` array; it is read in blocks, so memory is bounded by the
-largest record. `data/instruction/run.py` reads these.
+largest record.
 """
 
-import gzip
-import io
 import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
-from megatron_mixtral.data.corpus.files import GZIP, PARQUET, ZSTD, InputFile, cut_chunks
-from megatron_mixtral.data.corpus.readers import LineCounts, read_lines
+from megatron_mixtral.data.corpus.files import PARQUET, InputFile, cut_chunks
+from megatron_mixtral.data.corpus.readers import ROWS, LineCounts, read_lines, read_text
 from megatron_mixtral.errors import DataError
 
-BLOCK = 1 << 20  # characters
-ROWS = 256
 _MARK = re.compile(r"[ \t\r\n]*([\[,\]])[ \t\r\n]*")
 
 
-@dataclass
-class Lines:
-    """Lines of JSON lines that were read, and how many of them were blank."""
-
-    read: int = 0
-    blank: int = 0
-
-
-def read_file(file: InputFile, chunk_bytes: int, lines: Lines) -> Iterator[tuple[str, Any]]:
-    """(place, record) of each record: a line as bytes, or an array's element or a row as it is. `lines` adds up.
+def read_objects(file: InputFile, chunk_bytes: int, counts: LineCounts) -> Iterator[tuple[str, Any]]:
+    """(place, record) of each record: a line as bytes, or an array's element or a row as it is. Lines are counted.
 
     Raises `DataError` where the file cannot be read on.
     """
@@ -39,20 +26,17 @@ def read_file(file: InputFile, chunk_bytes: int, lines: Lines) -> Iterator[tuple
         for number, record in enumerate(_rows(file) if file.format == PARQUET else read_array(file), start=1):
             yield f"{file.path}, record {number}", record
         return
-    before = 0
+    here = LineCounts()
     for chunk in cut_chunks([file], chunk_bytes):
-        here = LineCounts()
         for line in read_lines(chunk, here):
-            yield f"{file.path}:{before + here.lines}", line
-        before += here.lines
-        lines.read, lines.blank = lines.read + here.lines, lines.blank + here.blank
+            yield f"{file.path}:{here.lines}", line
+    counts.add(here)
 
 
 def is_array(file: InputFile) -> bool:
     """Whether the first character of a file that is not white space opens an array."""
     try:
-        with _open(file) as stream:
-            return stream.read(4096).lstrip().startswith("[")
+        return next((text for text in read_text(file) if text), "").lstrip().startswith("[")
     except (UnicodeDecodeError, EOFError, zlib.error, OSError):
         return False  # read as lines, where the error is told with its place
 
@@ -61,10 +45,9 @@ def read_array(file: InputFile) -> Iterator[Any]:
     """The elements of the array. `DataError` for text that is no JSON array, which cannot be read past the error."""
     number = 0
     try:
-        with _open(file) as stream:
-            for element in _elements(stream):
-                number += 1
-                yield element
+        for element in _elements(read_text(file)):
+            number += 1
+            yield element
     except (ValueError, RecursionError, EOFError, zlib.error, OSError) as error:
         raise DataError(f"{file.path}: the JSON array cannot be read after record {number}: {error}.") from error
 
@@ -81,17 +64,7 @@ def _rows(file: InputFile) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file.path}: damaged Parquet data: {error}") from error
 
 
-def _open(file: InputFile) -> TextIO:
-    if file.format == ZSTD:
-        import zstandard
-
-        stream = zstandard.open(file.path, "rb")
-    else:
-        stream = (gzip.open if file.format == GZIP else open)(file.path, "rb")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
-
-
-def _elements(stream: TextIO) -> Iterator[Any]:
+def _elements(blocks: Iterator[str]) -> Iterator[Any]:
     """Raises ValueError where the text is no array."""
     decode = json.JSONDecoder().raw_decode
     text, position, allowed = "", 0, "["
@@ -99,9 +72,13 @@ def _elements(stream: TextIO) -> Iterator[Any]:
     def grow() -> bool:
         """Read on; at least as much as is held, so that a huge record is not parsed over and over."""
         nonlocal text, position
-        more = stream.read(max(BLOCK, len(text) - position))
-        text, position = text[position:] + more, 0
-        return bool(more)
+        pieces = [text[position:]]
+        left = len(pieces[0])
+        while left >= 0 and (block := next(blocks, None)) is not None:
+            pieces.append(block)
+            left -= len(block)
+        text, position = "".join(pieces), 0
+        return len(pieces) > 1
 
     while True:
         mark = _MARK.match(text, position)
@@ -110,7 +87,7 @@ def _elements(stream: TextIO) -> Iterator[Any]:
         if mark is None or mark[1] not in allowed:
             raise ValueError(f"expected one of {' '.join(allowed)} before {text[position : position + 40]!r}")
         if mark[1] == "]":
-            if text[mark.end() :] or stream.read(1):
+            if text[mark.end() :] or any(blocks):
                 raise ValueError(f"text after the end of the array: {text[mark.end() :][:40]!r}")
             return
         if allowed == "[" and text.startswith("]", mark.end()):

@@ -1,56 +1,53 @@
 """Part files, in the order of their chunks, to whole datasets; and what an earlier run had finished of them.
 
-`data/preprocess/run.py` opens one `Assembly` for a run, lets workers encode what is `unfinished`, and hands the
-results to
-`collect`. A finished part is appended to the dataset and removed as soon as everything before it is there, so the disk
-holds the output once. What a killed run had appended is recognized by the checksums of its parts.
+A run opens one `Assembly`, lets workers encode what is `unfinished`, and hands the results to `collect`. A finished
+part is appended to the dataset and removed as soon as everything before it is there, so the disk holds the output once.
+What a killed run had appended is recognized by the checksums of its parts.
 """
 
 import logging
 import os
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from megatron_mixtral.data.corpus.files import Chunk
-from megatron_mixtral.data.indexed.writer import IndexedWriter, PartSize, whole_parts
-from megatron_mixtral.data.preprocess.parts import FinishedParts
-from megatron_mixtral.data.preprocess.report import Account, Progress
-from megatron_mixtral.data.preprocess.sentences import SentenceRule
-from megatron_mixtral.data.preprocess.workers import ChunkResult, Job, PartPaths
+from megatron_mixtral.data.corpus import Chunk
+from megatron_mixtral.data.indexed import IndexedWriter, PartSize, whole_parts
+from megatron_mixtral.data.text.account import Progress, TextAccount
+from megatron_mixtral.data.text.parts import FinishedParts
+from megatron_mixtral.data.text.workers import ChunkEncoder, ChunkResult, PartPaths
 
 logger = logging.getLogger(__name__)
 
 
-def output_prefix(prefix: str, key: str, sentences: SentenceRule | None = None) -> str:
+def output_prefix(prefix: str, key: str) -> str:
     """Where the documents of one key go, without `.bin` and `.idx`; names as Megatron-LM's tool gives them."""
-    return f"{prefix}_{key}_{'sentence' if sentences else 'document'}"
+    return f"{prefix}_{key}_document"
 
 
 class Assembly:
     """The datasets of one run, one for each key, as they grow.
 
     Attributes: `unfinished` are the chunks that workers must encode, `pieces` the number of all chunks, `taken_up` the
-    number of those that an earlier run had finished, `account` the counts of all that is assembled.
+    number of those that an earlier run had finished, `account` the counts of all that is assembled, `writers` the data
+    sets.
     """
 
     def __init__(
-        self, chunks: Sequence[Chunk], job: Job, prefix: str, dtype: np.dtype, parts: FinishedParts, progress: Progress
+        self, chunks: Sequence[Chunk], work: ChunkEncoder, prefix: str, parts: FinishedParts, progress: Progress
     ) -> None:  # fmt: skip
-        self._chunks, self._job, self._parts, self._progress = chunks, job, parts, progress
-        self._dtype = dtype
-        self.account = Account(job.keys)
-        self._prefixes = [output_prefix(prefix, key, job.sentences) for key in job.keys]
+        self._chunks, self._work, self._parts, self._progress = chunks, work, parts, progress
+        self._dtype = work.encoder.dtype
+        self.account = TextAccount(keys=work.keys)
+        self._prefixes = [output_prefix(prefix, key) for key in work.keys]
         for chunk in chunks:
-            if chunk in parts and parts[chunk].bad and not job.skip_bad_lines:
+            if chunk in parts and parts[chunk].bad.shown and not work.skip_bad:
                 parts.forget(chunk)  # finished under --on-error skip; now its bad line must stop the run
         kept = self._whole_parts()
-        self._writers = [
-            IndexedWriter(prefix, dtype, job.scratch, job.sentences is not None, kept=self._sizes(number, kept))
+        self.writers = [
+            IndexedWriter(prefix, self._dtype, work.scratch, kept=self._sizes(number, kept))
             for number, prefix in enumerate(self._prefixes)
         ]
         for chunk in chunks[kept:]:
-            if chunk in parts and not parts.is_whole(chunk, job, dtype.itemsize):
+            if chunk in parts and not parts.is_whole(chunk, self._dtype.itemsize):
                 parts.forget(chunk)
         self.unfinished = [chunk for chunk in chunks if chunk not in parts]
         self.pieces, self.taken_up = len(chunks), len(chunks) - len(self.unfinished)
@@ -72,7 +69,7 @@ class Assembly:
         """
         failed: dict[str, ChunkResult] = {}
         for chunk, result in results:
-            if result.failed:
+            if result.bad.failed:
                 failed[chunk.name] = result
             else:
                 self._parts.add(chunk, result)
@@ -84,50 +81,42 @@ class Assembly:
     def finish(self, may_be_empty: bool) -> None:
         """Check the counts and write the indexes. Raises `DataError` where something does not add up."""
         self.account.check({
-            key: (writer.documents, writer.tokens) for key, writer in zip(self._job.keys, self._writers, strict=True)
+            key: (writer.documents, writer.tokens) for key, writer in zip(self._work.keys, self.writers, strict=True)
         })
-        for writer in self._writers:
+        for writer in self.writers:
             writer.finish(may_be_empty)
 
-    def publish(self) -> None:
-        """Give all files their final names."""
-        for writer in self._writers:
-            writer.publish()
-
     def close(self) -> None:
-        for writer in self._writers:
+        for writer in self.writers:
             writer.close()
 
     def _append_finished(self) -> None:
         while self._assembled < len(self._chunks) and (chunk := self._chunks[self._assembled]) in self._parts:
             self.account.add(chunk, self._parts[chunk])
-            for number, writer in enumerate(self._writers):
-                paths = PartPaths.of(self._job.scratch, chunk.name, number)
-                writer.add_part(paths.ids, paths.lengths, paths.splits if self._job.sentences else None)
+            for number, writer in enumerate(self.writers):
+                paths = PartPaths.of(self._work.scratch, chunk.name, number)
+                writer.add_part(paths.ids, paths.lengths)
             # The next run must find the part here or there, so it goes when the writer's buffer is with the system.
-            for writer in self._writers:
+            for writer in self.writers:
                 writer.flush()
             self._remove(chunk)
             self._assembled += 1
             self._progress.update(self.account, chunk)
 
     def _remove(self, chunk: Chunk) -> None:
-        for number in range(len(self._writers)):
-            paths = PartPaths.of(self._job.scratch, chunk.name, number)
-            for path in (paths.ids, paths.lengths, *([paths.splits] if self._job.sentences else [])):
+        for number in range(len(self.writers)):
+            paths = PartPaths.of(self._work.scratch, chunk.name, number)
+            for path in (paths.ids, paths.lengths):
                 if os.path.exists(path):
                     os.unlink(path)
 
     def _sizes(self, key_number: int, count: int) -> list[PartSize]:
         """What the first `count` chunks add to the dataset of one key."""
-        sizes = []
-        for chunk in self._chunks[:count]:
-            result = self._parts[chunk]
-            counts = result.keys[key_number]
-            sizes.append(
-                PartSize(counts.tokens, counts.sequences, counts.documents, result.checksums[key_number])
-            )
-        return sizes
+        results = [self._parts[chunk] for chunk in self._chunks[:count]]
+        return [
+            PartSize(result.keys[key_number].tokens, result.keys[key_number].documents, result.checksums[key_number])
+            for result in results
+        ]
 
     def _whole_parts(self) -> int:
         """How many of the first chunks an earlier run has appended to every dataset."""
@@ -135,11 +124,8 @@ class Assembly:
         while finished < len(self._chunks) and self._chunks[finished] in self._parts:
             finished += 1
         for number, prefix in enumerate(self._prefixes):
-            splits = self._job.sentences is not None
-            finished = min(
-                finished,
-                whole_parts(prefix, self._dtype, self._job.scratch, splits, self._sizes(number, finished)),
-            )
+            sizes = self._sizes(number, finished)
+            finished = min(finished, whole_parts(prefix, self._dtype, self._work.scratch, sizes))
         return finished
 
     def _log_resumption(self) -> None:

@@ -1,0 +1,72 @@
+"""The report beside a data set: what is in it, and all that is needed to make it again. Written last, as JSON."""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import megatron_mixtral
+from megatron_mixtral import disk
+from megatron_mixtral.errors import DataError
+from megatron_mixtral.tokenizer import Tokenizer
+
+REPORT_SUFFIX = ".report.json"  # never an input
+
+
+class Publisher(Protocol):
+    """A data set that is whole, under a temporary name (`IndexedWriter`)."""
+
+    def publish(self) -> None:
+        """Give the files their final names."""
+
+
+def publish(data_sets: Sequence[Publisher], prefix: str, report: dict[str, Any]) -> None:
+    """Give all data sets of a run their final names; the report, which says that all of them are new, comes last."""
+    path = Path(prefix + REPORT_SUFFIX)
+    path.unlink(missing_ok=True)
+    for one in data_sets:
+        one.publish()
+    disk.write_whole(path, json.dumps(report, indent=2) + "\n")
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a report says of a tokenizer."""
+    names = ("name", "path", "sha256", "vocab_size", "bos_id", "eos_id")
+    return {name: getattr(tokenizer, name) for name in names} | {"path": str(tokenizer.path)}
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that can change an id."""
+    found = {"megatron_mixtral": megatron_mixtral.__version__, "python": platform.python_version()}
+    for name in ("numpy", "sentencepiece", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def find_report(dataset: str) -> dict[str, Any] | None:
+    """The report of the run that wrote a dataset (a prefix), or None. It lies beside it, one for all keys of a run.
+
+    Raises `DataError` for a report that cannot be read.
+    """
+    prefix = Path(dataset.removesuffix(".bin").removesuffix(".idx"))
+    candidates = [prefix.with_name(prefix.name + REPORT_SUFFIX), *sorted(prefix.parent.glob("*" + REPORT_SUFFIX))]
+    for path in candidates:
+        stem = path.name.removesuffix(REPORT_SUFFIX)
+        if not path.is_file() or not (prefix.name == stem or prefix.name.startswith(stem + "_")):
+            continue
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if "merged" in report:
+                names = {stem}
+            else:
+                names = {Path(counts["output"]).name for counts in report["keys"].values()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a report of preprocessing: {error!r}. Remove it.") from error
+        if prefix.name in names:
+            return report
+    return None
