@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.rules import EMBEDDING, OUTPUT, RULES, HFTensor, Shape, WeightRule, collapse, hf_tensors
 
@@ -158,14 +159,6 @@ def check_complete(plans: Iterable[ShardPlan], config: MixtralConfig) -> None:
             at = start + length
         if at != size:
             raise CheckpointError(f"{name}: the layout's shards cover {at} of {size} units")
-
-
-def human_size(count: int) -> str:
-    """Bytes in decimal units, as disks are sold."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:.0f} {unit}"
-    return f"{count} bytes"
 
 
 def describe(plans: Iterable[ShardPlan], bytes_per_element: int = 2) -> str:

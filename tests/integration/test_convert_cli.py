@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import assert_same_weights, random_hf_directory, tiny_hf_mixtral
+from megatron_mixtral.weights.preview import own_memory
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.weights.plan import human_size
-from megatron_mixtral.weights.preview import own_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = MixtralConfig(vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=8,

@@ -14,11 +14,12 @@ from helpers.models import TINY, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.weights import cli
-from megatron_mixtral.weights.convert import compare, convert, open_source
+from megatron_mixtral.weights.conversion import compare, convert
 from megatron_mixtral.weights.formats.dist_sink import DistSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 from megatron_mixtral.weights.inspection import inspect
+from megatron_mixtral.weights.opening import open_source
 from megatron_mixtral.weights.rules import hf_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +33,8 @@ def hf(tmp_path_factory) -> Path:
 def test_every_format_is_known(hf, tmp_path):
     source = HFSource(hf)
     count = len(hf_tensors(source.config))
-    convert(source, RankDirSink(tmp_path / "mg", source.config, ParallelLayout(tp=2, pp=2)), verify=True)
-    convert(source, DistSink(tmp_path / "dist", source.config), verify=True)
+    convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=2, pp=2)), verify=True)
+    convert(source, DistSink(tmp_path / "dist"), verify=True)
     for directory, words in ((hf, "Hugging Face, whole"), (tmp_path / "mg", "layout: tp2-pp2-ep1"),
                              (tmp_path / "dist", "(torch_dist), whole")):
         said = str(inspect(directory, deep=True))
@@ -44,7 +45,7 @@ def test_every_format_is_known(hf, tmp_path):
 
 def test_the_program_says_what_is_wrong(hf, tmp_path):
     source = HFSource(hf)
-    convert(source, RankDirSink(tmp_path / "mg", source.config, ParallelLayout(tp=2)), verify=True)
+    convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=2)), verify=True)
     path = tmp_path / "mg/release/mp_rank_01/model_optim_rng.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4  # in the middle of some tensor: only its checksum can tell

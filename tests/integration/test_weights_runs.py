@@ -8,18 +8,19 @@ import torch
 from helpers import datasets
 from helpers.models import assert_same_weights, tiny_hf_mixtral
 from helpers.program import Outcome, pretrain
+from megatron_mixtral.weights.formats.run_state import run_state
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import streaming
 from megatron_mixtral.weights.cli import util
-from megatron_mixtral.weights.convert import convert, open_source
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.formats.dist_metadata import read_contents
 from megatron_mixtral.weights.formats.dist_sink import DistSink
 from megatron_mixtral.weights.formats.dist_source import DistSource
-from megatron_mixtral.weights.formats.run_state import run_state
 from megatron_mixtral.weights.formats.saved_args import saved_arguments
 from megatron_mixtral.weights.inspection import inspect
+from megatron_mixtral.weights.opening import open_source
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2",
           "--expert-tensor-parallel-size", "1"]
@@ -106,7 +107,7 @@ def test_a_state_is_named_when_it_is_left_behind(middle, tmp_path) -> None:
         assert (tmp_path / "mg" / "latest_checkpointed_iteration.txt").read_text() == "release"
     source = open_source(middle)
     assert isinstance(source, DistSource)
-    report = convert(source, DistSink(tmp_path / "weights", source.config))
+    report = convert(source, DistSink(tmp_path / "weights"))
     assert report.carried == [] and report.left_behind == source.left_behind
 
 
@@ -152,7 +153,7 @@ def test_the_engines_own_norm_key_is_given_the_converters(middle, tmp_path) -> N
     ours, theirs = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
     for key in [key for key in source.contents.tensors if key.endswith(ours)]:
         source.contents.tensors[key.removesuffix(ours) + theirs] = source.contents.tensors.pop(key)
-    convert(source, DistSink(tmp_path / "mg", source.config, run=run_state(source)))
+    convert(source, DistSink(tmp_path / "mg", run=run_state(source)))
     written = read_contents(tmp_path / "mg" / "iter_0000002").tensors
     for prefix in ("", "optimizer.state.exp_avg_sq."):
         assert written[f"{prefix}decoder.layers.{ours}"] == written[f"{prefix}decoder.layers.{theirs}"]

@@ -16,11 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 1 after one message on the standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(cli.megatron_to_hf(argv))
+        return cli.megatron_to_hf(sys.argv[1:] if argv is None else argv)
     except MixtralError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

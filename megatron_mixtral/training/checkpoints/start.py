@@ -9,9 +9,7 @@ import torch
 
 from megatron_mixtral.config import CONFIG_FILE, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.plan import ShardPlan
-from megatron_mixtral.weights.protocols import assemble
+from megatron_mixtral.weights import HFSource, ShardPlan, assemble
 
 logger = logging.getLogger(__name__)
 

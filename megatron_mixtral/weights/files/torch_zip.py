@@ -8,21 +8,18 @@ import io
 import mmap
 import struct
 import zipfile
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy
-
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS, OTHER_STORAGES
-from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, Record, unpickle
-from megatron_mixtral.weights.files.mapped import MappedFile
+from megatron_mixtral.weights.files.file_layout import LABEL
+from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, unpickle
+from megatron_mixtral.weights.files.mapped import MappedFile, Stored
 
 _LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # of a zip entry: signature, flags, ... length of name and of extra field
 _ZIP, _DESCRIPTOR, _DESCRIBED = b"PK\x03\x04", b"PK\x07\x08", 8  # flag: size and CRC are behind the data
 MOST_PICKLE = 1 << 28  # bytes of data.pkl; a checkpoint's has a few hundred thousand
-LABEL = "@"  # in the name of an archive's folder: `dist_sink` writes KEY@OFFSETS there
 STORAGES = {kind.storage: kind for kind in FLOATS.values()}
 
 # What the engine's checkpoints contain beside tensors, containers and plain values: the list of
@@ -66,18 +63,6 @@ class Window(io.RawIOBase):
         buffer[:count] = self.data[start:start + count]
         self._at += count
         return count
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of an archive: bit patterns over the mapped file, and torch's name of their type.
-
-    `data` is None for types that are no weights (random states, counters); they are not looked at.
-    """
-
-    data: numpy.ndarray | None
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class _Storage:
@@ -162,7 +147,8 @@ class _Reader:
         return unpickle(self.pickle, where, "weights have", ALLOWED, known, _Storage)
 
 
-def load(file: MappedFile, where: str, offset: int = 0, length: int | None = None, label: str | None = None) -> Any:
+def load_torch(file: MappedFile, where: str, offset: int = 0, length: int | None = None,
+               label: str | None = None) -> Any:
     """The object of the archive in bytes [offset, offset + length) of a file, its tensors as `Stored`.
 
     With `label`, an archive that is labelled (`LABEL`) must be labelled so.
@@ -179,6 +165,3 @@ def load(file: MappedFile, where: str, offset: int = 0, length: int | None = Non
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *UNPICKLING_ERRORS) as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{where} is not a whole torch file: {text}") from None
-
-
-__all__ = ["Record", "Stored", "Window", "load"]

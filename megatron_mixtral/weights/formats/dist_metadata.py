@@ -6,11 +6,12 @@ belong there to inert records and refuses every other global by name.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, TypeRecord, unpickle
+from megatron_mixtral.weights.files import Region, inert_pickle
+from megatron_mixtral.weights.formats.directory import file_beside
 from megatron_mixtral.weights.rules import Shape, dist_names
 
 METADATA_FILE = ".metadata"
@@ -29,15 +30,6 @@ _RECORDS = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where an entry lies: bytes [offset, offset + length) of a file."""
-
-    file: Path
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ def read_contents(directory: Path) -> Contents:
     """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""
     path = directory / METADATA_FILE
     try:
-        metadata = unpickle(path.read_bytes(), str(path), "a checkpoint's metadata has", _RECORDS)
+        metadata = inert_pickle.unpickle(path.read_bytes(), str(path), "a checkpoint's metadata has", _RECORDS)
         regions = {(index.fqn, _offset(index)): info for index, info in metadata.storage_data.items()}
         entries = dict(metadata.state_dict_metadata)
         tensors, objects = {}, {}
@@ -79,7 +71,7 @@ def read_contents(directory: Path) -> Contents:
                 tensors[key] = _tensor(key, entry, regions, directory)
             else:
                 objects[key] = _region(key, regions[key, None], directory)
-    except UNPICKLING_ERRORS as error:
+    except inert_pickle.UNPICKLING_ERRORS as error:
         raise CheckpointError(f"{path} cannot be read as the metadata of a distributed checkpoint: "
                               f"{type(error).__name__} {error}") from None
     _check_apart(path, tensors)
@@ -114,7 +106,7 @@ def _tensor(key: str, entry: Any, regions: dict[tuple[str, Shape | None], Any], 
         chunks.append(StoredChunk(offsets, tuple(chunk.sizes), _region(key, regions[key, offsets], directory)))
     properties = entry.properties
     dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
-    if not isinstance(dtype, TypeRecord):
+    if not isinstance(dtype, inert_pickle.TypeRecord):
         raise CheckpointError(f"{directory / METADATA_FILE}: {key} has no type")
     return StoredTensor(tuple(entry.size), str(dtype), tuple(chunks))
 
@@ -127,13 +119,7 @@ def _check_inside(where: str, whole: Shape, offsets: Shape, sizes: Shape) -> Non
 
 
 def _region(key: str, info: Any, directory: Path) -> Region:
-    name = info.relative_path
-    if not isinstance(name, str) or PurePath(name).name != name:
-        raise CheckpointError(f"{directory / METADATA_FILE}: {key} points to {name!r}, expected a file name in the "
-                              "same folder")
-    path = directory / name
-    if not path.is_file():
-        raise CheckpointError(f"{directory / METADATA_FILE}: {key} is in {name}, which does not exist")
+    path = file_beside(directory, info.relative_path, f"{directory / METADATA_FILE}: {key}")
     if getattr(info, "transform_descriptors", None):
         raise CheckpointError(f"{path}: {key} is stored with transforms {info.transform_descriptors}, which are not "
                               "supported")

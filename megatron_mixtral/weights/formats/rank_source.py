@@ -1,8 +1,6 @@
 """Reading rank directories: the engine's `--ckpt-format torch`, one `model_optim_rng.pt` for each shard.
 
-    DIR/latest_checkpointed_iteration.txt         "release" for converted weights, else an iteration number
-    DIR/release/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt      _PPP only with pp > 1, _EEE only with ep > 1
-    DIR/mixtral_config.json
+    DIR/ITERATION/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt      _PPP only with pp > 1, _EEE only with ep > 1
 
 `mp_rank_00_001` may mean pp 1 or ep 1, so the layout is taken from the `args` that every file holds, never guessed.
 Names as in `megatron.training.checkpointing.get_checkpoint_name`. `rank_sink` writes such directories.
@@ -15,18 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from megatron_mixtral.config import CONFIG_FILE, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import Coord, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.engine_args import config_from_args, layout_from_args
-from megatron_mixtral.weights.files.mapped import MappedFile
-from megatron_mixtral.weights.files.torch_zip import Stored, load
-from megatron_mixtral.weights.formats.hf_source import companions_of
+from megatron_mixtral.weights.files import MappedFile, Stored, load_torch
+from megatron_mixtral.weights.formats.directory import companions_of, identity, iteration_directory
 from megatron_mixtral.weights.formats.legacy_names import today
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete
-from megatron_mixtral.weights.protocols import Fragment, tiled
-from megatron_mixtral.weights.rules import HFTensor, Shape, collapse
+from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
+from megatron_mixtral.weights.rules import EMBEDDING, HFTensor, Shape, collapse
 
-TRACKER = "latest_checkpointed_iteration.txt"
 FILE_NAME = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
 LABEL = "megatron_mixtral"  # our own entry in a rank file: the coordinate it belongs to
@@ -61,20 +57,6 @@ def rank_names(layout: ParallelLayout) -> dict[Coord, str]:
     return names
 
 
-def iteration_directory(directory: Path) -> tuple[Path, Path]:
-    """(checkpoint directory, directory of the iteration it points to). An iteration's directory may be given itself."""
-    tracker = directory / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not text.isdecimal():
-            raise CheckpointError(f"{tracker}: expected 'release' or an iteration number, found {text[:40]!r}")
-        found = directory / (text if text == "release" else f"iter_{int(text):07d}")
-        if not found.is_dir():
-            raise CheckpointError(f"{tracker} says {text}, but {found} does not exist")
-        return directory, found
-    return directory.parent, directory
-
-
 class RankDirSource:
     """A checkpoint in rank directories, of any layout that `ParallelLayout` can say.
 
@@ -92,10 +74,7 @@ class RankDirSource:
         if args is None:
             raise CheckpointError(f"{first}: has no args, so its layout is not known")
         self.args, self.layout = args, layout_from_args(args, str(first))
-        if (self.root / CONFIG_FILE).exists():
-            self.config = MixtralConfig.from_checkpoint(self.root)
-        else:
-            self.config = config_from_args(args, str(first))
+        self.config = identity(self.root) or config_from_args(args, str(first))
         try:
             self.layout.validate(self.config)
             self._names = rank_names(self.layout)
@@ -109,9 +88,14 @@ class RankDirSource:
         if (first.parent / OPTIMIZER_FILE).exists():
             self.left_behind.append(OPTIMIZER_FILE)
 
+    @staticmethod
+    def found_in(iteration: Path) -> bool:
+        """Whether an iteration's directory holds rank directories."""
+        return any(iteration.glob("mp_rank_*"))
+
     def _first_file(self) -> Path:
-        names = [rank_name(Coord(), pipeline, expert) for pipeline in (False, True) for expert in (False, True)]
-        found = [self.where / name / FILE_NAME for name in dict.fromkeys(names)]
+        found = [self.where / rank_name(Coord(), pipeline, expert) / FILE_NAME
+                 for pipeline in (False, True) for expert in (False, True)]
         existing = [path for path in found if path.is_file()]
         if not existing:
             looked = ", ".join(path.parent.name for path in found)
@@ -122,13 +106,13 @@ class RankDirSource:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
         self._maps.append(MappedFile(path))
-        contents = load(self._maps[-1], str(path))
+        contents = load_torch(self._maps[-1], str(path))
         if not isinstance(contents, dict):
             raise CheckpointError(f"{path}: expected a dictionary, found {type(contents).__name__}")
         return contents
 
     def _padded_vocab(self, contents: dict[str, Any], first: Path) -> int:
-        name = "embedding.word_embeddings.weight"
+        name = EMBEDDING.megatron
         weight = self._model(contents, Coord(), 0, first).get(name)
         if not isinstance(weight, Stored) or len(weight.shape) != 2:
             raise CheckpointError(f"{first}: {name} is missing")
@@ -252,11 +236,6 @@ class RankDirSource:
 
 def _narrowed(view: Shape, dim: int, length: int) -> Shape:
     return (*view[:dim], length, *view[dim + 1:])
-
-
-def narrow(data: numpy.ndarray, dim: int, start: int, length: int) -> numpy.ndarray:
-    """The interval [start, start + length) of a dim, as a view."""
-    return data[(slice(None),) * dim + (slice(start, start + length),)]
 
 
 def same_bits(one: numpy.ndarray, other: numpy.ndarray) -> bool:

@@ -9,7 +9,7 @@ from helpers.models import TINY, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.convert import convert
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.engine_args import make_args
 from megatron_mixtral.weights.formats.dist_sink import DistSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
@@ -30,8 +30,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> HFSource:
 
 
 def test_both_forms_carry_them(source: HFSource, tmp_path: Path) -> None:
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
-    convert(source, DistSink(tmp_path / "dist", source.config))
+    convert(source, RankDirSink(tmp_path / "ranks", PP2))
+    convert(source, DistSink(tmp_path / "dist"))
     for form, now in (("ranks", run(PP2)), ("dist", Namespace())):
         found = saved_arguments(tmp_path / form / "release", now)
         assert found is not None and found.num_layers == source.config.num_hidden_layers
@@ -44,13 +44,13 @@ def test_both_forms_carry_them(source: HFSource, tmp_path: Path) -> None:
 ])
 def test_rank_directories_of_another_layout_are_refused(source: HFSource, tmp_path: Path, layout: ParallelLayout,
                                                         words: str) -> None:
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
+    convert(source, RankDirSink(tmp_path / "ranks", PP2))
     with pytest.raises(CheckpointError, match=words):
         saved_arguments(tmp_path / "ranks/release", run(layout))
 
 
 def test_a_missing_rank_directory_is_named(source: HFSource, tmp_path: Path) -> None:
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
+    convert(source, RankDirSink(tmp_path / "ranks", PP2))
     (tmp_path / "ranks/release/mp_rank_00_001_001/model_optim_rng.pt").unlink()
     with pytest.raises(CheckpointError, match=r"mp_rank_00_001_001/model_optim_rng.pt is missing"):
         saved_arguments(tmp_path / "ranks/release", run(PP2))
