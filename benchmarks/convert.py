@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_mixtral.config import MixtralConfig  # noqa: E402
-from megatron_mixtral.weights.rules import hf_tensors  # noqa: E402
+from megatron_mixtral.weights import hf_tensors  # noqa: E402
 
 TRANSFORMERS = ("import sys, torch; from transformers import MixtralForCausalLM as M; "
                 "M.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])")

@@ -93,7 +93,8 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
         raise CheckpointError(f"{sink.target} holds the source {source.where}; choose another target")
     name = type_name(dtype)
     output = _plan(source, sink, name)
-    companions = _unique([*companions, *output.companions, *source.companions()])
+    found = [*companions, *output.companions, *source.companions()]
+    companions = list({path.name: path for path in reversed(found)}.values())  # the first of each name
     report = Report(source.where, sink.target, files=list(output.files), carried=list(output.carried),
                     tensors=sum(layout.tensors for layout in output.files.values()),
                     bytes=sum(layout.moved for layout in output.files.values()),
@@ -103,7 +104,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     with atomic.staged(sink.target, sink.replace, resume=resume) as stage:
         stage.begin(_fingerprint(source, output))
         _write_all(stage, output, source, report, jobs, check_finite, progress)
-        _write_beside(stage.root, output, companions)
+        write_beside(stage.root, output, companions)
         if verify:
             report.checksums = compare(source, open_source(stage.root), name, jobs)
             _compare_copied(stage.root, output)
@@ -126,8 +127,8 @@ def preview(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     lines = [f"{source.where} -> {sink.target}"]
     lines += [f"{path}: {layout.tensors} tensors, {human_size(layout.size)}" for path, layout in output.files.items()]
     lines += [
-        f"{len(output.files)} files, {tensors} tensors, {human_size(output.size + copied)} with {human_size(copied)} of "
-        f"other files; {human_size(free_space(sink.target))} free there",
+        f"{len(output.files)} files, {tensors} tensors, {human_size(output.size + copied)} with {human_size(copied)} "
+        f"of other files; {human_size(free_space(sink.target))} free there",
         f"{threads} thread(s), about {human_size(own_memory(threads, name is not None))} of memory, and up to "
         f"{human_size(threads * writer.RELEASE)} of the source mapped at a time",
     ]
@@ -166,7 +167,7 @@ def _write_all(stage: atomic.Stage, output: Output, source: TensorSource, report
         report.not_finite = [f"{path}: {name}" for path in output.files for name in not_finite[path]]
 
 
-def _write_beside(root: Path, output: Output, companions: Iterable[Path]) -> None:
+def write_beside(root: Path, output: Output, companions: Iterable[Path]) -> None:
     """Write the small files and copy the companions; a companion does not replace a file of the plan."""
     for name, contents in output.beside.items():
         (root / name).write_bytes(contents)
@@ -219,11 +220,3 @@ def _fingerprint(source: TensorSource, output: Output) -> str:
             digest.update(placed.before + placed.after(0))
         digest.update(layout.end([0] * len(layout.placed)))
     return digest.hexdigest()
-
-
-def _unique(paths: Iterable[Path]) -> list[Path]:
-    """The first of each file name."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        found.setdefault(path.name, path)
-    return list(found.values())

@@ -1,4 +1,4 @@
-"""The two ends of a conversion by name: `open_source` finds out what a directory is, `open_sink` is told what to make."""
+"""The two ends of a conversion: `open_source` finds out what a directory is, `open_sink` is told what to make."""
 
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def open_sink(path: str | Path, format: str = "huggingface", layout: ParallelLay
     """The sink for a directory to be written: "huggingface", "torch" (rank directories) or "torch_dist".
 
     `layout` (default: one device) is that of Megatron's formats, and `vocab_divisible_by` their padding; `template` and
-    `max_shard_size` are Hugging Face's, see `HFSink`; `carry_state` is of "torch_dist", see `DistSink`. `replace` allows
-    a directory that is not empty. Nothing is written before `convert`.
+    `max_shard_size` are Hugging Face's, see `HFSink`; `carry_state` is of "torch_dist", see `DistSink`. `replace`
+    allows a directory that is not empty. Nothing is written before `convert`.
     """
     if format == "huggingface":
         return HFSink(path, template=template, max_shard_size=max_shard_size, replace=replace)

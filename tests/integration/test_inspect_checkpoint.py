@@ -82,10 +82,10 @@ def test_killed_at_random_moments(tmp_path, kills):
                  "--overwrite", "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "4"]
     code = ("import sys; from megatron_mixtral.weights import cli, convert; "
             "import megatron_mixtral.weights.formats.rank_sink; print('go', flush=True); "
-            "cli.util(sys.argv[1:])")
+            "cli.convert(sys.argv[1:])")
     draw, unfinished = random.Random(3), 0
     started = time.monotonic()
-    cli.util(arguments)
+    cli.convert(arguments)
     longest = 1.2 * (time.monotonic() - started)
     for number in range(kills):
         if number % 2:
@@ -100,7 +100,7 @@ def test_killed_at_random_moments(tmp_path, kills):
         unfinished += partial.exists()
         assert not partial.exists() or not whole_and_right(partial, source)
         assert not target.exists() or whole_and_right(target, source)
-        cli.util([*arguments, "--resume"] if number % 4 < 2 else arguments)
+        cli.convert([*arguments, "--resume"] if number % 4 < 2 else arguments)
         assert whole_and_right(target, source) and inspect(target, deep=True).checksums
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mg"]
     assert unfinished >= kills // 4, "the kills came too early or too late"

@@ -1,6 +1,6 @@
 """Writing a directory so that it is either whole or not there: a temporary name beside it, fsync, rename.
 
-Every conversion writes through `staged`. A killed conversion leaves only a hidden `.NAME.partial`, which nothing reads as a
+Every conversion writes through `staged`. A killed one leaves only a hidden `.NAME.partial`, which nothing reads as a
 checkpoint and which the next start removes, or takes up where it can.
 """
 

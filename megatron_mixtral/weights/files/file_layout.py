@@ -1,7 +1,7 @@
 """Planning output files before a byte of them is written: where everything goes, and the bytes around it.
 
-A `FileLayout` is a whole file laid out: its size, the place of each payload and the bytes around it, and a function that
-gives the last bytes once the payloads' checksums are known. `torch_archive` lays out what `torch.save` would have
+A `FileLayout` is a whole file laid out: its size, the place of each payload and the bytes around it, and a function
+that gives the last bytes once the payloads' checksums are known. `torch_archive` lays out what `torch.save` would have
 written: an uncompressed zip, storages aligned to 64 bytes. Format: PKWARE's APPNOTE (with zip64 where offsets need it),
 and `torch.serialization._save` for the entries.
 

@@ -19,7 +19,7 @@ class Global:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that it can be a dictionary's key
 class Call:
     """`function(*arguments)`, then with `state` given its `__setstate__` (or `__dict__.update`)."""
 

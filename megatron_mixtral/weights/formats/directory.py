@@ -77,7 +77,8 @@ def identity(directory: Path) -> MixtralConfig | None:
 
 def identity_files(config: MixtralConfig, iteration: int | None = None) -> dict[str, bytes]:
     """The files, by name, that make a directory with one iteration a checkpoint (of converted weights, for None)."""
-    return {CONFIG_FILE: config.to_json().encode(), TRACKER: (RELEASE if iteration is None else str(iteration)).encode()}
+    tracker = RELEASE if iteration is None else str(iteration)
+    return {CONFIG_FILE: config.to_json().encode(), TRACKER: tracker.encode()}
 
 
 def companions_of(directory: Path) -> list[Path]:

@@ -4,9 +4,8 @@
 
 Every tensor is stored whole for each layer (and expert): one chunk of the global tensor, a `torch.save` archive of its
 own inside a .distcp file. The engine's reader takes from it what a rank of any layout needs. It is listed under every
-key that a layer specification of the engine asks for, though stored once. The `.metadata` pickle
-names classes of `torch.distributed.checkpoint` without importing them. `dist_source` reads such directories; formats as
-there, and what `GPTModel.sharded_state_dict` of megatron-core 0.19 asks for.
+key that a layer specification of the engine asks for, though stored once. `dist_source` reads such directories; formats
+as there, and what `GPTModel.sharded_state_dict` of megatron-core 0.19 asks for.
 
 What a run keeps beside the weights is taken over from its distributed checkpoint (`RunState`): the optimizer's tensors,
 the counters and the arguments, the states of schedule, data and random numbers are copied as they are stored. Every
@@ -17,16 +16,24 @@ converted checkpoint as from the original.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.engine_args import make_args
-from megatron_mixtral.weights.files import Region, file_layout, pickle_writer
+from megatron_mixtral.weights.files import Region, file_layout
 from megatron_mixtral.weights.formats.directory import identity_files, iteration_of, name_of
-from megatron_mixtral.weights.formats.dist_metadata import COMMON, COMMON_FILE, METADATA_FILE, StoredTensor
+from megatron_mixtral.weights.formats.dist_metadata import (
+    COMMON,
+    COMMON_FILE,
+    METADATA_FILE,
+    Contents,
+    StoredChunk,
+    StoredTensor,
+    contents_bytes,
+)
 from megatron_mixtral.weights.formats.dist_source import STATE_PREFIXES, DistSource, state_names
 from megatron_mixtral.weights.formats.rank_sink import main_type
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete, padded_vocabulary
@@ -37,7 +44,6 @@ from megatron_mixtral.weights.streaming import payload
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
 FILE_BYTES, MOST_FILES = 1 << 28, 16  # files are written, and can be read, side by side
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
-_METADATA = "torch.distributed.checkpoint.metadata"
 _BY_LAYER = re.compile(r"decoder\.layers\.\d+\.")
 
 
@@ -65,20 +71,22 @@ class DistSink:
         check_complete([plan], config)
         tensors = [(tensor, payload(tensor, source, dtypes, _box(tensor, config)[1])) for tensor in plan.tensors()
                    if run is None or not tensor.rule.padded]
-        index, files = _Index(), list[file_layout.FileLayout]()
+        iteration = None if run is None else run.iteration
+        folder, written, files = name_of(iteration), Contents({}, {}), dict[str, file_layout.FileLayout]()
+
+        def next_path() -> Path:
+            return Path(folder, f"__{len(files)}_0.distcp")
+
         for group in _shares([(one, one[1].size) for one in tensors]):
             common = None if files or run is not None else self._common(config, rows, dtypes)
-            files.append(_weights(index, f"__{len(files)}_0.distcp", group, config, common))
+            files[next_path().as_posix()] = _weights(written, next_path(), group, config, common)
         for keys in _shares([] if run is None else run.sizes()):
-            files.append(_copies(index, f"__{len(files)}_0.distcp", run, keys))
-        folder = name_of(None if run is None else run.iteration)
-        beside = {f"{folder}/{METADATA_FILE}": pickle_writer.dumps(index.metadata()),
-                  f"{folder}/metadata.json": json.dumps(CONFIG).encode(),
-                  **identity_files(config, None if run is None else run.iteration)}
+            files[next_path().as_posix()] = _copies(written, next_path(), run.contents, keys)
+        beside = {f"{folder}/{METADATA_FILE}": contents_bytes(written),
+                  f"{folder}/metadata.json": json.dumps(CONFIG).encode(), **identity_files(config, iteration)}
         if run is not None and run.common_file is not None:
             beside[f"{folder}/{COMMON_FILE}"] = run.common_file.read_bytes()
-        return Output({f"{folder}/__{number}_0.distcp": file for number, file in enumerate(files)}, beside,
-                      carried=() if run is None else run.names)
+        return Output(files, beside, carried=() if run is None else run.names)
 
     def _check_unchanged(self, source: TensorSource, dtypes: dict[str, str], run: "RunState", rows: int) -> None:
         """Raise `ConfigError` for a cast or a padding that the optimizer's state would not go with."""
@@ -96,34 +104,38 @@ class DistSink:
                 "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}}
 
 
-def _weights(index: "_Index", name: str, tensors: Sequence[tuple[TensorSlice, file_layout.Payload]],
+def _weights(written: Contents, path: Path, tensors: Sequence[tuple[TensorSlice, file_layout.Payload]],
              config: MixtralConfig, common: dict[str, Any] | None) -> file_layout.FileLayout:
-    """A .distcp file of weights, with the common state behind them where it is given."""
+    """A .distcp file of weights, with the common state behind them where it is given; noted in `written`."""
     file = file_layout.Joined()
+
+    def add(contents: Any, key: str, offsets: Shape) -> Region:
+        return Region(path, *file.archive(contents, file_layout.label_of(key, offsets)))
+
     for tensor, one in tensors:
         key = tensor.rule.dist_keys[0]
         offsets, sizes, whole = _box(tensor, config)
-        index.tensors.setdefault(key, (whole, one.dtype, []))[2].append((offsets, sizes))
-        index.regions.append((key, offsets, name, *file.archive(one, file_layout.label_of(key, offsets))))
+        before = written.tensors.get(key, StoredTensor(whole, one.dtype, ()))
+        chunk = StoredChunk(offsets, sizes, add(one, key, offsets))
+        written.tensors[key] = replace(before, chunks=(*before.chunks, chunk))
         if tensor.rule.owner == "layer" and tensor.rule.extra_state:
             empty = _extra_state(key, offsets, whole)
-            index.regions.append((empty, None, name, *file.archive([None], file_layout.label_of(empty, ()))))
+            written.objects[empty] = add([None], empty, ())
     if common is not None:
-        index.regions.append((COMMON, None, name, *file.archive([common], file_layout.label_of(COMMON, ()))))
+        written.objects[COMMON] = add([common], COMMON, ())
     return file.layout()
 
 
-def _copies(index: "_Index", name: str, run: "RunState", keys: Sequence[str]) -> file_layout.FileLayout:
-    """A .distcp file of what is taken over: the archives of the source, one behind the other."""
+def _copies(written: Contents, path: Path, state: Contents, keys: Sequence[str]) -> file_layout.FileLayout:
+    """A .distcp file of what is taken over: the archives of the source, one behind the other; noted in `written`."""
     file = file_layout.Joined()
     for key in keys:
-        if key in run.objects:
-            index.regions.append((key, None, name, *file.copy(key, run.objects[key])))
-            continue
-        stored = run.tensors[key]
-        index.tensors[key] = (stored.size, stored.dtype, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks])
-        for chunk in stored.chunks:
-            index.regions.append((key, chunk.offsets, name, *file.copy(key, chunk.region)))
+        if key in state.objects:
+            written.objects[key] = Region(path, *file.copy(key, state.objects[key]))
+        else:
+            written.tensors[key] = replace(state.tensors[key], chunks=tuple(
+                replace(chunk, region=Region(path, *file.copy(key, chunk.region)))
+                for chunk in state.tensors[key].chunks))
     return file.layout()
 
 
@@ -138,61 +150,33 @@ def _box(tensor: TensorSlice, config: MixtralConfig) -> tuple[Shape, Shape, Shap
             (*(count for _, count in lead), *tensor.shape))
 
 
-@dataclass
-class _Index:
-    """What files hold, noted while they are planned, for the metadata."""
-
-    # Key -> (global shape, type, (offsets, sizes) of each chunk)
-    tensors: dict[str, tuple[Shape, str, list[tuple[Shape, Shape]]]] = field(default_factory=dict)
-    # Key, offsets (None: an object), file, offset and length in it
-    regions: list[tuple[str, Shape | None, str, int, int]] = field(default_factory=list)
-
-    def metadata(self) -> pickle_writer.Call:
-        """The pickle's contents."""
-        entries: dict[str, Any] = {}
-        for key, (whole, kind, chunks) in self.tensors.items():
-            properties = pickle_writer.Call(pickle_writer.Global(_METADATA, "TensorProperties"), (), new=True, state=(
-                pickle_writer.Global("torch", kind), pickle_writer.Call(pickle_writer.Global("torch.serialization", "_get_layout"), ("torch.strided",)), False,
-                pickle_writer.Call(pickle_writer.Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)), False))
-            boxes = [_object("ChunkStorageMetadata", offsets=_size(offsets), sizes=_size(sizes))
-                     for offsets, sizes in chunks]
-            for name in dist_names(key):
-                entries[name] = _object("TensorStorageMetadata", properties=properties, size=_size(whole), chunks=boxes)
-        for key, offsets, *_ in self.regions:
-            if offsets is None:
-                entries[key] = _object("BytesStorageMetadata")
-        storage = _Pairs([(
-            _object("MetadataIndex", fqn=name, offset=None if offsets is None else _size(offsets), index=None),
-            pickle_writer.Call(pickle_writer.Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), (), new=True, state={
-                "relative_path": file, "offset": at, "length": length, "transform_descriptors": None}))
-            for key, offsets, file, at, length in self.regions for name in dist_names(key)])
-        return _object("Metadata", state_dict_metadata=entries, planner_data=None, storage_data=storage,
-                       storage_meta=None, version="1.0.0")
-
-
 @dataclass(frozen=True)
 class RunState:
-    """Entries of a distributed checkpoint under the keys that they are written with, and the run's iteration.
+    """What a run keeps beside the weights, under the keys that it is written with, and the run's iteration.
 
-    Among `tensors` are the embedding and the output layer: a run trains the padded rows of its vocabulary, too, and
-    goes on with the same losses only if they stay (`vocab_rows` with them).
+    Among the tensors are the embedding and the output layer: a run trains the padded rows of its vocabulary, too, and
+    goes on with the same losses only if they stay.
     """
 
     iteration: int
-    vocab_rows: int
-    tensors: dict[str, StoredTensor]
-    objects: dict[str, Region]
+    contents: Contents
     common_file: Path | None  # where older engines put the common state
 
     @property
     def names(self) -> tuple[str, ...]:
         """What it holds, for the report."""
-        return tuple(state_names((*self.tensors, *self.objects)))
+        return tuple(state_names((*self.contents.tensors, *self.contents.objects)))
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        return self.contents.tensors[EMBEDDING.dist_keys[0]].size[0]
 
     def sizes(self) -> list[tuple[str, int]]:
         """Every entry with its bytes."""
-        return [*((key, sum(chunk.region.length for chunk in stored.chunks)) for key, stored in self.tensors.items()),
-                *((key, region.length) for key, region in self.objects.items())]
+        return [*((key, sum(chunk.region.length for chunk in stored.chunks))
+                  for key, stored in self.contents.tensors.items()),
+                *((key, region.length) for key, region in self.contents.objects.items())]
 
 
 def run_state(source: DistSource) -> RunState | None:
@@ -219,19 +203,7 @@ def run_state(source: DistSource) -> RunState | None:
                 raise CheckpointError(f"{source.where}: {dist_names(key)[0]} is stored twice; give --no-load-optim to "
                                       "convert the weights alone")
     objects = {key: region for key, region in contents.objects.items() if key.startswith(STATE_PREFIXES)}
-    return RunState(iteration, tensors[EMBEDDING.dist_keys[0]].size[0], tensors, objects,
-                    None if COMMON in objects else common_file)
-
-
-class _Pairs(dict):
-    """A dictionary to be written whose keys cannot be keys here: it only lists its items."""
-
-    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
-        super().__init__()
-        self.pairs = pairs
-
-    def items(self) -> Any:
-        return self.pairs
+    return RunState(iteration, Contents(tensors, objects), None if COMMON in objects else common_file)
 
 
 def _shares(sized: Sequence[tuple[Any, int]]) -> list[list[Any]]:
@@ -243,14 +215,6 @@ def _shares(sized: Sequence[tuple[Any, int]]) -> list[list[Any]]:
         groups.setdefault(at // share, []).append(thing)
         at += size
     return list(groups.values())
-
-
-def _object(name: str, **state: Any) -> pickle_writer.Call:
-    return pickle_writer.Call(pickle_writer.Global(_METADATA, name), (), state or None, new=True)
-
-
-def _size(shape: Shape) -> pickle_writer.Call:
-    return pickle_writer.Call(pickle_writer.Global("torch", "Size"), (tuple(shape),))
 
 
 def _extra_state(key: str, offsets: Shape, whole: Shape) -> str:

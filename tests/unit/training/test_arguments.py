@@ -12,7 +12,8 @@ import pytest
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import arguments
-from megatron_mixtral.training.arguments import TRACKER, architecture_args, engine_defaults, resolve, strip_tokenizer
+from megatron_mixtral.training.arguments import architecture_args, engine_defaults, resolve, strip_tokenizer
+from megatron_mixtral.weights.formats.directory import TRACKER
 
 ROOT = Path(__file__).resolve().parents[3]
 

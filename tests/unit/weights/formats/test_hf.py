@@ -176,7 +176,8 @@ def test_targets_and_templates(hf, tmp_path):
 
 def test_a_failure_while_writing_leaves_the_old_result(hf, tmp_path, monkeypatch):
     copy(hf, tmp_path / "out")
-    monkeypatch.setattr(conversion, "_write_beside", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    full = OSError("No space left on device")
+    monkeypatch.setattr(conversion, "write_beside", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(CheckpointError, match="No space left"):
         copy(hf, tmp_path / "out", replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
