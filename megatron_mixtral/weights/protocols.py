@@ -15,6 +15,7 @@ import numpy
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.files import file_layout
+from megatron_mixtral.weights.plan import check_tiling
 from megatron_mixtral.weights.rules import HFTensor
 
 
@@ -95,21 +96,15 @@ def narrow(data: numpy.ndarray, dim: int, start: int, length: int) -> numpy.ndar
 def tiled(tensor: HFTensor, fragments: Iterable[Fragment]) -> list[Fragment]:
     """Sort fragments by start; raise `CheckpointError` unless they tile the tensor and agree in dtype and shape."""
     found = sorted(fragments, key=lambda fragment: fragment.start)
-    dim, at = tensor.rule.shard_dim, 0
     for fragment in found:
         expected = list(tensor.view)
-        expected[dim] = fragment.length
+        expected[tensor.rule.shard_dim] = fragment.length
         if list(fragment.data.shape) != expected:
             raise CheckpointError(f"{fragment.where}: {tensor.name} has view {tuple(fragment.data.shape)}, "
                                   f"expected {tuple(expected)}")
         if fragment.dtype != found[0].dtype:
             raise CheckpointError(f"{fragment.where}: {tensor.name} is {fragment.dtype}, "
                                   f"but {found[0].dtype} in {found[0].where}")
-        if fragment.start != at:
-            raise CheckpointError(f"{tensor.name}: units {at} to {fragment.start} of {tensor.view[dim]} are missing or "
-                                  f"stored twice before {fragment.where}")
-        at += fragment.length
-    if at != tensor.view[dim]:
-        raise CheckpointError(f"{tensor.name}: {at} of {tensor.view[dim]} units found"
-                              + (f", the last in {found[-1].where}" if found else ""))
+    check_tiling(tensor, ((fragment.start, fragment.length) for fragment in found),
+                 f"{tensor.name} in {', '.join(fragment.where for fragment in found) or 'no file'}")
     return found

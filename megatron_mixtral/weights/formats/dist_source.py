@@ -23,6 +23,7 @@ from megatron_mixtral.weights.files import MappedFile, Stored, file_layout, load
 from megatron_mixtral.weights.formats.directory import companions_of, identity, iteration_directory
 from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
 from megatron_mixtral.weights.formats.saved_args import common_state
+from megatron_mixtral.weights.plan import check_tiling
 from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
 from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
 
@@ -142,7 +143,8 @@ class DistSource:
                 used.add(key)
                 self._index(rule, key, layers, places)
         for name, tensor in hf_tensors(self.config).items():
-            self._check_tiling(tensor, places[name])
+            check_tiling(tensor, ((place.span.start, place.span.length) for place in places[name]),
+                         f"{self.where / METADATA_FILE}: {name}")
         self._check_left_over(used)
         self._places = places
 
@@ -194,16 +196,6 @@ class DistSource:
             raise CheckpointError(f"{self.where / METADATA_FILE}: {key} is {stored.dtype}, expected floating "
                                   "point weights")
         return len(lead)
-
-    def _check_tiling(self, tensor: HFTensor, places: list[_Place]) -> None:
-        size, at = tensor.view[tensor.rule.shard_dim], 0
-        for span in sorted((place.span for place in places), key=lambda span: span.start):
-            if span.start != at:
-                raise CheckpointError(f"{self.where / METADATA_FILE}: {tensor.name}: units {at} to {span.start} of "
-                                      f"{size} are missing or stored twice")
-            at += span.length
-        if at != size:
-            raise CheckpointError(f"{self.where / METADATA_FILE}: {tensor.name}: {at} of {size} units are stored")
 
     def _check_left_over(self, used: set[str]) -> None:
         keys = (*self.contents.tensors, *self.contents.objects)

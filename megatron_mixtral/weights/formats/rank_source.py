@@ -9,7 +9,7 @@ Names as in `megatron.training.checkpointing.get_checkpoint_name`. `rank_sink` w
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 
@@ -29,14 +29,6 @@ LABEL = "megatron_mixtral"  # our own entry in a rank file: the coordinate it be
 IGNORABLE_SUFFIXES = ("_extra_state", "rotary_pos_emb.inv_freq")
 LEFT_BEHIND = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 COMPARED = 1 << 22  # elements of two copies compared at a time
-
-
-class _Copy(NamedTuple):
-    """One rank's values of a part of a tensor."""
-
-    data: numpy.ndarray
-    dtype: str
-    where: str
 
 
 def rank_name(coord: Coord, pipeline: bool, expert: bool) -> str:
@@ -81,7 +73,7 @@ class RankDirSource:
         except ConfigError as error:
             raise CheckpointError(f"{first}: the layout in its args does not fit the model: {error}") from None
         self._files: dict[Coord, dict[str, Any]] = {}
-        self._stored: dict[str, dict[tuple[int, int], list[_Copy]]] = {}
+        self._stored: dict[str, dict[tuple[int, int], list[Fragment]]] = {}  # by name and interval, of each rank
         self._compared: set[str] = set()
         self.padded_vocab = self._padded_vocab(contents, first)
         self.left_behind = [key for key in LEFT_BEHIND if key in contents]
@@ -197,7 +189,7 @@ class RankDirSource:
             if len(parts) < len(planned.pieces):
                 part = narrow(part, planned.rule.join_dim, at, size)
             copies = self._stored.setdefault(piece.name, {}).setdefault((planned.start, length), [])
-            copies.append(_Copy(part, stored.dtype, where))
+            copies.append(Fragment(planned.start, length, part, stored.dtype, where))
 
     # -- Reading -----------------------------------------------------------------------------------------
 
@@ -205,7 +197,7 @@ class RankDirSource:
         """The name of the type a tensor is stored in (of its first fragment)."""
         return next(iter(self._intervals(tensor).values()))[0].dtype
 
-    def _intervals(self, tensor: HFTensor) -> dict[tuple[int, int], list[_Copy]]:
+    def _intervals(self, tensor: HFTensor) -> dict[tuple[int, int], list[Fragment]]:
         if not self._stored:
             self.check()
         return self._stored[tensor.name]
@@ -213,14 +205,13 @@ class RankDirSource:
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """One memory-mapped fragment for each tensor-parallel shard."""
         found = []
-        for (start, length), copies in self._intervals(tensor).items():
-            one = copies[0]
+        for one, *others in self._intervals(tensor).values():
             if self.compare_copies and tensor.name not in self._compared:
-                for other in copies[1:]:
+                for other in others:
                     if one.dtype != other.dtype or not same_bits(one.data, other.data):
                         raise CheckpointError(f"{tensor.name}: {one.where} and {other.where} hold different values of "
                                               "the same weights")
-            found.append(Fragment(start, length, one.data, one.dtype, one.where))
+            found.append(one)
         self._compared.add(tensor.name)
         return tiled(tensor, found)
 
