@@ -14,13 +14,8 @@ from helpers.models import TINY, assert_same_weights, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.conversion import convert
-from megatron_mixtral.weights.formats.dist_sink import DistSink
-from megatron_mixtral.weights.formats.dist_source import DistSource
-from megatron_mixtral.weights.formats.hf_sink import HFSink
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
-from megatron_mixtral.weights.opening import open_source
+from megatron_mixtral.weights import convert, open_source
+from megatron_mixtral.weights.formats import DistSink, DistSource, HFSink, HFSource, RankDirSink
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {

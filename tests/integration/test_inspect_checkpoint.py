@@ -13,14 +13,10 @@ import torch
 from helpers.models import TINY, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
-from megatron_mixtral.weights import cli
-from megatron_mixtral.weights.conversion import compare, convert
-from megatron_mixtral.weights.formats.dist_sink import DistSink
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import cli, convert, hf_tensors, open_source
+from megatron_mixtral.weights.conversion import compare
+from megatron_mixtral.weights.formats import DistSink, HFSource, RankDirSink
 from megatron_mixtral.weights.inspection import inspect
-from megatron_mixtral.weights.opening import open_source
-from megatron_mixtral.weights.rules import hf_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,15 +13,10 @@ from helpers.program import Outcome, pretrain
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import cli
-from megatron_mixtral.weights.conversion import convert
+from megatron_mixtral.weights import cli, convert, open_source
 from megatron_mixtral.weights.files import Region
-from megatron_mixtral.weights.formats.dist_metadata import read_contents
-from megatron_mixtral.weights.formats.dist_sink import DistSink, run_state
-from megatron_mixtral.weights.formats.dist_source import DistSource
-from megatron_mixtral.weights.formats.saved_args import saved_arguments
+from megatron_mixtral.weights.formats import DistSink, DistSource, saved_arguments
 from megatron_mixtral.weights.inspection import inspect
-from megatron_mixtral.weights.opening import open_source
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2",
           "--expert-tensor-parallel-size", "1"]
@@ -82,7 +77,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint_as_from_its_own(run, middle, 
 def test_what_is_carried_along_is_the_same_for_the_engine(middle, tmp_path) -> None:
     """Every tensor and object, as torch's own reader sees it, and read back as weights."""
     reshard(middle, tmp_path / "mg")
-    before, after = read_contents(middle), read_contents(tmp_path / "mg" / "iter_0000002")
+    before, after = DistSource(middle).contents, DistSource(tmp_path / "mg" / "iter_0000002").contents
     assert before.tensors.keys() <= after.tensors.keys() and before.objects.keys() <= after.objects.keys()
     states = [key for key in before.tensors if key.startswith("optimizer.")] + ["embedding.word_embeddings.weight"]
     for key in states:  # in the same boxes, so that they can be compared byte by byte
@@ -130,13 +125,13 @@ def test_what_would_tear_weights_and_state_apart_is_refused(middle, tmp_path) ->
     key = "optimizer.state.exp_avg.decoder.layers.mlp.router.weight"
     source.contents.tensors[key.replace("layers.", "layers.0.")] = source.contents.tensors.pop(key)
     with pytest.raises(CheckpointError, match="stored layer by layer"):
-        run_state(source)
+        convert(source, DistSink(tmp_path / "other"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mg"]
 
 
 def test_damage_to_what_was_carried_along_is_noticed(middle, tmp_path, monkeypatch) -> None:
     key = "optimizer.state.exp_avg_sq.decoder.layers.mlp.router.weight"
-    due = [read_contents(middle).tensors[key].chunks[0].region]
+    due = [DistSource(middle).contents.tensors[key].chunks[0].region]
     read = Region.blocks
 
     def flip_once(region):
@@ -158,7 +153,7 @@ def test_the_engines_own_norm_key_is_given_the_converters(middle, tmp_path) -> N
     for key in [key for key in source.contents.tensors if key.endswith(ours)]:
         source.contents.tensors[key.removesuffix(ours) + theirs] = source.contents.tensors.pop(key)
     convert(source, DistSink(tmp_path / "mg"))
-    written = read_contents(tmp_path / "mg" / "iter_0000002").tensors
+    written = DistSource(tmp_path / "mg" / "iter_0000002").contents.tensors
     for prefix in ("", "optimizer.state.exp_avg_sq."):
         assert written[f"{prefix}decoder.layers.{ours}"] == written[f"{prefix}decoder.layers.{theirs}"]
     back = open_source(tmp_path / "mg")
