@@ -13,7 +13,7 @@ def native_extension(name: str) -> Extension:
     *packages, module = name.split(".")
     folder = Path(*packages, module.removeprefix("_"))
     files = sorted(path for path in (ROOT / folder).iterdir() if path.suffix in (".cpp", ".h"))
-    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))  # as `fingerprint` of tokenizer/engines/native.py
+    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))  # as `fingerprint` in native.py
     return Extension(
         name,
         sources=[str(folder / path.name) for path in files if path.suffix == ".cpp"],

@@ -4,12 +4,14 @@
     python benchmarks/convert.py --layers 8 --repeats 5 --folder SCRATCH
     python benchmarks/convert.py --layers 8 --repeats 5 --folder SCRATCH --only torch_dist verify
     python benchmarks/convert.py --layers 4 --repeats 1 --folder SCRATCH --only transformers
+    python benchmarks/convert.py --layers 4 --hidden 768 --folder SCRATCH --against OTHER_CLONE
 
 Makes a Hugging Face Mixtral (bfloat16, hidden 2048, ffn 7168, 8 experts; 8 layers are 6 GB), then runs each command
-once a round, as a program of its own, start-up included. Before each of them its old output is removed, the disk is
-synchronised, and its input is read once, so that all find it in the page cache, if it fits there. Conversions flush
-to the disk before they end and `cp` does not, so `cp -r` is shown both ways. `transformers` is its own loading and
-saving of the model, which needs three times the model's size as memory; it is run only if `--only` names it.
+once a round, as a program of its own, start-up included; with `--against` in turns with the same of another clone.
+Before each of them its old output is removed, the disk is synchronised, and its input is read once, so that all find it
+in the page cache, if it fits there. Conversions flush to the disk before they end and `cp` does not, so `cp -r` is
+shown both ways. `transformers` is its own loading and saving of the model, which needs three times the model's size as
+memory; it is run only if `--only` names it.
 
 Prints medians, throughput relative to `cp -r`, and the largest sum of the processes' memory: their own (anonymous),
 and with the mapped pages of files, which are page cache.
@@ -33,17 +35,16 @@ from typing import NamedTuple
 from _clone import ROOT
 
 from megatron_mixtral.config import MixtralConfig  # noqa: E402
-from megatron_mixtral.weights.rules import hf_tensors  # noqa: E402
+from megatron_mixtral.weights import hf_tensors  # noqa: E402
 
 TRANSFORMERS = ("import sys, torch; from transformers import MixtralForCausalLM as M; "
                 "M.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])")
-UTIL = [sys.executable, str(ROOT / "tools" / "checkpoint" / "util.py"), "--saver", "mixtral"]
 
 
-def make_model(folder: Path, layers: int) -> int:
+def make_model(folder: Path, layers: int, hidden: int) -> int:
     """Write the model, tensor by tensor; its size in bytes. The numbers are random bits with small exponents."""
-    config = MixtralConfig(hidden_size=2048, intermediate_size=7168, num_hidden_layers=layers, num_attention_heads=16,
-                           num_key_value_heads=8, num_local_experts=8)
+    config = MixtralConfig(hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=layers,
+                           num_attention_heads=16, num_key_value_heads=8, num_local_experts=8)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf_dict()))
     noise = bytearray(os.urandom(1 << 24))
@@ -110,20 +111,22 @@ class Work(NamedTuple):
     output: Path
 
 
-def commands(folder: Path) -> dict[str, Work]:
-    """What can be timed. Later ones read what `HF -> tp2-pp2-ep2` leaves."""
+def commands(folder: Path, clone: Path) -> dict[str, Work]:
+    """What can be timed of a clone. Later ones read what `HF -> tp2-pp2-ep2` leaves."""
     hf, ranks, out = folder / "hf", folder / "ranks", folder / "out"
+    util = ["env", f"PYTHONPATH={clone}", sys.executable, str(clone / "tools" / "checkpoint" / "util.py"),
+            "--saver", "mixtral"]
 
     def sizes(tp: int, pp: int, ep: int) -> list[str]:
         return ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp),
                 "--target-expert-parallel-size", str(ep)]
 
     def from_hf(target: Path, *more: str) -> Work:
-        return Work([*UTIL, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(target), *more], hf,
+        return Work([*util, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(target), *more], hf,
                     target)
 
     def from_ranks(*more: str) -> Work:
-        return Work([*UTIL, "--loader", "mixtral_mg", "--load-dir", str(ranks), "--save-dir", str(out), *more], ranks,
+        return Work([*util, "--loader", "mixtral_mg", "--load-dir", str(ranks), "--save-dir", str(out), *more], ranks,
                     out)
 
     return {
@@ -138,14 +141,23 @@ def commands(folder: Path) -> dict[str, Work]:
     }
 
 
-def chosen(folder: Path, only: list[str]) -> dict[str, Work]:
-    """The commands whose names contain one of `only` (none given: all but transformers), and always `cp -r`."""
-    work = commands(folder)
+def chosen(folder: Path, only: list[str], against: Path | None) -> dict[str, Work]:
+    """The commands whose names contain one of `only` (none given: all but transformers), and always `cp -r`.
+
+    With `against`, each conversion is followed by that of the other clone.
+    """
+    work = commands(folder, ROOT)
     names = {name for name in work for part in only if part in name} if only else set(work) - {"transformers"}
     names.add("cp -r")
     if any(work[name].source == folder / "ranks" for name in names):
         names.add("HF -> tp2-pp2-ep2")
-    return {name: one for name, one in work.items() if name in names}
+    found = {}
+    for name in work:
+        if name in names:
+            found[name] = work[name]
+            if against is not None and "->" in name:
+                found[f"{name} ({against.name})"] = commands(folder, against)[name]
+    return found
 
 
 def prepare(work: Work) -> None:
@@ -164,13 +176,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="scratch space of four times the model's size")
     parser.add_argument("--layers", type=int, default=8, help="a multiple of 4: 4 are 3.2 GB, 8 are 6.1 GB")
+    parser.add_argument("--hidden", type=int, default=2048, help="768 with 4 layers are 0.5 GB")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="another clone, whose conversions are timed in turns with these")
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of what to time")
     args = parser.parse_args(argv)
-    size = make_model(args.folder / "hf", args.layers)
+    size = make_model(args.folder / "hf", args.layers, args.hidden)
     results: dict[str, list[tuple[float, int, int]]] = {}
     for _ in range(args.repeats):
-        for name, work in chosen(args.folder, args.only).items():
+        for name, work in chosen(args.folder, args.only, args.against).items():
             prepare(work)
             found = timed(work.command, args.folder / "log")
             results.setdefault(name, []).append(found)

@@ -3,10 +3,10 @@
 An `__init__` lists its names once, under `TYPE_CHECKING`, where type checkers and editors read them:
 
     if TYPE_CHECKING:
-        from megatron_mixtral.weights.convert import Report, convert
+        from megatron_mixtral.weights.conversion import Report, convert
     __all__, __getattr__, __dir__ = door(__name__, __file__)
 
-So `import megatron_mixtral.weights` costs nothing, and asking for `convert` imports `weights/convert.py` alone.
+So `import megatron_mixtral.weights` costs nothing, and asking for `convert` imports `weights/conversion.py` alone.
 """
 
 import ast

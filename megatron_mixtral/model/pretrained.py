@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mixtral import runtime
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.convert import open_source
-from megatron_mixtral.weights.plan import ShardPlan
-from megatron_mixtral.weights.protocols import assemble
-from megatron_mixtral.weights.rules import hf_tensors
+from megatron_mixtral.weights import ShardPlan, assemble, hf_tensors, open_source
 
 if TYPE_CHECKING:
     import torch

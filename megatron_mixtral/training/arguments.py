@@ -16,8 +16,7 @@ from megatron_mixtral.config import CONFIG_FILE, TRAINING_FLAGS, MixtralConfig, 
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import launch
 from megatron_mixtral.training.flags import EngineFlags, Flags, parse
-
-TRACKER = "latest_checkpointed_iteration.txt"
+from megatron_mixtral.weights import directory as checkpoints
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     if given.seq_length is not None and given.seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
-    has_checkpoint = given.load is not None and (Path(given.load) / TRACKER).is_file()
+    has_checkpoint = given.load is not None and checkpoints.is_checkpoint(Path(given.load))
     load_hf = flags.hf_checkpoint is not None and not has_checkpoint
     if load_hf and given.pretrained_checkpoint:
         raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")
@@ -96,12 +95,11 @@ def _check_saving(flags: Flags, given: EngineFlags) -> None:
                           "made of a checkpoint that is saved at the same step")
 
 
-def _start(directory: str) -> str:
+def _start(checkpoint: str) -> str:
     """What a run takes from a checkpoint directory: the engine loads converted weights without being told to."""
-    tracker = Path(directory) / TRACKER
-    if tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == "release":
-        return f"weights of {directory}, converted, without an optimizer: begins at step 0"
-    return f"checkpoint {directory}"
+    if checkpoints.latest(Path(checkpoint)) == checkpoints.RELEASE:
+        return f"weights of {checkpoint}, converted, without an optimizer: begins at step 0"
+    return f"checkpoint {checkpoint}"
 
 
 _NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")

@@ -1,6 +1,6 @@
 """What a directory is: its format, layout, architecture, tensors, types, sizes, iteration, and whether it is whole.
 
-Called by `tools/checkpoint/inspect_checkpoint.py`. A directory is whole when `check` of its source finds nothing to
+Called by `cli`. A directory is whole when `check` of its source finds nothing to
 refuse and it carries no mark of an unfinished conversion; with `deep`, every byte of every tensor is read, too.
 """
 
@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import MixtralError
-from megatron_mixtral.weights.convert import REPORT_FILE, compare, open_source
+from megatron_mixtral.weights.conversion import REPORT_FILE, compare
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.files.atomic import NOTES, PARTIAL
-from megatron_mixtral.weights.formats.dist_source import DistSource
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.plan import human_size
+from megatron_mixtral.weights.files import atomic
+from megatron_mixtral.weights.formats import DistSource, HFSource
+from megatron_mixtral.weights.formats import directory as names
+from megatron_mixtral.weights.opening import open_source
 from megatron_mixtral.weights.rules import hf_tensors
 
 
@@ -71,7 +72,7 @@ def inspect(directory: str | Path, *, deep: bool = False) -> Findings:
     except MixtralError as error:
         found.problem = str(error)
     # Between its last note and its rename a directory is complete, but nobody has said that it is on the disk.
-    if found.problem is None and ((directory / NOTES).exists() or directory.name.endswith(PARTIAL)):
+    if found.problem is None and atomic.is_unfinished(directory):
         found.problem = "a conversion did not end; start it again, with --resume to keep what is finished"
     return found
 
@@ -82,7 +83,8 @@ def _look(found: Findings, deep: bool) -> None:
                     "distributed checkpoint (torch_dist)" if isinstance(source, DistSource) else
                     "rank directories (torch)")
     if not isinstance(source, HFSource):
-        found.iteration = source.where.name.removeprefix("iter_").lstrip("0") or "0"
+        number = names.iteration_of(source.where.name)
+        found.iteration = source.where.name if number is None else str(number)
         found.layout = str(getattr(source, "layout", "any"))
     config = source.config
     found.architecture = {name: getattr(config, name) for name in (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.rules import EMBEDDING, OUTPUT, RULES, HFTensor, Shape, WeightRule, collapse, hf_tensors
 
@@ -139,6 +140,17 @@ def all_plans(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int |
             for coord in layout.coords() for chunk in range(layout.vpp)]
 
 
+def check_tiling(tensor: HFTensor, intervals: Iterable[tuple[int, int]], what: str) -> None:
+    """Raise `CheckpointError` that begins with `what` unless (start, length) tile the tensor along its shard dim."""
+    size, at = tensor.view[tensor.rule.shard_dim], 0
+    for start, length in sorted(intervals):
+        if start != at:
+            raise CheckpointError(f"{what}: units {at} to {start} of {size} are missing or stored twice")
+        at += length
+    if at != size:
+        raise CheckpointError(f"{what}: {at} of {size} units are stored")
+
+
 def check_complete(plans: Iterable[ShardPlan], config: MixtralConfig) -> None:
     """Raise `CheckpointError` unless the plans together tile every Hugging Face tensor exactly.
 
@@ -151,21 +163,7 @@ def check_complete(plans: Iterable[ShardPlan], config: MixtralConfig) -> None:
                 if tensor.length > tensor.padding:
                     intervals[piece.name].add((tensor.start, tensor.length - tensor.padding))
     for name, tensor in hf_tensors(config).items():
-        size, at = tensor.view[tensor.rule.shard_dim], 0
-        for start, length in sorted(intervals[name]):
-            if start != at:
-                raise CheckpointError(f"{name}: the layout's shards leave or repeat units {at} to {start} of {size}")
-            at = start + length
-        if at != size:
-            raise CheckpointError(f"{name}: the layout's shards cover {at} of {size} units")
-
-
-def human_size(count: int) -> str:
-    """Bytes in decimal units, as disks are sold."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:.0f} {unit}"
-    return f"{count} bytes"
+        check_tiling(tensor, intervals[name], f"{name} in the layout's shards")
 
 
 def describe(plans: Iterable[ShardPlan], bytes_per_element: int = 2) -> str:

@@ -1,25 +1,22 @@
 """What sources and sinks say to each other.
 
 A source answers by Hugging Face tensor name with fragments: intervals of the tensor along its rule's shard dim, in the
-view of `rules.Piece`, as memory-mapped arrays of bit patterns. A sink plans its output files, down to the byte;
-`streaming` fills their tensors from fragments. So any source feeds any sink. `assemble` makes one torch tensor.
+view of `rules.Piece`, as memory-mapped arrays of bit patterns. A sink plans its output files, down to the byte, and
+writes nothing itself; `streaming` makes their bytes from fragments. So any source feeds any sink.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy
 
-from megatron_mixtral.config import Coord, MixtralConfig
+from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.dtypes import as_torch, type_name
-from megatron_mixtral.weights.plan import TensorSlice
+from megatron_mixtral.weights.files import file_layout
+from megatron_mixtral.weights.plan import check_tiling
 from megatron_mixtral.weights.rules import HFTensor
-
-if TYPE_CHECKING:
-    from megatron_mixtral.weights.files.file_layout import Container
 
 
 @dataclass(frozen=True)
@@ -61,78 +58,53 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
-class OutputFile:
-    """One file to be written: its path below the target directory and what goes into it.
+class Output:
+    """A checkpoint to be written, planned to the byte. Paths are below the target directory, with slashes.
 
-    `groups` are the state dicts of the file by key: ("model",), or ("model0", "model1", ...) with virtual stages;
-    a safetensors file has one, under "".
+    `beside` are the small files with their contents: configuration, index, metadata, tracker. `carried` names what is
+    taken over of the source beside its weights.
     """
 
-    path: str
-    groups: dict[str, list[TensorSlice]]
-    coord: Coord | None = None  # of a rank file
-    carried: tuple[str, ...] = ()  # entries of the source that a distributed checkpoint takes over as they are
+    files: dict[str, file_layout.FileLayout]
+    beside: dict[str, bytes]
+    companions: tuple[Path, ...] = ()  # files to copy, before those of the source
+    carried: tuple[str, ...] = ()
 
-    def tensors(self) -> Iterator[TensorSlice]:
-        """All slices of the file."""
-        for group in self.groups.values():
-            yield from group
+    @property
+    def size(self) -> int:
+        """Bytes of the files with weights."""
+        return sum(layout.size for layout in self.files.values())
 
 
 class TensorSink(Protocol):
-    """A checkpoint that can be written, a file at a time, below a directory that is given its name when it is whole."""
+    """A format in which a checkpoint can be written to a directory, which gets its name when it is whole."""
 
-    config: MixtralConfig
     target: Path
     replace: bool  # whether a directory already at `target` is replaced
-    carried: tuple[str, ...]  # what of the source's state beside the weights it takes over
 
-    def plan(self, dtypes: dict[str, str]) -> list[OutputFile]:
-        """The files to write; `dtypes` are those to be stored, by Hugging Face name."""
+    def plan(self, source: TensorSource, dtypes: dict[str, str]) -> Output:
+        """What is to be written of a source; `dtypes` are the types to be stored, by Hugging Face name. Changes
+        nothing. Raises `ConfigError` for a layout, a template or an option that does not fit the model.
+        """
 
-    def container(self, file: OutputFile, dtypes: dict[str, str]) -> "Container":
-        """One file laid out."""
 
-    def finish(self, root: Path, companions: Iterable[Path]) -> None:
-        """Write what belongs beside the weight files: configuration, index, tokenizer files."""
+def narrow(data: numpy.ndarray, dim: int, start: int, length: int) -> numpy.ndarray:
+    """The interval [start, start + length) of a dim, as a view."""
+    return data[(slice(None),) * dim + (slice(start, start + length),)]
 
 
 def tiled(tensor: HFTensor, fragments: Iterable[Fragment]) -> list[Fragment]:
     """Sort fragments by start; raise `CheckpointError` unless they tile the tensor and agree in dtype and shape."""
     found = sorted(fragments, key=lambda fragment: fragment.start)
-    dim, at = tensor.rule.shard_dim, 0
     for fragment in found:
         expected = list(tensor.view)
-        expected[dim] = fragment.length
+        expected[tensor.rule.shard_dim] = fragment.length
         if list(fragment.data.shape) != expected:
             raise CheckpointError(f"{fragment.where}: {tensor.name} has view {tuple(fragment.data.shape)}, "
                                   f"expected {tuple(expected)}")
         if fragment.dtype != found[0].dtype:
             raise CheckpointError(f"{fragment.where}: {tensor.name} is {fragment.dtype}, "
                                   f"but {found[0].dtype} in {found[0].where}")
-        if fragment.start != at:
-            raise CheckpointError(f"{tensor.name}: units {at} to {fragment.start} of {tensor.view[dim]} are missing or "
-                                  f"stored twice before {fragment.where}")
-        at += fragment.length
-    if at != tensor.view[dim]:
-        raise CheckpointError(f"{tensor.name}: {at} of {tensor.view[dim]} units found"
-                              + (f", the last in {found[-1].where}" if found else ""))
+    check_tiling(tensor, ((fragment.start, fragment.length) for fragment in found),
+                 f"{tensor.name} in {', '.join(fragment.where for fragment in found) or 'no file'}")
     return found
-
-
-def assemble(target: TensorSlice, source: TensorSource, dtype: Any = None) -> Any:
-    """The torch tensor that `target` describes, of its stored shape, in `dtype` (None: the source's)."""
-    from megatron_mixtral.weights.streaming import blocks
-
-    name = type_name(dtype) or source.dtype(target.pieces[0])
-    found = list(blocks(target, source, name))
-    return as_torch(numpy.concatenate(found).reshape(target.shape), name)
-
-
-def stored_type(tensor: TensorSlice, dtypes: dict[str, str]) -> str:
-    """The type a slice is to be stored in. Raises `CheckpointError` when its pieces are of different types."""
-    kinds = sorted({dtypes[piece.name] for piece in tensor.pieces})
-    if len(kinds) > 1:
-        raise CheckpointError(f"{tensor.name}: its parts are of different types ({', '.join(kinds)}); give "
-                              "--params-dtype to store one")
-    return kinds[0]

@@ -1,19 +1,23 @@
 """Reading weights in the order in which they will be stored: the bytes of a slice, block after block, from a source.
 
 Whole runs stay where they are mapped, so they reach the output (or a checksum) without another copy; columns are
-gathered in a small buffer. `writing` writes the blocks.
+gathered in a small buffer. Sinks plan with `payload`, and `files.writer` writes the blocks. `assemble` makes one torch
+tensor of them.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.dtypes import FLOATS, cast
-from megatron_mixtral.weights.formats.dist_metadata import Region
+from megatron_mixtral.weights.dtypes import FLOATS, as_torch, cast, type_name
+from megatron_mixtral.weights.files import file_layout
 from megatron_mixtral.weights.plan import TensorSlice
-from megatron_mixtral.weights.protocols import Fragment, TensorSource
+from megatron_mixtral.weights.protocols import Fragment, TensorSource, narrow
+from megatron_mixtral.weights.rules import Shape
 
 BLOCK = 1 << 20  # bytes handled at a time: small enough to stay in the cache between checksum and write
 
@@ -21,7 +25,7 @@ BLOCK = 1 << 20  # bytes handled at a time: small enough to stay in the cache be
 def blocks(target: TensorSlice, source: TensorSource, dtype: str | None = None) -> Iterator[numpy.ndarray]:
     """The stored bytes of `target` in order, as contiguous carrier arrays of about `BLOCK` bytes, in type `dtype`.
 
-    None keeps the source's type, which all pieces must share (`stored_type`).
+    None keeps the source's type, which all pieces must share (`payload` sees to it).
     """
     parts = [source.fragments(piece) for piece, _, _ in target.piece_spans()]
     for run, kind in _runs(target, parts):
@@ -48,7 +52,7 @@ def _runs(target: TensorSlice, parts: list[list[Fragment]]) -> Iterator[tuple[nu
             for part in fragments:
                 low, high = max(start, part.start), min(end, part.start + part.length)
                 if low < high:
-                    yield part.data[(slice(None),) * dim + (slice(low - part.start, high - part.start),)], part.dtype
+                    yield narrow(part.data, dim, low - part.start, high - low), part.dtype
 
 
 def _columns(target: TensorSlice, fragments: list[Fragment]) -> Iterator[tuple[numpy.ndarray, str]]:
@@ -82,31 +86,30 @@ def _cut(run: numpy.ndarray) -> Iterator[numpy.ndarray]:
             yield from _cut(part)
 
 
-def checksum(target: TensorSlice, source: TensorSource, dtype: str | None = None) -> int:
-    """CRC-32 of the stored bytes of a slice."""
+def payload(target: TensorSlice, source: TensorSource, dtypes: dict[str, str],
+            shape: Shape | None = None) -> file_layout.Payload:
+    """A slice as something to be stored, in the type that `dtypes` says for its pieces (and in another shape).
+
+    Raises `CheckpointError` when the pieces are of different types.
+    """
+    kinds = sorted({dtypes[piece.name] for piece in target.pieces})
+    if len(kinds) > 1:
+        raise CheckpointError(f"{target.name}: its parts are of different types ({', '.join(kinds)}); give "
+                              "--params-dtype to store one")
+    return file_layout.Payload(target.name, target.elements * FLOATS[kinds[0]].itemsize,
+                               partial(blocks, target, source, kinds[0]), kinds[0], shape or target.shape)
+
+
+def assemble(target: TensorSlice, source: TensorSource, dtype: Any = None) -> Any:
+    """The torch tensor that `target` describes, of its stored shape, in `dtype` (None: the source's)."""
+    name = type_name(dtype) or source.dtype(target.pieces[0])
+    found = list(blocks(target, source, name))
+    return as_torch(numpy.concatenate(found).reshape(target.shape), name)
+
+
+def checksum(found: Iterable[Any]) -> int:
+    """CRC-32 of blocks of bytes."""
     crc = 0
-    for block in blocks(target, source, dtype):
-        crc = zlib.crc32(block, crc)
-    return crc
-
-
-def region_blocks(region: Region) -> Iterator[bytes]:
-    """The bytes of a part of a file. Raises `CheckpointError` when the file ends before it does."""
-    with open(region.file, "rb", buffering=0) as file:
-        file.seek(region.offset)
-        left = region.length
-        while left:
-            block = file.read(min(BLOCK, left))
-            if not block:
-                raise CheckpointError(f"{region.file} ends {left} bytes before byte {region.offset + region.length}; "
-                                      "is it being written?")
-            left -= len(block)
-            yield block
-
-
-def region_checksum(region: Region) -> int:
-    """CRC-32 of a part of a file."""
-    crc = 0
-    for block in region_blocks(region):
+    for block in found:
         crc = zlib.crc32(block, crc)
     return crc

@@ -9,9 +9,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.ranks import RankError, run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 LENGTHS = [7, 1, 13, 3]
 
@@ -131,8 +129,8 @@ def _losses(rank: int, checkpoint: str, layout: dict[str, int], rows: list[list[
     ({}, 1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
 ], ids=["one", "tp2", "tp2-selective", "full-recompute"])
 def test_a_packed_row_equals_its_sequences(layout, world, recompute, tmp_path: Path):
-    source = HFSource(tiny_hf_mixtral(tmp_path / "hf"))
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, ParallelLayout(**layout)))
+    convert(open_source(tiny_hf_mixtral(tmp_path / "hf")),
+            open_sink(tmp_path / "ranks", "torch", ParallelLayout(**layout)))
     ids = torch.randint(3, 96, (39,), generator=torch.Generator().manual_seed(9)).tolist()
     rows = [ids[:13], ids[13:20], ids[20:39]]  # even numbers of tokens, for sequence parallelism
     arguments = (str(tmp_path / "ranks"), layout, rows)

@@ -11,9 +11,7 @@ from helpers.ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 BATCH, SEQUENCE, VOCABULARY, HIDDEN, CHUNK_TOKENS = 2, 26, 96, 32, 10
 
@@ -81,8 +79,8 @@ def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dt
     ({}, 1, torch.bfloat16, True, False, True),
 ], ids=["plain", "ddp", "tp2", "tp2-masked", "tied", "bf16"])
 def test_equals_the_engines_loss_in_chunks(layout, world, dtype, wrapped, tied, masked, tmp_path: Path):
-    source = HFSource(tiny_hf_mixtral(tmp_path / "hf", tie_word_embeddings=tied, intermediate_size=40))
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, ParallelLayout(**layout)))
+    convert(open_source(tiny_hf_mixtral(tmp_path / "hf", tie_word_embeddings=tied, intermediate_size=40)),
+            open_sink(tmp_path / "ranks", "torch", ParallelLayout(**layout)))
     for found in run_ranks(world, _compare, str(tmp_path / "ranks"), layout, dtype, wrapped, masked):
         assert found["worst"] < (1e-6 if dtype == torch.float32 else 2e-2), found
         assert found["head"] > 0.01 and found["largest"] == found["chunk"], found

@@ -9,9 +9,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 BATCH, SEQUENCE, VOCABULARY = 2, 26, 96
 
@@ -51,8 +49,8 @@ def _compare(rank: int, checkpoint: str, layout: dict[str, int], dtype: torch.dt
     ({}, 1, torch.bfloat16, False),
 ], ids=["plain", "tp2", "tied", "bf16"])
 def test_gradient_by_rows_is_the_engines(layout, world, dtype, tied, tmp_path: Path):
-    source = HFSource(tiny_hf_mixtral(tmp_path / "hf", tie_word_embeddings=tied, intermediate_size=40))
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, ParallelLayout(**layout)))
+    convert(open_source(tiny_hf_mixtral(tmp_path / "hf", tie_word_embeddings=tied, intermediate_size=40)),
+            open_sink(tmp_path / "ranks", "torch", ParallelLayout(**layout)))
     for found in run_ranks(world, _compare, str(tmp_path / "ranks"), layout, dtype):
         assert found["own"] and found["size"] > 1e-4, found
         assert found["worst"] < (1e-6 if dtype == torch.float32 else 2e-2), found

@@ -9,9 +9,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 # Layout -> ranks. ETP 1 folds the experts into the dense grid, ETP 2 makes the full grid.
 LAYOUTS = {
@@ -47,8 +45,7 @@ def checkpoints(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Rank directories of every layout."""
     root, found = tmp_path_factory.mktemp("ranks"), {}
     for name, (sizes, _) in LAYOUTS.items():
-        source = HFSource(hf)
-        convert(source, RankDirSink(root / name, source.config, ParallelLayout(**sizes)))
+        convert(open_source(hf), open_sink(root / name, "torch", ParallelLayout(**sizes)))
         found[name] = str(root / name)
     return found
 

@@ -15,9 +15,7 @@ from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.data.datasets import InstructionFiles
 from megatron_mixtral.data.instruction import InstructionOptions, preprocess_instructions
 from megatron_mixtral.tokenizer import mixtral_tokenizer_path
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 SEQUENCE, BATCH, VOCABULARY = 96, 4, 32000
 RECIPE = ["--is-instruction-dataset", "--seq-length", str(SEQUENCE), "--micro-batch-size", "1", "--global-batch-size",
@@ -76,8 +74,7 @@ def _row_logits(rank: int, checkpoint: str, layout: dict[str, int], prefix: str,
 
 
 def test_a_packed_sample_has_the_logits_it_has_alone(folder: Path, hf: Path, sets: dict[str, str]) -> None:
-    source = HFSource(hf)
-    convert(source, RankDirSink(folder / "ranks", source.config, ParallelLayout(tp=2)))
+    convert(open_source(hf), open_sink(folder / "ranks", "torch", ParallelLayout(tp=2)))
     packed = InstructionFiles(sets["packed"])
     rows = [number for number in range(len(packed)) if len(packed.row(number)) > 1][:4]
     arguments = (str(folder / "ranks"), {"tp": 2})
@@ -178,8 +175,7 @@ def _largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) ->
 def test_balancing_losses_see_no_padding_and_keep_their_weight(folder: Path, hf: Path) -> None:
     """Where every micro-batch has as many trained tokens, a mean over tokens is one over micro-batches, also for the
     routers; and longer rows of padding change nothing."""
-    source = HFSource(hf)
-    convert(source, RankDirSink(folder / "one", source.config, ParallelLayout()))
+    convert(open_source(hf), open_sink(folder / "one", "torch", ParallelLayout()))
     arguments = (1, _gradients, str(folder / "one"))
     [plain] = run_ranks(*arguments, 32, False)
     assert _largest_difference(run_ranks(*arguments, 32, True)[0], plain) < 1e-4

@@ -12,9 +12,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 
 def _train_poisoned(rank: int, *args: Any, step: int, value: float) -> Any:
@@ -40,8 +38,8 @@ def _poisoned(rank: int, checkpoint: str, sizes: dict, batches: torch.Tensor, st
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("sizes", "world"), [({"pp": 2}, 2), ({"ep": 2}, 2)], ids=["pp2", "ep2"])
 def test_the_step_is_skipped(sizes: dict[str, int], world: int, value: float, tmp_path: Path) -> None:
-    source = HFSource(tiny_hf_mixtral(tmp_path / "hf"))
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, ParallelLayout(**sizes)))
+    convert(open_source(tiny_hf_mixtral(tmp_path / "hf")),
+            open_sink(tmp_path / "ranks", "torch", ParallelLayout(**sizes)))
     batches = torch.randint(3, 96, (3, 4, 33), generator=torch.Generator().manual_seed(7))
     arguments = (str(tmp_path / "ranks"), sizes)
     skipped = [one for one in run_ranks(world, _poisoned, *arguments, batches, 1, value) if one is not None]

@@ -15,9 +15,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.ranks import ROOT, run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert, open_source
-from megatron_mixtral.weights.formats.dist_sink import DistSink
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_source
 
 KINDS = ["hf", "ranks", "dist"]
 PROGRAM = """
@@ -62,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights as a Hugging Face directory, rank directories of a layout, and a distributed checkpoint."""
     found = tmp_path_factory.mktemp("pretrained")
     source = open_source(tiny_hf_mixtral(found / "hf", vocab_size=97))  # odd: two tensor-parallel ranks pad it
-    convert(source, RankDirSink(found / "ranks", source.config, ParallelLayout(tp=2, pp=2, ep=2, etp=1)))
-    convert(source, DistSink(found / "dist", source.config))
+    convert(source, open_sink(found / "ranks", "torch", ParallelLayout(tp=2, pp=2, ep=2, etp=1)))
+    convert(source, open_sink(found / "dist", "torch_dist"))
     return found
 
 

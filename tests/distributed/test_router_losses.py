@@ -14,9 +14,7 @@ from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 BATCH, SEQUENCE = 4, 32
 COEFFICIENT, Z_COEFFICIENT = 0.5, 0.1  # large, so that a wrong share of the gradient shows
@@ -37,8 +35,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("ranks")
     for name, (sizes, _) in LAYOUTS.items():
-        source = HFSource(hf)
-        convert(source, RankDirSink(root / name, source.config, ParallelLayout(**sizes)))
+        convert(open_source(hf), open_sink(root / name, "torch", ParallelLayout(**sizes)))
     return {name: str(root / name) for name in LAYOUTS}
 
 

@@ -14,12 +14,8 @@ from helpers.models import TINY, assert_same_weights, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.convert import convert, open_source
-from megatron_mixtral.weights.formats.dist_sink import DistSink
-from megatron_mixtral.weights.formats.dist_source import DistSource
-from megatron_mixtral.weights.formats.hf_sink import HFSink
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_source
+from megatron_mixtral.weights.formats import DistSink, DistSource, HFSink, HFSource, RankDirSink
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {
@@ -44,11 +40,11 @@ def engine(tmp_path_factory) -> Path:
     random_hf_directory(root / "hf-tied", MixtralConfig(**config, tie_word_embeddings=True), torch.bfloat16)
     for name in ("hf", "hf-tied"):
         source = HFSource(root / name)
-        convert(source, DistSink(root / f"{name}-ours", source.config))
+        convert(source, DistSink(root / f"{name}-ours"))
     requests = []
     for name, layout in LAYOUTS.items():
         source = HFSource(original(root, name))
-        convert(source, RankDirSink(root / name, source.config, ParallelLayout(**layout), vocab_divisible_by=3))
+        convert(source, RankDirSink(root / name, ParallelLayout(**layout), vocab_divisible_by=3))
         requests.append({"checkpoint": str(root / name), "layout": layout, "names": str(root / f"{name}.json"),
                          "ours": str(root / f"{original(root, name).name}-ours" / "release"),
                          "dist": str(root / f"{name}-dist" / "iter_0000007")})
@@ -75,7 +71,7 @@ def test_the_engines_distributed_checkpoint_becomes_the_original(engine, layout,
     source = open_source(engine / f"{layout}-dist" / "iter_0000007")
     assert isinstance(source, DistSource)
     assert source.config == MixtralConfig.from_hf_dir(original(engine, layout))  # from the arguments stored in it
-    convert(source, HFSink(tmp_path / "hf", source.config))
+    convert(source, HFSink(tmp_path / "hf"))
     assert_same_weights(original(engine, layout), tmp_path / "hf")
 
 
@@ -90,23 +86,23 @@ def test_torch_reads_the_metadata_and_we_read_it_back(engine, tmp_path, name):
     (engine / f"{name}-ours" / "mixtral_config.json").rename(tmp_path / "kept")  # then from its arguments
     assert open_source(engine / f"{name}-ours").config == source.config
     (tmp_path / "kept").rename(engine / f"{name}-ours" / "mixtral_config.json")
-    convert(source, HFSink(tmp_path / "back", source.config), verify=True)
+    convert(source, HFSink(tmp_path / "back"), verify=True)
     assert_same_weights(engine / name, tmp_path / "back")
 
 
 def test_a_distributed_checkpoint_of_the_engine_is_written_anew(engine, tmp_path):
     source = open_source(engine / "tp2-pp2-ep2-dist" / "iter_0000007")
-    convert(source, DistSink(tmp_path / "mg", source.config, ParallelLayout(tp=2), vocab_divisible_by=8), verify=True)
+    convert(source, DistSink(tmp_path / "mg", ParallelLayout(tp=2), vocab_divisible_by=8), verify=True)
     back = open_source(tmp_path / "mg")
-    convert(back, HFSink(tmp_path / "back", back.config))
+    convert(back, HFSink(tmp_path / "back"))
     assert_same_weights(engine / "hf", tmp_path / "back")
 
 
 def test_distributed_checkpoint_to_rank_directories(engine, tmp_path):
     source = open_source(engine / "tp2-pp2-ep2-dist" / "iter_0000007")
-    convert(source, RankDirSink(tmp_path / "mg", source.config, ParallelLayout(tp=1, pp=4, ep=4)))
+    convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=1, pp=4, ep=4)))
     back = open_source(tmp_path / "mg")
-    convert(back, HFSink(tmp_path / "hf", back.config))
+    convert(back, HFSink(tmp_path / "hf"))
     assert_same_weights(engine / "hf", tmp_path / "hf")
 
 
@@ -133,7 +129,7 @@ def refused(directory: Path, sentence: str) -> str:
     out = directory.parent / "out"
     with pytest.raises(CheckpointError, match=sentence) as error:
         source = open_source(directory)
-        convert(source, HFSink(out, source.config))
+        convert(source, HFSink(out))
     assert sorted(path.name for path in directory.parent.iterdir()) == ["ck"]
     return str(error.value)
 

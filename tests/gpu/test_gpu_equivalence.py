@@ -9,9 +9,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = [({}, 1), ({"tp": 2}, 2), ({"pp": 2}, 2), ({"ep": 2}, 2), ({"tp": 2, "pp": 2, "ep": 2, "etp": 1}, 4)]
@@ -24,8 +22,7 @@ def test_logits_and_first_loss_equal_transformers(sizes: dict[str, int], world: 
     from transformers import MixtralForCausalLM
 
     hf = tiny_hf_mixtral(tmp_path / "hf")
-    source = HFSource(hf)
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, ParallelLayout(**sizes)))
+    convert(open_source(hf), open_sink(tmp_path / "ranks", "torch", ParallelLayout(**sizes)))
     batch = torch.randint(3, 96, (4, 33), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         expected = MixtralForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()(batch[:, :-1]).logits

@@ -42,7 +42,7 @@ def random_hf_directory(directory: Path, config: Any, dtype: torch.dtype = torch
     """A Hugging Face directory of a `MixtralConfig` with random tensors, made without `transformers` (milliseconds)."""
     from safetensors.torch import save_file
 
-    from megatron_mixtral.weights.rules import hf_tensors
+    from megatron_mixtral.weights import hf_tensors
 
     generator = torch.Generator().manual_seed(seed)
     directory.mkdir(parents=True)

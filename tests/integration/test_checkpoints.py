@@ -112,7 +112,7 @@ def test_verified_before_it_is_loaded(kept: tuple[Outcome, Path], start: list[st
 
 
 def test_export_is_the_conversion_by_hand(kept: tuple[Outcome, Path], hf: Path, tmp_path: Path) -> None:
-    cli.util(["--loader", "mixtral_mg", "--save-model-type", "huggingface", "--load-dir",
+    cli.convert(["--loader", "mixtral_mg", "--save-model-type", "huggingface", "--load-dir",
               str(kept[1] / "iter_0000004"), "--save-dir", str(tmp_path)])
     assert_same_weights(kept[1] / "hf" / "iter_0000004", tmp_path / "mg2hg")
 

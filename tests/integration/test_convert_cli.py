@@ -19,8 +19,8 @@ from helpers.models import assert_same_weights, random_hf_directory, tiny_hf_mix
 
 from megatron_mixtral import __main__ as commands
 from megatron_mixtral.config import MixtralConfig
-from megatron_mixtral.weights.plan import human_size
-from megatron_mixtral.weights.preview import own_memory
+from megatron_mixtral.disk import human_size
+from megatron_mixtral.weights.conversion import own_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = MixtralConfig(vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=8,
@@ -248,11 +248,11 @@ def test_refusals_say_what_to_do(hf, tmp_path, capsys):
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(hf, tmp_path, capsys):
     code = ("import os, sys; from megatron_mixtral.weights import cli\n"
-            "from megatron_mixtral.weights.files import writer as writing; write = writing.FileWriter.write\n"
+            "from megatron_mixtral.weights.files import writer; write = writer.FileWriter.write\n"
             "def die(self, part):\n"
             "    if '_001' in str(self.path): os.kill(os.getpid(), 9)\n"
             "    write(self, part)\n"
-            "writing.FileWriter.write = die; cli.util(sys.argv[1:])")
+            "writer.FileWriter.write = die; cli.convert(sys.argv[1:])")
     arguments = ["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
                  "--target-pipeline-parallel-size", "2", "--jobs", "1"]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -13,13 +13,10 @@ import torch
 from helpers.models import TINY, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
-from megatron_mixtral.weights import cli
-from megatron_mixtral.weights.convert import compare, convert, open_source
-from megatron_mixtral.weights.formats.dist_sink import DistSink
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import cli, convert, hf_tensors, open_source
+from megatron_mixtral.weights.conversion import compare
+from megatron_mixtral.weights.formats import DistSink, HFSource, RankDirSink
 from megatron_mixtral.weights.inspection import inspect
-from megatron_mixtral.weights.rules import hf_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +29,8 @@ def hf(tmp_path_factory) -> Path:
 def test_every_format_is_known(hf, tmp_path):
     source = HFSource(hf)
     count = len(hf_tensors(source.config))
-    convert(source, RankDirSink(tmp_path / "mg", source.config, ParallelLayout(tp=2, pp=2)), verify=True)
-    convert(source, DistSink(tmp_path / "dist", source.config), verify=True)
+    convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=2, pp=2)), verify=True)
+    convert(source, DistSink(tmp_path / "dist"), verify=True)
     for directory, words in ((hf, "Hugging Face, whole"), (tmp_path / "mg", "layout: tp2-pp2-ep1"),
                              (tmp_path / "dist", "(torch_dist), whole")):
         said = str(inspect(directory, deep=True))
@@ -44,7 +41,7 @@ def test_every_format_is_known(hf, tmp_path):
 
 def test_the_program_says_what_is_wrong(hf, tmp_path):
     source = HFSource(hf)
-    convert(source, RankDirSink(tmp_path / "mg", source.config, ParallelLayout(tp=2)), verify=True)
+    convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=2)), verify=True)
     path = tmp_path / "mg/release/mp_rank_01/model_optim_rng.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4  # in the middle of some tensor: only its checksum can tell
@@ -81,10 +78,10 @@ def test_killed_at_random_moments(tmp_path, kills):
                  "--overwrite", "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "4"]
     code = ("import sys; from megatron_mixtral.weights import cli, convert; "
             "import megatron_mixtral.weights.formats.rank_sink; print('go', flush=True); "
-            "cli.util(sys.argv[1:])")
+            "cli.convert(sys.argv[1:])")
     draw, unfinished = random.Random(3), 0
     started = time.monotonic()
-    cli.util(arguments)
+    cli.convert(arguments)
     longest = 1.2 * (time.monotonic() - started)
     for number in range(kills):
         if number % 2:
@@ -99,7 +96,7 @@ def test_killed_at_random_moments(tmp_path, kills):
         unfinished += partial.exists()
         assert not partial.exists() or not whole_and_right(partial, source)
         assert not target.exists() or whole_and_right(target, source)
-        cli.util([*arguments, "--resume"] if number % 4 < 2 else arguments)
+        cli.convert([*arguments, "--resume"] if number % 4 < 2 else arguments)
         assert whole_and_right(target, source) and inspect(target, deep=True).checksums
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mg"]
     assert unfinished >= kills // 4, "the kills came too early or too late"

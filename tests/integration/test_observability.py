@@ -14,7 +14,7 @@ from helpers.program import Outcome, pretrain
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import MixtralConfig
-from megatron_mixtral.weights.edits.select_experts import busiest
+from megatron_mixtral.weights.edits import busiest
 
 SEQUENCE = 32
 RECIPE = ["--seq-length", str(SEQUENCE), "--micro-batch-size", "1", "--lr", "0", "--min-lr", "0", "--eval-iters", "0",

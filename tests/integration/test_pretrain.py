@@ -12,9 +12,7 @@ from helpers.program import Outcome, pretrain
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 SEQUENCE, BATCH, STEPS, LEARNING_RATE = 32, 4, 10, 3e-3
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
@@ -113,8 +111,7 @@ def test_resumes_on_another_layout(world: int, layout: list[str], whole: Outcome
 
 def test_start_from_rank_directories_equals_start_from_hf(whole: Outcome, folder: Path, hf: Path,
                                                           data: list[str]) -> None:
-    source = HFSource(hf)
-    convert(source, RankDirSink(folder / "ranks", source.config, ParallelLayout(tp=2, pp=2, ep=2, etp=1)))
+    convert(open_source(hf), open_sink(folder / "ranks", "torch", ParallelLayout(tp=2, pp=2, ep=2, etp=1)))
     found = pretrain(4, [*LAYOUT, *RECIPE, *data, "--train-iters", "1", "--load", str(folder / "ranks")],
                      folder / "from_ranks")
     assert ended_well(found), found.logs[-1][-3000:]
@@ -136,8 +133,7 @@ def test_metrics_of_a_step(whole: Outcome, hf: Path) -> None:
 
 def test_half_a_model_is_refused(folder: Path, hf: Path, data: list[str]) -> None:
     """The engine answers a failed strict load with a lenient one; ours must not."""
-    source = HFSource(hf)
-    convert(source, RankDirSink(folder / "half", source.config, ParallelLayout()))
+    convert(open_source(hf), open_sink(folder / "half", "torch", ParallelLayout()))
     file = next((folder / "half").rglob("model_optim_rng.pt"))
     state = torch.load(file, weights_only=False)
     del state["model"]["decoder.final_layernorm.weight"]

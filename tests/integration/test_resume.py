@@ -14,9 +14,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.program import Outcome, pretrain
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights.convert import convert
-from megatron_mixtral.weights.formats.hf_source import HFSource
-from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 SEQUENCE, BATCH, STEPS, SAVED = 32, 12, 6, 3
 TOLERANCE = 1e-5
@@ -186,8 +184,7 @@ def test_resumes_with_buckets_that_end_in_padding(whole: Whole, data: list[str],
 
 @pytest.mark.slow
 def test_start_from_rank_directories_then_resume(whole: Whole, hf: Path, data: list[str], folder: Path) -> None:
-    source = HFSource(hf)
-    convert(source, RankDirSink(folder / "ranks", source.config, ParallelLayout(tp=2, pp=2, ep=2, etp=1)))
+    convert(open_source(hf), open_sink(folder / "ranks", "torch", ParallelLayout(tp=2, pp=2, ep=2, etp=1)))
     save = folder / "from_ranks" / "save"
     argv = [*THREE.flags(), *RECIPE, *data, "--pretrained-checkpoint", str(folder / "ranks"), "--load", str(save),
             "--save", str(save), "--save-interval", str(SAVED)]

@@ -1,5 +1,7 @@
 """Runs that start from converted distributed checkpoints, and runs that go on from one converted in between."""
 
+import contextlib
+import io
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,14 +13,9 @@ from helpers.program import Outcome, pretrain
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import streaming
-from megatron_mixtral.weights.cli import util
-from megatron_mixtral.weights.convert import convert, open_source
-from megatron_mixtral.weights.formats.dist_metadata import read_contents
-from megatron_mixtral.weights.formats.dist_sink import DistSink
-from megatron_mixtral.weights.formats.dist_source import DistSource
-from megatron_mixtral.weights.formats.run_state import run_state
-from megatron_mixtral.weights.formats.saved_args import saved_arguments
+from megatron_mixtral.weights import cli, convert, open_source
+from megatron_mixtral.weights.files import Region
+from megatron_mixtral.weights.formats import DistSink, DistSource, saved_arguments
 from megatron_mixtral.weights.inspection import inspect
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2",
@@ -60,8 +57,11 @@ def middle(run: Outcome, folder: Path) -> Path:
 
 
 def reshard(source: Path, target: Path, *more: str) -> str:
-    return util(["--loader", "mixtral_mg", "--load-dir", str(source), "--save-dir", str(target),
-                 "--target-ckpt-format", "torch_dist", *more])
+    """Convert a run's checkpoint to a distributed one; what the command says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert cli.convert(["--loader", "mixtral_mg", "--load-dir", str(source), "--save-dir", str(target),
+                            "--target-ckpt-format", "torch_dist", *more]) == 0
+    return said.getvalue()
 
 
 def test_a_run_goes_on_from_a_converted_checkpoint_as_from_its_own(run, middle, data, tmp_path) -> None:
@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint_as_from_its_own(run, middle, 
 def test_what_is_carried_along_is_the_same_for_the_engine(middle, tmp_path) -> None:
     """Every tensor and object, as torch's own reader sees it, and read back as weights."""
     reshard(middle, tmp_path / "mg")
-    before, after = read_contents(middle), read_contents(tmp_path / "mg" / "iter_0000002")
+    before, after = DistSource(middle).contents, DistSource(tmp_path / "mg" / "iter_0000002").contents
     assert before.tensors.keys() <= after.tensors.keys() and before.objects.keys() <= after.objects.keys()
     states = [key for key in before.tensors if key.startswith("optimizer.")] + ["embedding.word_embeddings.weight"]
     for key in states:  # in the same boxes, so that they can be compared byte by byte
@@ -85,13 +85,13 @@ def test_what_is_carried_along_is_the_same_for_the_engine(middle, tmp_path) -> N
         assert (ours.size, ours.dtype) == (theirs.size, theirs.dtype) and len(ours.chunks) == len(theirs.chunks)
         for one, other in zip(ours.chunks, theirs.chunks, strict=True):
             assert (one.offsets, one.sizes) == (other.offsets, other.sizes)
-            assert b"".join(streaming.region_blocks(one.region)) == b"".join(streaming.region_blocks(other.region))
+            assert b"".join(one.region.blocks()) == b"".join(other.region.blocks())
     from torch.distributed.checkpoint import FileSystemReader
 
     read = FileSystemReader(tmp_path / "mg" / "iter_0000002").read_metadata().state_dict_metadata
     assert all(read[key].size == torch.Size(before.tensors[key].size) for key in before.tensors)
     for source, target in ((middle, "one"), (tmp_path / "mg", "other")):
-        util(["--loader", "mixtral_mg", "--load-dir", str(source), "--save-dir", str(tmp_path / target),
+        cli.convert(["--loader", "mixtral_mg", "--load-dir", str(source), "--save-dir", str(tmp_path / target),
               "--save-model-type", "huggingface"])
     assert_same_weights(tmp_path / "one" / "mg2hg", tmp_path / "other" / "mg2hg")
     found = inspect(tmp_path / "mg", deep=True)
@@ -106,7 +106,7 @@ def test_a_state_is_named_when_it_is_left_behind(middle, tmp_path) -> None:
         assert (tmp_path / "mg" / "latest_checkpointed_iteration.txt").read_text() == "release"
     source = open_source(middle)
     assert isinstance(source, DistSource)
-    report = convert(source, DistSink(tmp_path / "weights", source.config))
+    report = convert(source, DistSink(tmp_path / "weights", carry_state=False))
     assert report.carried == [] and report.left_behind == source.left_behind
 
 
@@ -125,14 +125,14 @@ def test_what_would_tear_weights_and_state_apart_is_refused(middle, tmp_path) ->
     key = "optimizer.state.exp_avg.decoder.layers.mlp.router.weight"
     source.contents.tensors[key.replace("layers.", "layers.0.")] = source.contents.tensors.pop(key)
     with pytest.raises(CheckpointError, match="stored layer by layer"):
-        run_state(source)
+        convert(source, DistSink(tmp_path / "other"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mg"]
 
 
 def test_damage_to_what_was_carried_along_is_noticed(middle, tmp_path, monkeypatch) -> None:
     key = "optimizer.state.exp_avg_sq.decoder.layers.mlp.router.weight"
-    due = [read_contents(middle).tensors[key].chunks[0].region]
-    read = streaming.region_blocks
+    due = [DistSource(middle).contents.tensors[key].chunks[0].region]
+    read = Region.blocks
 
     def flip_once(region):
         for block in read(region):
@@ -140,7 +140,7 @@ def test_damage_to_what_was_carried_along_is_noticed(middle, tmp_path, monkeypat
             yield block if region not in due else block[:half] + bytes([block[half] ^ 1]) + block[half + 1:]
         due[:] = [left for left in due if left != region]
 
-    monkeypatch.setattr(streaming, "region_blocks", flip_once)
+    monkeypatch.setattr(Region, "blocks", flip_once)
     with pytest.raises(CheckpointError, match=r"__1_0.distcp: bytes \d+ to .* are not those of .* when read back"):
         reshard(middle, tmp_path / "mg", "--verify")
     assert not (tmp_path / "mg").exists()
@@ -152,8 +152,8 @@ def test_the_engines_own_norm_key_is_given_the_converters(middle, tmp_path) -> N
     ours, theirs = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
     for key in [key for key in source.contents.tensors if key.endswith(ours)]:
         source.contents.tensors[key.removesuffix(ours) + theirs] = source.contents.tensors.pop(key)
-    convert(source, DistSink(tmp_path / "mg", source.config, run=run_state(source)))
-    written = read_contents(tmp_path / "mg" / "iter_0000002").tensors
+    convert(source, DistSink(tmp_path / "mg"))
+    written = DistSource(tmp_path / "mg" / "iter_0000002").contents.tensors
     for prefix in ("", "optimizer.state.exp_avg_sq."):
         assert written[f"{prefix}decoder.layers.{ours}"] == written[f"{prefix}decoder.layers.{theirs}"]
     back = open_source(tmp_path / "mg")
@@ -165,7 +165,7 @@ def test_the_engines_own_norm_key_is_given_the_converters(middle, tmp_path) -> N
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
 def test_a_run_starts_from_converted_weights_by_themselves(flag, run, hf, data, tmp_path) -> None:
     """No --finetune, --no-load-optim or --no-load-rng: a converted checkpoint says that it has none of these."""
-    util(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
+    cli.convert(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
           "--target-ckpt-format", "torch_dist"])
     argv = [*RECIPE, *data, flag, str(tmp_path / "mg"), "--exit-interval", "1", "--make-vocab-size-divisible-by", "2"]
     found = pretrain(1, argv, tmp_path / "log")
@@ -178,7 +178,7 @@ def test_a_run_starts_from_converted_weights_by_themselves(flag, run, hf, data, 
 @pytest.mark.parametrize("form", ["torch", "torch_dist"])
 def test_arguments_of_a_converted_checkpoint_leave_the_experts_as_they_are(form, run, hf, data, tmp_path) -> None:
     """--use-checkpoint-args brings the padding of the vocabulary along, and not the kind of experts."""
-    util(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
+    cli.convert(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
           "--target-ckpt-format", form, "--make-vocab-size-divisible-by", "2"])
     argv = [*RECIPE, *data, "--load", str(tmp_path / "mg"), "--use-checkpoint-args", "--exit-interval", "1",
             "--save", str(tmp_path / "save"), "--save-interval", "1"]

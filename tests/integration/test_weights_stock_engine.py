@@ -11,7 +11,7 @@ from helpers import stock
 from helpers.models import tiny_hf_mixtral
 from helpers.program import Running
 
-from megatron_mixtral.weights.cli import util
+from megatron_mixtral.weights import cli
 
 # The flags of a stock Mixtral as a user types them: nothing here is taken from this library.
 ARCHITECTURE = """--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --moe-ffn-hidden-size 48 --num-attention-heads 4
@@ -66,8 +66,8 @@ def test_the_stock_engine_loads_ours_and_we_read_what_it_saves(form, world, layo
     size = [*flags_of(layout, "target-", "parallel-size")] if form == "torch" else []
     if "--expert-tensor-parallel-size" in more:
         size += ["--target-expert-tensor-parallel-size", "1"]
-    util(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "ours"), *size,
-          "--target-ckpt-format", form])
+    cli.convert(["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "ours"), *size,
+                 "--target-ckpt-format", form])
     argv = [*FLAGS, *flags_of(layout), *more, "--ckpt-format", form, "--load", str(tmp_path / "ours"),
             "--save", str(tmp_path / "theirs")]
     found = Running(world, argv, tmp_path / "log", module=stock.__name__).finish()
@@ -77,7 +77,7 @@ def test_the_stock_engine_loads_ours_and_we_read_what_it_saves(form, world, layo
     assert "load_return" not in said, "the engine's strict load failed and a lenient one followed"
     assert differs(hf, tmp_path / "log", 0) < 1e-5
 
-    util(["--loader", "mixtral_mg", "--load-dir", str(tmp_path / "theirs" / "iter_0000002"), "--save-dir",
-          str(tmp_path / "hf"), "--save-model-type", "huggingface"])
+    cli.convert(["--loader", "mixtral_mg", "--load-dir", str(tmp_path / "theirs" / "iter_0000002"), "--save-dir",
+                 str(tmp_path / "hf"), "--save-model-type", "huggingface"])
     assert differs(tmp_path / "hf" / "mg2hg", tmp_path / "log", 2) < 1e-5, "step 2 is computed with what was saved"
     assert differs(hf, tmp_path / "log", 2) > 1e-3, "the run learned something in between"

@@ -1,41 +1,28 @@
 """Names below a run's --save directory: whole checkpoints under theirs, everything else under hidden ones.
 
-    SAVE/iter_0000100/                      whole, always
-    SAVE/latest_checkpointed_iteration.txt  names a whole one, always
-    SAVE/.saving-XXXX/iter_0000200/         being written; of no use after a crash
-    SAVE/.replaced-iter_0000100/            an older one of the same name, until the new one has its name
-    SAVE/.removed-iter_0000050/             being deleted
+    SAVE/ITERATION/               whole, always
+    SAVE/TRACKER                  names a whole one, always
+    SAVE/.saving-XXXX/ITERATION/  being written; of no use after a crash
+    SAVE/.replaced-ITERATION/     an older one of the same name, until the new one has its name
+    SAVE/.removed-ITERATION/      being deleted
 
 A checkpoint gets its name by a rename after it is on the disk, loses it by a rename before anything of it is deleted,
 and the tracker is replaced last. Called by `training/checkpoints/manager.py`, on rank 0.
 """
 
 import logging
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from megatron_mixtral.training.arguments import TRACKER
+from megatron_mixtral.disk import sync, sync_tree, write_whole
+from megatron_mixtral.weights import directory as names
 
 logger = logging.getLogger(__name__)
 
+TRACKER, name_of, iterations = names.TRACKER, names.name_of, names.iterations
 _SAVING, _REPLACED, _REMOVED = ".saving-", ".replaced-", ".removed-"
-
-
-def name_of(iteration: int) -> str:
-    """The engine's directory name of an iteration."""
-    return f"iter_{iteration:07d}"
-
-
-def iterations(save: Path) -> list[int]:
-    """Iterations of the checkpoints below `save`, ascending; none where there is no such directory."""
-    if not save.is_dir():
-        return []
-    found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in save.iterdir())
-    return sorted(int(match[1]) for match in found if match)
 
 
 def tidy(save: Path) -> None:
@@ -67,19 +54,15 @@ def publish(folder: Path, save: Path, iteration: int) -> Path:
     """Give the draft's checkpoint its name, and make it the latest. Raises `OSError`; then the tracker is as before."""
     written, target = folder / name_of(iteration), save / name_of(iteration)
     tracker = folder / TRACKER
-    with tracker.open("w", encoding="utf-8") as stream:  # before the renames, which need no space
-        stream.write(str(iteration))
-        stream.flush()
-        os.fsync(stream.fileno())
-    for path in (*written.rglob("*"), written):
-        _sync(path)
+    write_whole(tracker, str(iteration))  # before the renames, which need no space
+    sync_tree(written)
     replaced = save / f"{_REPLACED}{target.name}"
     if target.exists():
         target.rename(replaced)
     written.rename(target)
-    _sync(save)
+    sync(save)
     tracker.rename(save / TRACKER)
-    _sync(save)
+    sync(save)
     for left in (replaced, folder):
         shutil.rmtree(left, ignore_errors=True)
     return target
@@ -101,7 +84,7 @@ def surplus(found: Collection[int], newest: int, limit: int | None, multiples: i
 
 
 def remove(save: Path, iteration: int) -> None:
-    """Take a checkpoint its name, then delete it. A link is left alone: what it points to is not ours."""
+    """Remove a checkpoint: first its name, then its files. A link is left alone: what it points to is not ours."""
     target, removed = save / name_of(iteration), save / f"{_REMOVED}{name_of(iteration)}"
     if target.is_symlink():
         logger.info("%s is a symbolic link and is kept", target)
@@ -109,11 +92,3 @@ def remove(save: Path, iteration: int) -> None:
     target.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)  # what stays is hidden, and the next start removes it
     logger.info("removed %s", target)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

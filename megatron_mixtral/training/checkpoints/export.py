@@ -24,14 +24,10 @@ def write(checkpoint: Path, target: Path, template: Path | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the training, which waits for this
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from megatron_mixtral.weights.convert import convert, open_megatron
-    from megatron_mixtral.weights.formats.hf_sink import HFSink
-    from megatron_mixtral.weights.formats.hf_source import companions_of
+    from megatron_mixtral.weights import convert, open_sink, open_source
 
     try:
-        source = open_megatron(checkpoint)
-        report = convert(source, HFSink(target, source.config, template=template, replace=True), jobs=1,
-                         companions=[] if template is None else companions_of(template))
+        report = convert(open_source(checkpoint), open_sink(target, template=template, replace=True), jobs=1)
     except MixtralError as error:
         logger.error("export: %s", error)
         sys.exit(1)

@@ -8,11 +8,11 @@ of the pinned version reads it. Standard library only: the background process of
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.disk import write_whole
 from megatron_mixtral.errors import CheckpointError
 
 MANIFEST = "integrity.json"
@@ -55,10 +55,7 @@ def write_manifest(directory: Path) -> None:
         except ValueError:  # cut short by a full disk
             continue
     sums = {name: noted.get(name) or digest(directory / name) for name in files_of(directory)}
-    with (directory / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump({"algorithm": ALGORITHM, "files": sums}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_whole(directory / MANIFEST, json.dumps({"algorithm": ALGORITHM, "files": sums}, indent=1))
 
 
 def read_manifest(directory: Path) -> dict[str, str]:

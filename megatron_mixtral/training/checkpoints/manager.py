@@ -17,7 +17,7 @@ from megatron_mixtral.training.checkpoints import directory as retention
 from megatron_mixtral.training.checkpoints import integrity as manifest
 from megatron_mixtral.training.checkpoints import resume
 from megatron_mixtral.training.checkpoints.export import Exporter
-from megatron_mixtral.weights.formats.saved_args import saved_arguments
+from megatron_mixtral.weights import saved_arguments
 
 logger = logging.getLogger(__name__)
 

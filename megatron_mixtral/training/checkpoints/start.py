@@ -7,7 +7,7 @@ from typing import Any
 from megatron_mixtral.config import CONFIG_FILE, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.model import fill
-from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights import HFSource
 
 
 def write_identity(directory: Path, config: MixtralConfig) -> None:

@@ -1,6 +1,6 @@
 """Other models out of a Mixtral, as sources: what any sink can write, streamed like every conversion.
 
-`SelectedExperts` keeps some experts of every layer (8x7B to 4x7B). Called by `tools/checkpoint/select_experts.py`.
+`SelectedExperts` keeps some experts of every layer (8x7B to 4x7B).
 """
 
 import dataclasses

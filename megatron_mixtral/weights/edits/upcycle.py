@@ -2,7 +2,6 @@
 
 With identical experts the weights of the chosen ones add up to one, so the Mixtral computes what the dense model did;
 training then makes the experts differ ("Sparse Upcycling", Komatsuzaki et al. 2022). Streamed like every conversion.
-Called by `tools/checkpoint/upcycle.py`.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import numpy
 from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.dtypes import FLOATS, cast
-from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.formats import HFSource
 from megatron_mixtral.weights.protocols import Fragment
 from megatron_mixtral.weights.rules import FC1, ROUTER, HFTensor, hf_tensors
 

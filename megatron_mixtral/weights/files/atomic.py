@@ -1,6 +1,6 @@
 """Writing a directory so that it is either whole or not there: a temporary name beside it, fsync, rename.
 
-Every sink writes through `staged`. A killed conversion leaves only a hidden `.NAME.partial`, which nothing reads as a
+Every conversion writes through `staged`. A killed one leaves only a hidden `.NAME.partial`, which nothing reads as a
 checkpoint and which the next start removes, or takes up where it can.
 """
 
@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_mixtral.disk import existing_parent, free_space, human_size, sync, sync_tree, write_whole
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.plan import human_size
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,11 @@ def is_empty(directory: Path) -> bool:
     return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory is, or was until its last rename, one that is being written."""
+    return (directory / NOTES).exists() or directory.name.endswith(PARTIAL)
+
+
 def refuse_existing(target: Path, replace: bool) -> None:
     """Raise `CheckpointError` when `target` may not be written: it holds something, and `replace` is false."""
     if target.exists() and not target.is_dir():
@@ -37,13 +42,11 @@ def refuse_existing(target: Path, replace: bool) -> None:
 
 def need_space(target: Path, needed: int) -> None:
     """Raise `CheckpointError` when the disk that `target` will be on has less than `needed` bytes free."""
-    folder = Path(os.path.abspath(target))
-    while not folder.exists():
-        folder = folder.parent
     left = _partial(Path(os.path.abspath(target)))  # of an unfinished conversion: will be removed or used
-    free = shutil.disk_usage(folder).free + sum(path.lstat().st_blocks * 512 for path in left.rglob("*"))
+    free = free_space(target) + sum(path.lstat().st_blocks * 512 for path in left.rglob("*"))
     if free < needed:
-        raise CheckpointError(f"{target} needs {human_size(needed)}, but {folder} has {human_size(free)} free")
+        raise CheckpointError(f"{target} needs {human_size(needed)}, but {existing_parent(target)} has "
+                              f"{human_size(free)} free")
 
 
 class Stage:
@@ -75,10 +78,7 @@ class Stage:
 
     def note(self, path: str, remarks: list[str]) -> None:
         """Note that a file is whole and on the disk. Under its name the note is whole, or not there."""
-        draft = self._note(path).with_suffix(".draft")
-        draft.write_text(json.dumps(remarks), encoding="utf-8")
-        _sync_one(draft)
-        draft.rename(self._note(path))
+        write_whole(self._note(path), json.dumps(remarks))
 
     def end(self) -> None:
         """Remove the notes."""
@@ -114,11 +114,11 @@ def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterato
             stage.begin("")
         yield stage
         stage.end()
-        _sync(partial)
+        sync_tree(partial)
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        _sync_one(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error
     finally:
@@ -138,19 +138,3 @@ def _recover(target: Path, old: Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(target)
-
-
-def _sync(directory: Path) -> None:
-    """Flush every file and directory below to the disk."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            _sync_one(Path(folder) / name)
-        _sync_one(Path(folder))
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,7 @@
-"""Planning output files before a byte of them is written: where every tensor goes, and the bytes around them.
+"""Planning output files before a byte of them is written: where everything goes, and the bytes around it.
 
-A `Container` is a whole file laid out: its size, the place of each tensor and the bytes around it, and a function that
-gives the last bytes once the tensors' checksums are known. `torch_archive` lays out what `torch.save` would have
+A `FileLayout` is a whole file laid out: its size, the place of each payload and the bytes around it, and a function
+that gives the last bytes once the payloads' checksums are known. `torch_archive` lays out what `torch.save` would have
 written: an uncompressed zip, storages aligned to 64 bytes. Format: PKWARE's APPNOTE (with zip64 where offsets need it),
 and `torch.serialization._save` for the entries.
 
@@ -11,17 +11,17 @@ several GB/s, of bytes that are in the processor's cache already, they cost litt
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Buffer, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_mixtral.weights.dtypes import FLOATS
+from megatron_mixtral.weights.files.mapped import Region
 from megatron_mixtral.weights.files.pickle_writer import Call, Global, Persistent, dumps
-from megatron_mixtral.weights.formats.dist_metadata import Region
-from megatron_mixtral.weights.plan import TensorSlice
-from megatron_mixtral.weights.rules import Shape
 
 ALIGNMENT = 64
+LABEL = "@"  # in the name of an archive's folder: NAME@OFFSETS
 _LOCAL = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR = struct.Struct("<4s3I")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -38,54 +38,53 @@ def _nothing(crc: int) -> bytes:
 
 
 @dataclass(frozen=True)
+class Payload:
+    """What a file is to hold. Planning needs its size; `blocks` gives the bytes, in order, when it is written.
+
+    A tensor has a `dtype` (of `FLOATS`) and a shape; anything else is bytes that are copied as they are.
+    """
+
+    name: str
+    size: int  # bytes
+    blocks: Callable[[], Iterable[Buffer]]
+    dtype: str | None = None
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Placed:
-    """A tensor to be written at byte `offset` of a file, in type `dtype`, and the bytes around it.
+    """A payload to be written at byte `offset` of a file, and the bytes around it.
 
     `before` goes directly in front of it, `after` (of its CRC-32) directly behind it, so files are written in order.
     """
 
-    tensor: TensorSlice
-    dtype: str
+    payload: Payload
     offset: int
     before: bytes = b""
     after: Callable[[int], bytes] = _nothing
 
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return self.tensor.elements * FLOATS[self.dtype].itemsize
-
 
 @dataclass(frozen=True)
-class Copied:
-    """Bytes of the source that go to byte `offset` of a file as they are."""
+class FileLayout:
+    """A file laid out: its size, what is in it, and `end`, which gives the bytes from `end_at` on.
 
-    region: Region
-    offset: int
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return self.region.length
-
-
-@dataclass(frozen=True)
-class Container:
-    """A file laid out: its size, its tensors, and `end`, which gives the bytes from `end_at` on.
-
-    `end` is given the CRC-32 of each tensor in order.
+    `end` is given the CRC-32 of each payload in order.
     """
 
     size: int
     placed: tuple[Placed, ...]
-    end_at: int
-    end: Callable[[Sequence[int]], bytes]
-    copied: tuple[Copied, ...] = ()
+    end_at: int = 0
+    end: Callable[[Sequence[int]], bytes] = lambda crcs: b""
 
     @property
     def moved(self) -> int:
-        """Bytes that come from the source."""
-        return sum(part.size for part in (*self.placed, *self.copied))
+        """Bytes of the payloads."""
+        return sum(placed.payload.size for placed in self.placed)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors are in it."""
+        return sum(placed.payload.dtype is not None for placed in self.placed)
 
 
 @dataclass(frozen=True)
@@ -118,23 +117,32 @@ class _Entry:
                              _MOST32 if far else self.header) + self.name + extra
 
 
-def tensor_reference(key: int, dtype: str, shape: Shape) -> Call:
-    """What stands for a tensor in the pickle of an archive: storage `key`, contiguous, of `shape`."""
+def _reference(key: int, tensor: Payload) -> Call:
+    """What stands for a tensor in the pickle of an archive: storage `key`, contiguous, of the tensor's shape."""
     count, strides = 1, []
-    for size in reversed(shape):
+    for size in reversed(tensor.shape):
         strides.insert(0, count)
         count *= size
-    storage = Persistent(("storage", Global("torch", FLOATS[dtype].storage), str(key), "cpu", count))
+    storage = Persistent(("storage", Global("torch", FLOATS[tensor.dtype].storage), str(key), "cpu", count))
     return Call(Global("torch._utils", "_rebuild_tensor_v2"),
-                (storage, 0, tuple(shape), tuple(strides), False, Call(Global("collections", "OrderedDict"))))
+                (storage, 0, tensor.shape, tuple(strides), False, Call(Global("collections", "OrderedDict"))))
 
 
-def torch_archive(contents: Any, tensors: Sequence[tuple[TensorSlice, str]], base: int = 0,
-                  label: str = "archive") -> Container:
-    """The archive of `contents`, which names its tensors by `tensor_reference(index, ...)`, at byte `base` of a file.
+def _referred(value: Any, found: list[Payload]) -> Any:
+    """`value` with every tensor in its dictionaries and lists replaced by a reference, and noted in `found`."""
+    if isinstance(value, Payload):
+        found.append(value)
+        return _reference(len(found) - 1, value)
+    if isinstance(value, dict):
+        return {key: _referred(item, found) for key, item in value.items()}
+    return [_referred(item, found) for item in value] if isinstance(value, list) else value
 
-    `tensors` are (slice, dtype) by index; `label` is the folder in the archive, which no reader minds. The container's
-    size is that of the archive alone. Raises `ValueError` for a tensor of 4 GiB or more.
+
+def torch_archive(contents: Any, base: int = 0, label: str = "archive") -> FileLayout:
+    """The archive of `contents`, a value whose tensors are `Payload`s, at byte `base` of a file.
+
+    `label` is the folder in the archive, which no reader minds. The layout's size is that of the archive alone.
+    Raises `ValueError` for a tensor of 4 GiB or more.
     """
     assert base % ALIGNMENT == 0, f"archive at byte {base}"
     at = 0
@@ -149,14 +157,14 @@ def torch_archive(contents: Any, tensors: Sequence[tuple[TensorSlice, str]], bas
         at = start + size + _DESCRIPTOR.size
         return _Entry(encoded, header, start, size, data)
 
-    pickled = dumps(contents)
+    tensors: list[Payload] = []
+    pickled = dumps(_referred(contents, tensors))
     first = [entry("data.pkl", len(pickled), pickled), entry("byteorder", 6, b"little")]
-    stored = [entry(f"data/{index}", tensor.elements * FLOATS[dtype].itemsize)
-              for index, (tensor, dtype) in enumerate(tensors)]
+    stored = [entry(f"data/{index}", tensor.size) for index, tensor in enumerate(tensors)]
     last = entry("version", 2, b"3\n")
     start = b"".join(one.whole() for one in first)
-    placed = tuple(Placed(tensor, dtype, base + one.start, (b"" if index else start) + one.before(), one.after)
-                   for index, ((tensor, dtype), one) in enumerate(zip(tensors, stored, strict=True)))
+    placed = tuple(Placed(tensor, base + one.start, (b"" if index else start) + one.before(), one.after)
+                   for index, (tensor, one) in enumerate(zip(tensors, stored, strict=True)))
     directory_at = at
 
     def end(crcs: Sequence[int]) -> bytes:
@@ -165,7 +173,51 @@ def torch_archive(contents: Any, tensors: Sequence[tuple[TensorSlice, str]], bas
         return (b"" if stored else start) + last.whole() + directory + _ending(len(sums), directory_at, len(directory))
 
     end_at = last.header if stored else 0
-    return Container(end_at + len(end([0] * len(stored))), placed, base + end_at, end)
+    return FileLayout(end_at + len(end([0] * len(stored))), placed, base + end_at, end)
+
+
+class Joined:
+    """A file of archives of one tensor or none, and of copied ones, each behind the other on a multiple of 64 bytes."""
+
+    def __init__(self) -> None:
+        self._placed: list[Placed] = []
+        self._size = 0
+
+    def archive(self, contents: Any, label: str) -> tuple[int, int]:
+        """Add the archive of `contents`; returns its offset and length in the file."""
+        at = self._next()
+        part = torch_archive(contents, at, label)
+        if part.placed:
+            (placed,) = part.placed
+            self._placed.append(replace(placed, after=partial(_seal, placed, part)))
+        else:
+            self._placed.append(Placed(Payload(label, 0, tuple), at + part.size, part.end([])))
+        self._size = at + part.size
+        return at, part.size
+
+    def copy(self, name: str, region: Region) -> tuple[int, int]:
+        """Add an archive of another file as it is; returns its offset and length in the file."""
+        at = self._next()
+        self._placed.append(Placed(Payload(name, region.length, region.blocks), at))
+        self._size = at + region.length + -region.length % ALIGNMENT
+        return at, region.length
+
+    def _next(self) -> int:
+        return self._size + -self._size % ALIGNMENT
+
+    def layout(self) -> FileLayout:
+        """The file."""
+        return FileLayout(self._size, tuple(self._placed))
+
+
+def _seal(placed: Placed, archive: FileLayout, crc: int) -> bytes:
+    """What follows the only tensor of an archive."""
+    return placed.after(crc) + archive.end([crc])
+
+
+def label_of(name: str, offsets: tuple[int, ...]) -> str:
+    """What we call the archive of a part of a tensor, so that a reader notices one in the wrong place."""
+    return f"{name.replace('/', '.')}{LABEL}{'.'.join(map(str, offsets))}"
 
 
 def _ending(count: int, start: int, size: int) -> bytes:

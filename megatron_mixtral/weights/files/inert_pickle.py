@@ -47,20 +47,42 @@ PLAIN = {
 } | {("torch", name): TypeRecord(name) for name in TYPES}
 
 
+# What the engine's checkpoints contain beside tensors, containers and plain values, by module: `Metadata` and what it
+# is made of, the list of `megatron.core.safe_globals`, the arguments that a run stores, and random states.
+RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    "torch.distributed._shard.sharded_tensor.metadata": ("TensorProperties", "MEM_FORMAT_ENCODING"),
+    "torch.serialization": ("_get_layout",),
+    "signal": ("Signals",), "_io": ("BytesIO",), "_codecs": ("encode",), "torch": ("Generator",),
+    "pathlib": ("PosixPath", "PurePosixPath"), "pathlib._local": ("PosixPath", "PurePosixPath"),
+    "numpy": ("ndarray", "dtype"), "numpy.dtypes": ("UInt32DType",),
+    "numpy.core.multiarray": ("_reconstruct",), "numpy._core.multiarray": ("_reconstruct",),
+    "megatron.core.enums": ("ModelType",),
+    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
+    "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
+    "megatron.core.transformer.enums": ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"),
+}
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, where: str, use: str, allowed: Mapping[str, tuple[str, ...]],
-                 known: Mapping[tuple[str, str], Any], persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(self, data: bytes, where: str, known: Mapping[tuple[str, str], Any],
+                 persistent: Callable[[Any], Any] | None) -> None:
         super().__init__(io.BytesIO(data))
-        self.where, self.use, self.allowed, self.known, self.persistent = where, use, allowed, known, persistent
+        self.where, self.known, self.persistent = where, known, persistent
 
     def find_class(self, module: str, name: str) -> Any:
         for table in (self.known, PLAIN):
             if (module, name) in table:
                 return table[module, name]
-        if name in self.allowed.get(module, ()):
+        if name in RECORDS.get(module, ()):
             return Record
-        raise CheckpointError(f"{self.where} wants the global {module}.{name}, which {self.use} no use for; it was not "
-                              "loaded and nothing in it was run")
+        raise CheckpointError(f"{self.where} wants the global {module}.{name}, which no checkpoint has a use for; it "
+                              "was not loaded and nothing in it was run")
 
     def persistent_load(self, pid: Any) -> Any:
         if self.persistent is None:
@@ -68,12 +90,10 @@ class _Unpickler(pickle.Unpickler):
         return self.persistent(pid)
 
 
-def unpickle(data: bytes, where: str, use: str, allowed: Mapping[str, tuple[str, ...]],
-             known: Mapping[tuple[str, str], Any] | None = None,
+def unpickle(data: bytes, where: str, known: Mapping[tuple[str, str], Any] | None = None,
              persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The value of a pickle. `allowed` are the names of each module that become records, `known` those with a meaning.
+    """The value of a pickle. What `RECORDS` lists becomes records; `known` are globals with a meaning.
 
-    `use` completes "wants the global X, which ... no use for". Raises `CheckpointError` for an unlisted global and
-    one of `UNPICKLING_ERRORS` for damaged bytes.
+    Raises `CheckpointError` for any other global, and one of `UNPICKLING_ERRORS` for damaged bytes.
     """
-    return _Unpickler(data, where, use, allowed, known or {}, persistent).load()
+    return _Unpickler(data, where, known or {}, persistent).load()

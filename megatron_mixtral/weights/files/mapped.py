@@ -1,12 +1,50 @@
 """Files mapped into memory for reading: bytes become arrays where they lie, and pages are given back after use."""
 
 import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy
 
 from megatron_mixtral.errors import CheckpointError
+
+BLOCK = 1 << 20  # bytes of a region that are read at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: bit patterns where they are mapped, and torch's name of their type.
+
+    `data` is None for types that no weight has (random states, counters, quantized numbers); they are not looked at.
+    """
+
+    data: numpy.ndarray | None
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes [offset, offset + length) of a file."""
+
+    file: Path
+    offset: int
+    length: int
+
+    def blocks(self) -> Iterator[bytes]:
+        """The bytes in order. Raises `CheckpointError` when the file ends before they do."""
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            left = self.length
+            while left:
+                block = file.read(min(BLOCK, left))
+                if not block:
+                    raise CheckpointError(f"{self.file} ends {left} bytes before byte {self.offset + self.length}; "
+                                          "is it being written?")
+                left -= len(block)
+                yield block
 
 
 class MappedFile:

@@ -1,4 +1,4 @@
-"""Writing pickles that name classes of torch without having torch: the opposite of `unpickling`.
+"""Writing pickles that name classes of torch without having torch: the opposite of `inert_pickle`.
 
 Python's own pickler wants to import what it names. The few instructions that checkpoints need are written here
 directly, in protocol 2, which is what `torch.save` uses and `torch.load(weights_only=True)` understands.
@@ -19,7 +19,7 @@ class Global:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that it can be a dictionary's key
 class Call:
     """`function(*arguments)`, then with `state` given its `__setstate__` (or `__dict__.update`)."""
 

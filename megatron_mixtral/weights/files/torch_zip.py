@@ -8,46 +8,26 @@ import io
 import mmap
 import struct
 import zipfile
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy
-
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS, OTHER_STORAGES
-from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, Record, unpickle
-from megatron_mixtral.weights.files.mapped import MappedFile
+from megatron_mixtral.weights.files.file_layout import LABEL
+from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, unpickle
+from megatron_mixtral.weights.files.mapped import MappedFile, Stored
 
 _LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # of a zip entry: signature, flags, ... length of name and of extra field
 _ZIP, _DESCRIPTOR, _DESCRIBED = b"PK\x03\x04", b"PK\x07\x08", 8  # flag: size and CRC are behind the data
 MOST_PICKLE = 1 << 28  # bytes of data.pkl; a checkpoint's has a few hundred thousand
-LABEL = "@"  # in the name of an archive's folder: `dist_sink` writes KEY@OFFSETS there
 STORAGES = {kind.storage: kind for kind in FLOATS.values()}
 
-# What the engine's checkpoints contain beside tensors, containers and plain values: the list of
-# `megatron.core.safe_globals`, the arguments that a run stores, and random states. All of it becomes inert records.
-ALLOWED = {
-    "signal": ("Signals",), "_io": ("BytesIO",), "_codecs": ("encode",), "torch": ("Generator",),
-    "pathlib": ("PosixPath", "PurePosixPath"), "pathlib._local": ("PosixPath", "PurePosixPath"),
-    "numpy": ("ndarray", "dtype"), "numpy.dtypes": ("UInt32DType",),
-    "numpy.core.multiarray": ("_reconstruct",), "numpy._core.multiarray": ("_reconstruct",),
-    "megatron.core.enums": ("ModelType",),
-    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
-    "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
-    "megatron.core.transformer.enums": ("AttnBackend", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope"),
-}
 
-
-class Window(io.RawIOBase):
-    """A part of a memory-mapped file as a stream."""
+class Window:
+    """A part of a memory-mapped file as a stream, for `zipfile`."""
 
     def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
-        super().__init__()
         self.data, self.offset, self.length, self._at = data, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
 
     def seekable(self) -> bool:
         return True
@@ -56,28 +36,13 @@ class Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
-        self._at = max(0, base + offset)
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self.length - self._at))
-        start = self.offset + self._at
-        buffer[:count] = self.data[start:start + count]
-        self._at += count
-        return count
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of an archive: bit patterns over the mapped file, and torch's name of their type.
-
-    `data` is None for types that are no weights (random states, counters); they are not looked at.
-    """
-
-    data: numpy.ndarray | None
-    dtype: str
-    shape: tuple[int, ...]
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.length - self._at)
+        start, self._at = self._at, self._at + (left if count < 0 else min(count, left))
+        return self.data[self.offset + start:self.offset + self._at]
 
 
 class _Storage:
@@ -123,7 +88,7 @@ class _Reader:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
             raise ValueError(f"its storage {storage.key} has {entry.file_size} bytes, expected {size}, uncompressed")
         self.window.seek(entry.header_offset)
-        header = self.window.read(_LOCAL_HEADER.size) or b""
+        header = self.window.read(_LOCAL_HEADER.size)
         if len(header) != _LOCAL_HEADER.size:
             raise ValueError(f"its storage {storage.key} has no header")
         signature, flags, name, extra = _LOCAL_HEADER.unpack(header)
@@ -159,10 +124,11 @@ class _Reader:
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
         for name in (*STORAGES, *OTHER_STORAGES):
             known["torch", name] = known["torch.storage", name] = name
-        return unpickle(self.pickle, where, "weights have", ALLOWED, known, _Storage)
+        return unpickle(self.pickle, where, known, _Storage)
 
 
-def load(file: MappedFile, where: str, offset: int = 0, length: int | None = None, label: str | None = None) -> Any:
+def load_torch(file: MappedFile, where: str, offset: int = 0, length: int | None = None,
+               label: str | None = None) -> Any:
     """The object of the archive in bytes [offset, offset + length) of a file, its tensors as `Stored`.
 
     With `label`, an archive that is labelled (`LABEL`) must be labelled so.
@@ -179,6 +145,3 @@ def load(file: MappedFile, where: str, offset: int = 0, length: int | None = Non
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *UNPICKLING_ERRORS) as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{where} is not a whole torch file: {text}") from None
-
-
-__all__ = ["Record", "Stored", "Window", "load"]

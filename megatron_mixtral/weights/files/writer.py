@@ -7,16 +7,15 @@ so memory does not grow with the model. Called by `convert`.
 import os
 import threading
 import zlib
-from collections.abc import Buffer, Callable, Iterable, Sequence
+from collections.abc import Buffer, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import finite
-from megatron_mixtral.weights.files.file_layout import Container, Copied, Placed
-from megatron_mixtral.weights.protocols import TensorSource
-from megatron_mixtral.weights.streaming import blocks, region_blocks
+from megatron_mixtral.weights.files.file_layout import FileLayout, Placed
 
 RELEASE = 1 << 26  # bytes moved between two releases of mapped pages
 PART = 1 << 27  # bytes of a file that a thread writes at a time
@@ -46,21 +45,20 @@ class Meter:
 
 
 class FileWriter:
-    """One planned file being written, in parts: runs of consecutive tensors that threads write side by side.
+    """One planned file being written, in parts: runs of consecutive payloads that threads write side by side.
 
     Whoever writes the last part completes the file, flushes it to the disk and gives `done` the names of tensors with
     NaN or Inf, if they are looked for.
     """
 
-    def __init__(self, path: Path, container: Container, source: TensorSource, meter: Meter, *,
-                 check_finite: bool = False, done: Callable[[list[str]], None] = lambda bad: None) -> None:
-        self.path, self.container = path, container
-        self._source, self._meter, self._check_finite, self._done = source, meter, check_finite, done
-        self._crcs, self._bad = [0] * len(container.placed), set[int]()
+    def __init__(self, path: Path, layout: FileLayout, meter: Meter, check_finite: bool,
+                 done: Callable[[list[str]], None]) -> None:
+        self.path, self.layout = path, layout
+        self._meter, self._check_finite, self._done = meter, check_finite, done
+        self._crcs, self._bad = [0] * len(layout.placed), set[int]()
         self._handle: int | None = None
         self._lock = threading.Lock()
-        self._items: tuple[Placed | Copied, ...] = (*container.placed, *container.copied)
-        self.parts = _parts(self._items)
+        self.parts = _parts(layout.placed)
         self._left = len(self.parts)
 
     def write(self, part: range) -> None:
@@ -69,24 +67,24 @@ class FileWriter:
         After an exception the file is not completed; `close` it.
         """
         handle = self._open()
-        flusher = _Flusher(handle, self._items[part[0]].offset if part else 0)
+        flusher = _Flusher(handle, self.layout.placed[part[0]].offset if part else 0)
         for number in part:
-            placed = self._items[number]
-            if isinstance(placed, Copied):
-                self._copy(handle, placed, flusher)
-                continue
-            at, crc, good = placed.offset, 0, True
+            placed = self.layout.placed[number]
+            payload, at, crc, good = placed.payload, placed.offset, 0, True
+            tensor = payload.dtype is not None
             _write(handle, placed.before, at - len(placed.before))
-            for block in blocks(placed.tensor, self._source, placed.dtype):
-                crc = zlib.crc32(block, crc)
-                good = good and (not self._check_finite or finite(block, placed.dtype))
+            for block in payload.blocks():
+                if tensor:
+                    crc = zlib.crc32(block, crc)
+                    good = good and (not self._check_finite or finite(block, payload.dtype))
                 _write(handle, block, at)
-                at += block.nbytes
-                self._meter.add(block.nbytes)
+                size = memoryview(block).nbytes
+                at += size
+                self._meter.add(size)
                 flusher.reached(at)
-            if at - placed.offset != placed.size:
-                raise CheckpointError(f"{self.path.name}: {placed.tensor.name} has {at - placed.offset} bytes, planned "
-                                      f"were {placed.size}")
+            if at - placed.offset != payload.size:
+                raise CheckpointError(f"{self.path.name}: {payload.name} has {at - placed.offset} bytes, planned were "
+                                      f"{payload.size}")
             _write(handle, placed.after(crc), at)
             self._crcs[number] = crc
             if not good:
@@ -97,29 +95,21 @@ class FileWriter:
         if last:
             self._complete(handle)
 
-    def _copy(self, handle: int, copied: Copied, flusher: "_Flusher") -> None:
-        at = copied.offset
-        for block in region_blocks(copied.region):
-            _write(handle, block, at)
-            at += len(block)
-            self._meter.add(len(block))
-            flusher.reached(at)
-
     def _open(self) -> int:
         """The file, created with all of its room at the first call."""
         with self._lock:
             if self._handle is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-                if hasattr(os, "posix_fallocate") and self.container.size:
-                    os.posix_fallocate(self._handle, 0, self.container.size)
+                if hasattr(os, "posix_fallocate") and self.layout.size:
+                    os.posix_fallocate(self._handle, 0, self.layout.size)
             return self._handle
 
     def _complete(self, handle: int) -> None:
-        _write(handle, self.container.end(self._crcs), self.container.end_at)
+        _write(handle, self.layout.end(self._crcs), self.layout.end_at)
         os.fsync(handle)
         self.close()
-        self._done([self.container.placed[number].tensor.name for number in sorted(self._bad)])
+        self._done([self.layout.placed[number].payload.name for number in sorted(self._bad)])
 
     def close(self) -> None:
         """Close the file, complete or not."""
@@ -129,19 +119,23 @@ class FileWriter:
                 self._handle = None
 
 
-def _parts(placed: Sequence[Placed | Copied]) -> list[range]:
-    """Runs of consecutive tensors (or copies) of about `PART` bytes together; one empty run for a file without any."""
+def _parts(placed: Sequence[Placed]) -> list[range]:
+    """Runs of consecutive payloads of about `PART` bytes together; one empty run for a file without any."""
     starts, size = [0], 0
     for number, one in enumerate(placed):
         if size >= PART:
             starts.append(number)
             size = 0
-        size += one.size
+        size += one.payload.size
     return [range(start, end) for start, end in pairwise([*starts, len(placed)])]
 
 
-def write_files(writers: Sequence[FileWriter], meter: Meter, jobs: int | None = None) -> None:
-    """Write all parts of all files, `jobs` at a time. The first failure stops the others and is raised."""
+def write_files(root: Path, files: Mapping[str, FileLayout], meter: Meter, jobs: int | None, check_finite: bool,
+                done: Callable[[str, list[str]], None]) -> None:
+    """Write files below `root`, `jobs` parts at a time. The first failure stops the others and is raised.
+
+    `done` is told each file that is on the disk, and its tensors with NaN or Inf, if they are looked for.
+    """
 
     def write(writer: FileWriter, part: range) -> None:
         try:
@@ -151,6 +145,8 @@ def write_files(writers: Sequence[FileWriter], meter: Meter, jobs: int | None = 
             meter.stopped = True
             raise
 
+    writers = [FileWriter(root / path, layout, meter, check_finite, partial(done, path))
+               for path, layout in files.items()]
     tasks = [(writer, part) for writer in writers for part in writer.parts]
     try:
         with ThreadPoolExecutor(workers(jobs, len(tasks))) as pool:
@@ -196,8 +192,3 @@ def _write(handle: int, data: Buffer, at: int) -> None:
     while view:
         count = os.pwrite(handle, view, at)
         view, at = view[count:], at + count
-
-
-def total_bytes(containers: Iterable[Container]) -> int:
-    """Size of files together."""
-    return sum(container.size for container in containers)

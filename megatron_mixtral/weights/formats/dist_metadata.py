@@ -1,43 +1,25 @@
-"""The `.metadata` of a distributed checkpoint, read without torch.distributed and without running what is in it.
+"""The `.metadata` of a distributed checkpoint, read and written without torch.distributed.
 
-The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. A restricted unpickler maps the classes that
-belong there to inert records and refuses every other global by name.
+The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. It is read as inert records, so that nothing
+in it runs, and written by the names of its classes.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, TypeRecord, unpickle
+from megatron_mixtral.weights.files import Region, inert_pickle, pickle_writer
+from megatron_mixtral.weights.formats.directory import file_beside
 from megatron_mixtral.weights.rules import Shape, dist_names
 
 METADATA_FILE = ".metadata"
 COMMON = "common_state/shard_0_1"  # arguments, iteration and other small state
 COMMON_FILE = "common.pt"  # where older engines put it
 
-_RECORDS = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.distributed.checkpoint.planner": (
-        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
-    "torch.distributed._shard.sharded_tensor.metadata": ("TensorProperties", "MEM_FORMAT_ENCODING"),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("PosixPath",),
-    "pathlib._local": ("PosixPath",),
-}
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where an entry lies: bytes [offset, offset + length) of a file."""
-
-    file: Path
-    offset: int
-    length: int
+_MODULE = "torch.distributed.checkpoint.metadata"
+Call, Global = pickle_writer.Call, pickle_writer.Global
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ def read_contents(directory: Path) -> Contents:
     """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""
     path = directory / METADATA_FILE
     try:
-        metadata = unpickle(path.read_bytes(), str(path), "a checkpoint's metadata has", _RECORDS)
+        metadata = inert_pickle.unpickle(path.read_bytes(), str(path))
         regions = {(index.fqn, _offset(index)): info for index, info in metadata.storage_data.items()}
         entries = dict(metadata.state_dict_metadata)
         tensors, objects = {}, {}
@@ -79,7 +61,7 @@ def read_contents(directory: Path) -> Contents:
                 tensors[key] = _tensor(key, entry, regions, directory)
             else:
                 objects[key] = _region(key, regions[key, None], directory)
-    except UNPICKLING_ERRORS as error:
+    except inert_pickle.UNPICKLING_ERRORS as error:
         raise CheckpointError(f"{path} cannot be read as the metadata of a distributed checkpoint: "
                               f"{type(error).__name__} {error}") from None
     _check_apart(path, tensors)
@@ -114,7 +96,7 @@ def _tensor(key: str, entry: Any, regions: dict[tuple[str, Shape | None], Any], 
         chunks.append(StoredChunk(offsets, tuple(chunk.sizes), _region(key, regions[key, offsets], directory)))
     properties = entry.properties
     dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
-    if not isinstance(dtype, TypeRecord):
+    if not isinstance(dtype, inert_pickle.TypeRecord):
         raise CheckpointError(f"{directory / METADATA_FILE}: {key} has no type")
     return StoredTensor(tuple(entry.size), str(dtype), tuple(chunks))
 
@@ -127,13 +109,7 @@ def _check_inside(where: str, whole: Shape, offsets: Shape, sizes: Shape) -> Non
 
 
 def _region(key: str, info: Any, directory: Path) -> Region:
-    name = info.relative_path
-    if not isinstance(name, str) or PurePath(name).name != name:
-        raise CheckpointError(f"{directory / METADATA_FILE}: {key} points to {name!r}, expected a file name in the "
-                              "same folder")
-    path = directory / name
-    if not path.is_file():
-        raise CheckpointError(f"{directory / METADATA_FILE}: {key} is in {name}, which does not exist")
+    path = file_beside(directory, info.relative_path, f"{directory / METADATA_FILE}: {key}")
     if getattr(info, "transform_descriptors", None):
         raise CheckpointError(f"{path}: {key} is stored with transforms {info.transform_descriptors}, which are not "
                               "supported")
@@ -141,3 +117,40 @@ def _region(key: str, info: Any, directory: Path) -> Region:
         raise CheckpointError(f"{path}: {key} should lie at bytes {info.offset} to {info.offset + info.length}, but "
                               f"the file has {path.stat().st_size}; it is truncated or of another checkpoint")
     return Region(path, info.offset, info.length)
+
+
+# -- Writing ---------------------------------------------------------------------------------------------
+
+
+def contents_bytes(contents: Contents) -> bytes:
+    """The file of what `contents` says; every tensor under all keys that layer specifications know it by."""
+    entries: dict[str, Call] = {}
+    stored: list[tuple[Region, str, Shape | None]] = [(region, key, None) for key, region in contents.objects.items()]
+    for key, tensor in contents.tensors.items():
+        properties = Call(Global(_MODULE, "TensorProperties"), (), new=True, state=(
+            Global("torch", tensor.dtype), Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)),
+            False, Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,)), False))
+        boxes = [_object("ChunkStorageMetadata", offsets=_size(chunk.offsets), sizes=_size(chunk.sizes))
+                 for chunk in tensor.chunks]
+        for name in dist_names(key):
+            entries[name] = _object("TensorStorageMetadata", properties=properties, size=_size(tensor.size),
+                                    chunks=boxes)
+        stored += [(chunk.region, key, chunk.offsets) for chunk in tensor.chunks]
+    stored.sort(key=lambda item: (len(item[0].file.name), item[0].file.name, item[0].offset))
+    entries |= {key: _object("BytesStorageMetadata") for _, key, offsets in stored if offsets is None}
+    storage = {
+        _object("MetadataIndex", fqn=name, offset=None if offsets is None else _size(offsets), index=None):
+        Call(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), (), new=True, state={
+            "relative_path": region.file.name, "offset": region.offset, "length": region.length,
+            "transform_descriptors": None})
+        for region, key, offsets in stored for name in dist_names(key)}
+    return pickle_writer.dumps(_object("Metadata", state_dict_metadata=entries, planner_data=None, storage_data=storage,
+                                       storage_meta=None, version="1.0.0"))
+
+
+def _object(name: str, **state: Any) -> Call:
+    return Call(Global(_MODULE, name), (), state or None, new=True)
+
+
+def _size(shape: Shape) -> Call:
+    return Call(Global("torch", "Size"), (tuple(shape),))

@@ -1,215 +1,209 @@
 """Writing the engine's distributed checkpoints (`--ckpt-format torch_dist`), which a run loads in any layout.
 
-    DIR/latest_checkpointed_iteration.txt        "release", or the iteration of the run whose state is taken over
-    DIR/release/.metadata  metadata.json  __N_0.distcp       (iter_NNNNNNN/ with a run's state)
-    DIR/mixtral_config.json
+    DIR/ITERATION/.metadata  metadata.json  __N_0.distcp       ("release", or that of the run whose state is taken over)
 
 Every tensor is stored whole for each layer (and expert): one chunk of the global tensor, a `torch.save` archive of its
 own inside a .distcp file. The engine's reader takes from it what a rank of any layout needs. It is listed under every
-key that a layer specification of the engine asks for, though stored once. The `.metadata` pickle
-names classes of `torch.distributed.checkpoint` without importing them. `dist_ckpt` reads such directories; formats as
-there, and what `GPTModel.sharded_state_dict` of megatron-core 0.19 asks for.
+key that a layer specification of the engine asks for, though stored once. `dist_source` reads such directories; formats
+as there, and what `GPTModel.sharded_state_dict` of megatron-core 0.19 asks for.
+
+What a run keeps beside the weights is taken over from its distributed checkpoint (`RunState`): the optimizer's tensors,
+the counters and the arguments, the states of schedule, data and random numbers are copied as they are stored. Every
+entry is an archive of its own inside a .distcp file, and says nothing about where it lies. So a run goes on from the
+converted checkpoint as from the original.
 """
 
 import json
-import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import CONFIG_FILE, TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
-from megatron_mixtral.weights.dtypes import FLOATS
+from megatron_mixtral.config import TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.engine_args import make_args
-from megatron_mixtral.weights.files.file_layout import (
-    ALIGNMENT,
-    Container,
-    Copied,
-    Placed,
-    tensor_reference,
-    torch_archive,
+from megatron_mixtral.weights.files import Region, file_layout
+from megatron_mixtral.weights.formats.directory import identity_files, iteration_of, name_of
+from megatron_mixtral.weights.formats.dist_metadata import (
+    COMMON,
+    COMMON_FILE,
+    METADATA_FILE,
+    Contents,
+    StoredChunk,
+    StoredTensor,
+    contents_bytes,
 )
-from megatron_mixtral.weights.files.pickle_writer import Call, Global, dumps
-from megatron_mixtral.weights.formats.dist_metadata import COMMON, METADATA_FILE, Region
-from megatron_mixtral.weights.formats.dist_source import chunk_label
-from megatron_mixtral.weights.formats.rank_sink import RELEASE, main_type
-from megatron_mixtral.weights.formats.rank_source import TRACKER
-from megatron_mixtral.weights.formats.run_state import RunState
+from megatron_mixtral.weights.formats.dist_source import STATE_PREFIXES, DistSource, state_names
+from megatron_mixtral.weights.formats.rank_sink import main_type
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete, padded_vocabulary
-from megatron_mixtral.weights.protocols import OutputFile, stored_type
-from megatron_mixtral.weights.rules import Shape, dist_names
+from megatron_mixtral.weights.protocols import Output, TensorSource
+from megatron_mixtral.weights.rules import EMBEDDING, RULES, Shape, dist_names, hf_tensors
+from megatron_mixtral.weights.streaming import payload
 
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
 FILE_BYTES, MOST_FILES = 1 << 28, 16  # files are written, and can be read, side by side
-_METADATA = "torch.distributed.checkpoint.metadata"
+OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
+_BY_LAYER = re.compile(r"decoder\.layers\.\d+\.")
 
 
 class DistSink:
     """A distributed checkpoint to be written at `target`.
 
-    `layout` matters only for what the stored arguments say and for the padding of the vocabulary; any layout loads it.
-    With `run`, the state of the source's run is taken over, with its arguments and its padding.
+    `layout` matters only for what the stored arguments say and for the padding of the vocabulary, to a multiple of
+    `vocab_divisible_by` (None: 1) x tensor parallel size; any layout loads it. With `carry_state`, the state of a
+    source's run is taken over, with its arguments and its padding.
     """
 
-    def __init__(self, target: str | Path, config: MixtralConfig, layout: ParallelLayout | None = None, *,
-                 vocab_divisible_by: int = 1, replace: bool = False, run: RunState | None = None) -> None:
-        self.target, self.config, self.replace = Path(target), config, replace
-        self.layout = (layout or ParallelLayout()).validate(config, TARGET_FLAGS)
-        self.divisible_by = vocab_divisible_by
-        self.run = run
-        self.carried: tuple[str, ...] = () if run is None else run.names
-        self.folder = RELEASE if run is None else f"iter_{run.iteration:07d}"
-        self.padded_vocab = padded_vocabulary(config, self.layout, vocab_divisible_by)
-        self._tensors: dict[str, Any] = {}  # key -> (global shape, type, [(offsets, sizes)])
-        self._regions: list[tuple[str, Shape | None, str, int, int]] = []  # key, offsets, file, offset, length
+    def __init__(self, target: str | Path, layout: ParallelLayout | None = None, *,
+                 vocab_divisible_by: int | None = None, replace: bool = False, carry_state: bool = True) -> None:
+        self.target, self.replace, self.carry_state = Path(target), replace, carry_state
+        self.layout, self.divisible_by = layout or ParallelLayout(), vocab_divisible_by
 
-    def plan(self, dtypes: dict[str, str]) -> list[OutputFile]:
+    def plan(self, source: TensorSource, dtypes: dict[str, str]) -> Output:
         """Files of about equal size, each with consecutive tensors of the model; a run's state has its own."""
-        plan = ShardPlan(self.config, ParallelLayout(), Coord(), padded_vocab=self.padded_vocab)
-        check_complete([plan], self.config)
-        tensors = [tensor for tensor in plan.tensors() if self.run is None or not tensor.rule.padded]
-        weights = _shares([(tensor, tensor.elements * FLOATS[stored_type(tensor, dtypes)].itemsize)
-                           for tensor in tensors])
-        state = _shares(self.run.sizes() if self.run is not None else [])
-        return [OutputFile(f"{self.folder}/__{number}_0.distcp", {"": group}) for number, group in enumerate(weights)] \
-            + [OutputFile(f"{self.folder}/__{number}_0.distcp", {}, carried=tuple(group))
-               for number, group in enumerate(state, len(weights))]
+        config, layout = source.config, self.layout.validate(source.config, TARGET_FLAGS)
+        rows = padded_vocabulary(config, layout, self.divisible_by or 1)
+        run = run_state(source) if self.carry_state and isinstance(source, DistSource) else None
+        if run is not None:
+            self._check_unchanged(source, dtypes, run, rows)
+        plan = ShardPlan(config, ParallelLayout(), Coord(), padded_vocab=rows)
+        check_complete([plan], config)
+        tensors = [(tensor, payload(tensor, source, dtypes, _box(tensor, config)[1])) for tensor in plan.tensors()
+                   if run is None or not tensor.rule.padded]
+        iteration = None if run is None else run.iteration
+        folder, written, files = name_of(iteration), Contents({}, {}), dict[str, file_layout.FileLayout]()
 
-    def container(self, file: OutputFile, dtypes: dict[str, str]) -> Container:
-        """A .distcp file: archives one behind the other; the first file holds the common state, too."""
-        if file.carried:
-            return self._copies(file)
-        parts: list[tuple[int, Container]] = []
-        name, at = Path(file.path).name, 0
+        def next_path() -> Path:
+            return Path(folder, f"__{len(files)}_0.distcp")
 
-        def add(key: str, offsets: Shape | None, contents: Any, tensors: Sequence[tuple[TensorSlice, str]]) -> None:
-            nonlocal at
-            part = torch_archive(contents, tensors, at, chunk_label(key, offsets or ()))
-            self._regions.append((key, offsets, name, at, part.size))
-            parts.append((at, part))
-            at += part.size + -part.size % ALIGNMENT
+        for group in _shares([(one, one[1].size) for one in tensors]):
+            common = None if files or run is not None else self._common(config, rows, dtypes)
+            files[next_path().as_posix()] = _weights(written, next_path(), group, config, common)
+        for keys in _shares([] if run is None else run.sizes()):
+            files[next_path().as_posix()] = _copies(written, next_path(), run.contents, keys)
+        beside = {f"{folder}/{METADATA_FILE}": contents_bytes(written),
+                  f"{folder}/metadata.json": json.dumps(CONFIG).encode(), **identity_files(config, iteration)}
+        if run is not None and run.common_file is not None:
+            beside[f"{folder}/{COMMON_FILE}"] = run.common_file.read_bytes()
+        return Output(files, beside, carried=() if run is None else run.names)
 
-        for tensor in file.tensors():
-            kind = stored_type(tensor, dtypes)
-            key, offsets, sizes = self._place(tensor, kind)
-            add(key, offsets, tensor_reference(0, kind, sizes), [(tensor, kind)])
-            if tensor.rule.owner == "layer" and tensor.rule.extra_state:
-                add(_extra_state(key, offsets, self._tensors[key][0]), None, [None], [])
-        if name == "__0_0.distcp" and self.run is None:
-            add(COMMON, None, [self._common(dtypes)], [])
-        return _joined(parts)
+    def _check_unchanged(self, source: TensorSource, dtypes: dict[str, str], run: "RunState", rows: int) -> None:
+        """Raise `ConfigError` for a cast or a padding that the optimizer's state would not go with."""
+        cast = any(dtypes[name] != source.dtype(tensor) for name, tensor in hf_tensors(source.config).items())
+        if cast or (self.divisible_by is not None and rows != run.vocab_rows):
+            flag = "--params-dtype" if cast else "--make-vocab-size-divisible-by"
+            raise ConfigError(f"{flag} changes weights that the optimizer's state of {source.where} belongs to (it has "
+                              f"{run.vocab_rows} vocabulary rows); leave the flag out, or give --no-load-optim to "
+                              "convert the weights alone")
 
-    def _copies(self, file: OutputFile) -> Container:
-        """A .distcp file of what is taken over: the archives of the source, one behind the other."""
-        assert self.run is not None, "only a run's state is taken over"
-        copies: list[Copied] = []
-        at = 0
-
-        def add(key: str, offsets: Shape | None, region: Region) -> None:
-            nonlocal at
-            self._regions.append((key, offsets, Path(file.path).name, at, region.length))
-            copies.append(Copied(region, at))
-            at += region.length + -region.length % ALIGNMENT
-
-        for key in file.carried:
-            if key in self.run.objects:
-                add(key, None, self.run.objects[key])
-                continue
-            stored = self.run.tensors[key]
-            self._tensors[key] = (stored.size, stored.dtype, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks])
-            for chunk in stored.chunks:
-                add(key, chunk.offsets, chunk.region)
-        return Container(at, (), at, lambda crcs: b"", tuple(copies))
-
-    def _place(self, tensor: TensorSlice, kind: str) -> tuple[str, Shape, Shape]:
-        """Key of a tensor, and offsets and sizes of its chunk in the global tensor."""
-        rule, piece = tensor.rule, tensor.pieces[0]
-        lead: tuple[tuple[int, int], ...] = ()
-        if rule.owner == "layer":
-            lead += ((piece.layer, self.config.num_hidden_layers),)
-        if rule.per_expert:
-            lead += ((piece.expert, self.config.num_local_experts),)
-        key = rule.dist_keys[0]
-        offsets = (*(at for at, _ in lead), *(0,) * len(tensor.shape))
-        sizes = (*(1 for _ in lead), *tensor.shape)
-        whole = (*(count for _, count in lead), *tensor.shape)
-        self._tensors.setdefault(key, (whole, kind, []))[2].append((offsets, sizes))
-        return key, offsets, sizes
-
-    def _common(self, dtypes: dict[str, str]) -> dict[str, Any]:
+    def _common(self, config: MixtralConfig, rows: int, dtypes: dict[str, str]) -> dict[str, Any]:
         """What every rank gets: the arguments and the counters of a checkpoint without an optimizer."""
-        kind = main_type(dtypes)
-        args = make_args(self.config, self.layout, self.padded_vocab, self.divisible_by, kind, ckpt_format="torch_dist")
+        args = make_args(config, self.layout, rows, self.divisible_by or 1, main_type(dtypes), ckpt_format="torch_dist")
         return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0,
                 "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}}
 
-    def finish(self, root: Path, companions: Iterable[Path]) -> None:
-        """Write the metadata, the configuration, the companion files and, last, the tracker."""
-        (root / self.folder / METADATA_FILE).write_bytes(dumps(self._metadata()))
-        (root / self.folder / "metadata.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-        if self.run is not None and self.run.common_file is not None:
-            shutil.copyfile(self.run.common_file, root / self.folder / self.run.common_file.name)
-        (root / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
-        for path in companions:
-            shutil.copyfile(path, root / path.name)
-        (root / TRACKER).write_text(RELEASE if self.run is None else str(self.run.iteration), encoding="utf-8")
 
-    def _metadata(self) -> Call:
-        entries: dict[str, Any] = {}
-        for key, (whole, kind, chunks) in self._tensors.items():
-            properties = Call(Global(_METADATA, "TensorProperties"), (), new=True, state=(
-                Global("torch", kind), Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)), False,
-                Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)), False))
-            boxes = [_object("ChunkStorageMetadata", offsets=_size(offsets), sizes=_size(sizes))
-                     for offsets, sizes in chunks]
-            for name in dist_names(key):
-                entries[name] = _object("TensorStorageMetadata", properties=properties, size=_size(whole), chunks=boxes)
-        for key, offsets, *_ in self._regions:
-            if offsets is None:
-                entries[key] = _object("BytesStorageMetadata")
-        storage = _Pairs([(
-            _object("MetadataIndex", fqn=name, offset=None if offsets is None else _size(offsets), index=None),
-            Call(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), (), new=True, state={
-                "relative_path": file, "offset": at, "length": length, "transform_descriptors": None}))
-            for key, offsets, file, at, length in self._regions for name in dist_names(key)])
-        return _object("Metadata", state_dict_metadata=entries, planner_data=None, storage_data=storage,
-                       storage_meta=None, version="1.0.0")
+def _weights(written: Contents, path: Path, tensors: Sequence[tuple[TensorSlice, file_layout.Payload]],
+             config: MixtralConfig, common: dict[str, Any] | None) -> file_layout.FileLayout:
+    """A .distcp file of weights, with the common state behind them where it is given; noted in `written`."""
+    file = file_layout.Joined()
+
+    def add(contents: Any, key: str, offsets: Shape) -> Region:
+        return Region(path, *file.archive(contents, file_layout.label_of(key, offsets)))
+
+    for tensor, one in tensors:
+        key = tensor.rule.dist_keys[0]
+        offsets, sizes, whole = _box(tensor, config)
+        before = written.tensors.get(key, StoredTensor(whole, one.dtype, ()))
+        chunk = StoredChunk(offsets, sizes, add(one, key, offsets))
+        written.tensors[key] = replace(before, chunks=(*before.chunks, chunk))
+        if tensor.rule.owner == "layer" and tensor.rule.extra_state:
+            empty = _extra_state(key, offsets, whole)
+            written.objects[empty] = add([None], empty, ())
+    if common is not None:
+        written.objects[COMMON] = add([common], COMMON, ())
+    return file.layout()
 
 
-def _joined(parts: Sequence[tuple[int, Container]]) -> Container:
-    """A file of archives of one tensor or none, the first one with one: all bytes go along with the tensor before."""
-    placed: list[Placed] = []
-    size = 0
-    for start, part in parts:
-        size = start + part.size
-        if part.placed:
-            placed.append(replace(part.placed[0], after=partial(_seal, part.placed[0], part)))
+def _copies(written: Contents, path: Path, state: Contents, keys: Sequence[str]) -> file_layout.FileLayout:
+    """A .distcp file of what is taken over: the archives of the source, one behind the other; noted in `written`."""
+    file = file_layout.Joined()
+    for key in keys:
+        if key in state.objects:
+            written.objects[key] = Region(path, *file.copy(key, state.objects[key]))
         else:
-            placed[-1] = replace(placed[-1], after=partial(_append, placed[-1], start, part.end([])))
-    return Container(size, tuple(placed), size, lambda crcs: b"")
+            written.tensors[key] = replace(state.tensors[key], chunks=tuple(
+                replace(chunk, region=Region(path, *file.copy(key, chunk.region)))
+                for chunk in state.tensors[key].chunks))
+    return file.layout()
 
 
-def _seal(placed: Placed, archive: Container, crc: int) -> bytes:
-    """What follows the only tensor of an archive."""
-    return placed.after(crc) + archive.end([crc])
+def _box(tensor: TensorSlice, config: MixtralConfig) -> tuple[Shape, Shape, Shape]:
+    """Offsets and sizes of a tensor's chunk in the global tensor, and that one's shape."""
+    piece, lead = tensor.pieces[0], list[tuple[int, int]]()
+    if tensor.rule.owner == "layer":
+        lead.append((piece.layer, config.num_hidden_layers))
+    if tensor.rule.per_expert:
+        lead.append((piece.expert, config.num_local_experts))
+    return ((*(at for at, _ in lead), *(0,) * len(tensor.shape)), (*(1 for _ in lead), *tensor.shape),
+            (*(count for _, count in lead), *tensor.shape))
 
 
-def _append(placed: Placed, start: int, data: bytes, crc: int) -> bytes:
-    """What follows a tensor, and from byte `start` of the file on `data`."""
-    found = placed.after(crc)
-    return found + bytes(start - placed.offset - placed.size - len(found)) + data
+@dataclass(frozen=True)
+class RunState:
+    """What a run keeps beside the weights, under the keys that it is written with, and the run's iteration.
+
+    Among the tensors are the embedding and the output layer: a run trains the padded rows of its vocabulary, too, and
+    goes on with the same losses only if they stay.
+    """
+
+    iteration: int
+    contents: Contents
+    common_file: Path | None  # where older engines put the common state
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it holds, for the report."""
+        return tuple(state_names((*self.contents.tensors, *self.contents.objects)))
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        return self.contents.tensors[EMBEDDING.dist_keys[0]].size[0]
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """Every entry with its bytes."""
+        return [*((key, sum(chunk.region.length for chunk in stored.chunks))
+                  for key, stored in self.contents.tensors.items()),
+                *((key, region.length) for key, region in self.contents.objects.items())]
 
 
-class _Pairs(dict):
-    """A dictionary to be written whose keys cannot be keys here: it only lists its items."""
+def run_state(source: DistSource) -> RunState | None:
+    """What `source` holds beside weights; None for one without an optimizer, which no run can go on from.
 
-    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
-        super().__init__()
-        self.pairs = pairs
-
-    def items(self) -> Any:
-        return self.pairs
+    Raises `CheckpointError` where it cannot be taken over.
+    """
+    contents = source.contents
+    if not any(key.startswith(OPTIMIZER_PREFIXES) for key in (*contents.tensors, *contents.objects)):
+        return None
+    iteration = iteration_of(source.where.name)
+    common_file = source.where / COMMON_FILE
+    if iteration is None or (COMMON not in contents.objects and not common_file.is_file()):
+        raise CheckpointError(f"{source.where}: holds an optimizer's state, but is not the iter_NNNNNNN of a run with "
+                              "its counters; give --no-load-optim to convert the weights alone")
+    weights = [key for rule in RULES if rule.padded for key in rule.dist_keys]
+    tensors: dict[str, StoredTensor] = {}
+    for key, stored in contents.tensors.items():
+        if key in weights or key.startswith(STATE_PREFIXES):
+            if _BY_LAYER.search(key):
+                raise CheckpointError(f"{source.where}: the optimizer's state is stored layer by layer ({key}), the "
+                                      "weights will be stored together; give --no-load-optim to convert them alone")
+            if tensors.setdefault(dist_names(key)[0], stored) != stored:
+                raise CheckpointError(f"{source.where}: {dist_names(key)[0]} is stored twice; give --no-load-optim to "
+                                      "convert the weights alone")
+    objects = {key: region for key, region in contents.objects.items() if key.startswith(STATE_PREFIXES)}
+    return RunState(iteration, Contents(tensors, objects), None if COMMON in objects else common_file)
 
 
 def _shares(sized: Sequence[tuple[Any, int]]) -> list[list[Any]]:
@@ -221,14 +215,6 @@ def _shares(sized: Sequence[tuple[Any, int]]) -> list[list[Any]]:
         groups.setdefault(at // share, []).append(thing)
         at += size
     return list(groups.values())
-
-
-def _object(name: str, **state: Any) -> Call:
-    return Call(Global(_METADATA, name), (), state or None, new=True)
-
-
-def _size(shape: Shape) -> Call:
-    return Call(Global("torch", "Size"), (tuple(shape),))
 
 
 def _extra_state(key: str, offsets: Shape, whole: Shape) -> str:

@@ -1,15 +1,14 @@
 """Reading the engine's distributed checkpoints (`--ckpt-format torch_dist`), whatever layout saved them.
 
-    DIR/latest_checkpointed_iteration.txt
-    DIR/iter_NNNNNNN/.metadata  __R_N.distcp  metadata.json
-    DIR/mixtral_config.json
+    DIR/ITERATION/.metadata  __R_N.distcp  metadata.json
 
 Tensors are stored as boxes ("chunks") of global tensors that have the layers, and for experts the experts, as leading
 dims. A chunk is a small `torch.save` archive inside a .distcp file; its bytes are memory-mapped where they lie.
-What a run keeps beside the weights is named by `left_behind`; `run_state` takes it over.
+What a run keeps beside the weights is named by `left_behind`; `dist_sink` takes it over.
 Format: `torch.distributed.checkpoint` and `megatron.core.dist_checkpointing` of the pinned versions.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,13 @@ import numpy
 from megatron_mixtral.config import MixtralConfig, engine
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.files.mapped import MappedFile
-from megatron_mixtral.weights.files.torch_zip import LABEL, Stored, load
+from megatron_mixtral.weights.files import MappedFile, Stored, file_layout, load_torch
+from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
 from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
-from megatron_mixtral.weights.formats.hf_source import companions_of
-from megatron_mixtral.weights.formats.rank_source import iteration_directory, narrow
 from megatron_mixtral.weights.formats.saved_args import common_state
-from megatron_mixtral.weights.protocols import Fragment, tiled
+from megatron_mixtral.weights.plan import check_tiling
+from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
 from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
-
-__all__ = ["METADATA_FILE", "DistSource", "Span", "spans"]
 
 STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
 _LAYERS = "decoder.layers."
@@ -118,6 +114,11 @@ class DistSource:
         self._places: dict[str, list[_Place]] = {}
         self.left_behind = state_names((*self.contents.tensors, *self.contents.objects))
 
+    @staticmethod
+    def found_in(iteration: Path) -> bool:
+        """Whether an iteration's directory holds a distributed checkpoint."""
+        return (iteration / METADATA_FILE).exists()
+
     # -- What is there -----------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -132,7 +133,8 @@ class DistSource:
                 used.add(key)
                 self._index(rule, key, layers, places)
         for name, tensor in hf_tensors(self.config).items():
-            self._check_tiling(tensor, places[name])
+            check_tiling(tensor, ((place.span.start, place.span.length) for place in places[name]),
+                         f"{self.where / METADATA_FILE}: {name}")
         self._check_left_over(used)
         self._places = places
 
@@ -163,7 +165,7 @@ class DistSource:
             if found is None:
                 raise CheckpointError(f"{chunk.region.file}: {key} has a chunk of {chunk.sizes} at {chunk.offsets}, "
                                       "which no tensor-parallel split of it gives")
-            for at in _indices(chunk.sizes[:lead]):
+            for at in itertools.product(*map(range, chunk.sizes[:lead])):
                 numbers = [offset + index for offset, index in zip(chunk.offsets[:lead], at, strict=True)]
                 if layer is not None:
                     numbers.insert(0, layer)
@@ -184,16 +186,6 @@ class DistSource:
             raise CheckpointError(f"{self.where / METADATA_FILE}: {key} is {stored.dtype}, expected floating "
                                   "point weights")
         return len(lead)
-
-    def _check_tiling(self, tensor: HFTensor, places: list[_Place]) -> None:
-        size, at = tensor.view[tensor.rule.shard_dim], 0
-        for span in sorted((place.span for place in places), key=lambda span: span.start):
-            if span.start != at:
-                raise CheckpointError(f"{self.where / METADATA_FILE}: {tensor.name}: units {at} to {span.start} of "
-                                      f"{size} are missing or stored twice")
-            at += span.length
-        if at != size:
-            raise CheckpointError(f"{self.where / METADATA_FILE}: {tensor.name}: {at} of {size} units are stored")
 
     def _check_left_over(self, used: set[str]) -> None:
         keys = (*self.contents.tensors, *self.contents.objects)
@@ -225,19 +217,17 @@ class DistSource:
             found.append(Fragment(span.start, span.length, data, stored.dtype, f"{where} ({place.key})"))
         return tiled(tensor, found)
 
-    def _map(self, path: Path) -> MappedFile:
-        if path not in self._maps:
-            self._maps[path] = MappedFile(path)
-        return self._maps[path]
-
     def _read(self, key: str, number: int) -> numpy.ndarray:
         """One chunk over the mapped file. Its archive is checked against the metadata."""
         if (key, number) not in self._chunks:
             stored = self.contents.tensors[key]
             chunk = stored.chunks[number]
             where = f"{chunk.region.file} ({key} at {chunk.offsets})"
-            found = load(self._map(chunk.region.file), where, chunk.region.offset, chunk.region.length,
-                         chunk_label(key, chunk.offsets))
+            path = chunk.region.file
+            if path not in self._maps:
+                self._maps[path] = MappedFile(path)
+            found = load_torch(self._maps[path], where, chunk.region.offset, chunk.region.length,
+                               file_layout.label_of(key, chunk.offsets))
             if not isinstance(found, Stored) or found.data is None or found.shape != chunk.sizes \
                     or found.dtype != stored.dtype or not found.data.flags.c_contiguous:
                 raise CheckpointError(f"{where}: is not the {stored.dtype} tensor of {chunk.sizes} that the metadata "
@@ -253,16 +243,3 @@ class DistSource:
         """Give mapped pages back to the system."""
         for file in self._maps.values():
             file.release()
-
-
-def chunk_label(key: str, offsets: Shape) -> str:
-    """What our writer calls the archive of a chunk, so that one in the wrong place is noticed."""
-    return f"{key.replace('/', '.')}{LABEL}{'.'.join(map(str, offsets))}"
-
-
-def _indices(sizes: Shape) -> list[tuple[int, ...]]:
-    """Every index into dims of these sizes; one empty index for no dims."""
-    found: list[tuple[int, ...]] = [()]
-    for size in sizes:
-        found = [(*index, i) for index in found for i in range(size)]
-    return found

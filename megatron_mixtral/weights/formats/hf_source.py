@@ -6,30 +6,23 @@ while its bytes are being copied. `hf_sink` writes such directories.
 """
 
 from collections.abc import Iterable
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy
 
 from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files.safetensors import TensorFile, TorchFile
+from megatron_mixtral.weights.dtypes import FLOATS
+from megatron_mixtral.weights.files import MappedFile, Stored, load_torch, safetensors
+from megatron_mixtral.weights.formats.directory import companions_of, file_beside
 from megatron_mixtral.weights.protocols import Fragment, tiled
 from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, Shape, hf_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"  # what came before safetensors
+WEIGHT_FILES = (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE)
 TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
-
-# What belongs to a model beside its weights and its config.json, in the names that are in use.
-COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-              "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt")
-
-
-def companions_of(directory: Path) -> list[Path]:
-    """The tokenizer and generation files of a directory."""
-    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
 
 
 class HFSource:
@@ -42,14 +35,21 @@ class HFSource:
         self.where = Path(directory)
         self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
         self.left_behind: list[str] = []
-        self._handles: dict[str, TensorFile | TorchFile] = {}
-        self._files = self._read_names()
+        self._maps: list[MappedFile] = []
+        self._files: dict[str, str] = {}  # by tensor
+        self._tensors: dict[str, Stored] = {}
+        self._open_all()
+
+    @staticmethod
+    def found_in(directory: Path) -> bool:
+        """Whether there are weights under Hugging Face's file names."""
+        return any((directory / name).exists() for name in WEIGHT_FILES)
 
     # -- What is there -----------------------------------------------------------------------------------
 
-    def _read_names(self) -> dict[str, str]:
-        """File name of every stored tensor; each file is opened once and compared with the index."""
-        present = [name for name in (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE) if (self.where / name).exists()]
+    def _open_all(self) -> None:
+        """Find every stored tensor; each file is opened once and compared with the index."""
+        present = [name for name in WEIGHT_FILES if (self.where / name).exists()]
         present = [name for name in present if "bin" not in name] or present  # both kinds: the safe one
         if len(present) > 1:
             raise CheckpointError(f"{self.where} has both {present[0]} and {present[1]}; remove the one that is stale")
@@ -57,29 +57,35 @@ class HFSource:
             raise CheckpointError(f"{self.where}: no {SINGLE_FILE} and no {INDEX_FILE} (nor {BIN_FILE} or its index); "
                                   "is it a Hugging Face model with weights?")
         if present[0] in (SINGLE_FILE, BIN_FILE):
-            return dict.fromkeys(self._open(present[0]).names(), present[0])
+            self._open(present[0])
+            return
         index = self.where / present[0]
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: expected a weight_map of tensor names to files")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or PurePath(file).name != file or "\\" in file:
-                raise CheckpointError(f"{index}: {name} points to {file!r}, expected a file name in the same folder")
-            if not (self.where / file).is_file():
-                raise CheckpointError(f"{index}: {name} points to {file}, which does not exist in {self.where}")
+            file_beside(self.where, file, f"{index}: {name}")
         for file in sorted(set(weight_map.values())):
-            stored = set(self._open(file).names())
+            stored = self._open(file)
             listed = {name for name, where in weight_map.items() if where == file}
             for name in sorted(stored ^ listed):
                 lacking = f"{index.name} lists it there" if name in listed else f"{index.name} does not list it there"
                 present = "has no tensor" if name in listed else "has the tensor"
                 raise CheckpointError(f"{self.where / file} {present} {name}, but {lacking}")
-        return dict(weight_map)
 
-    def _open(self, file: str) -> TensorFile | TorchFile:
-        if file not in self._handles:
-            self._handles[file] = (TorchFile if file.endswith(".bin") else TensorFile)(self.where / file)
-        return self._handles[file]
+    def _open(self, file: str) -> set[str]:
+        """Map a file; the names of its tensors."""
+        mapped = MappedFile(self.where / file)
+        if file.endswith(".bin"):
+            tensors = load_torch(mapped, str(mapped.path))
+            if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+                raise CheckpointError(f"{mapped.path}: expected a dictionary of tensors")
+        else:
+            tensors = safetensors.load_safetensors(mapped)
+        self._maps.append(mapped)
+        self._tensors |= tensors
+        self._files |= dict.fromkeys(tensors, file)
+        return set(tensors)
 
     def check(self) -> None:
         """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
@@ -87,7 +93,7 @@ class HFSource:
         for tensor in self._stored():
             name, expected = self._locate(tensor)
             used.add(name)
-            found = self._open(self._files[name]).shape(name)
+            found = self._read(name).shape
             if found != expected:
                 raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found}, expected "
                                       f"{expected} by config.json")
@@ -104,7 +110,7 @@ class HFSource:
     def _check_tied_copy(self, used: set[str]) -> None:
         """Some tools store a tied output layer too; it must then be the embedding."""
         if self.config.tie_word_embeddings and TIED_COPY in self._files and TIED_COPY not in used:
-            if not numpy.array_equal(self._read(TIED_COPY), self._read(TIED_ORIGINAL)):
+            if not numpy.array_equal(self._read(TIED_COPY).data, self._read(TIED_ORIGINAL).data):
                 raise CheckpointError(f"{self.where / self._files[TIED_COPY]}: {TIED_COPY} differs from "
                                       f"{TIED_ORIGINAL}, though config.json says tie_word_embeddings")
             used.add(TIED_COPY)
@@ -126,27 +132,32 @@ class HFSource:
 
     # -- Reading -----------------------------------------------------------------------------------------
 
-    def _read(self, name: str) -> numpy.ndarray:
-        return self._open(self._files[name]).array(name)
+    def _read(self, name: str) -> Stored:
+        """A stored tensor. Raises `CheckpointError` for one of another kind than weights have."""
+        found = self._tensors[name]
+        if not isinstance(found, Stored) or found.data is None:
+            raise CheckpointError(f"{self.where / self._files[name]}: {name} has type "
+                                  f"{getattr(found, 'dtype', type(found).__name__)}, expected one of "
+                                  f"{', '.join(FLOATS)} (quantized weights cannot be converted)")
+        return found
 
     def dtype(self, tensor: HFTensor) -> str:
         """The name of the type a tensor is stored in."""
-        name, _ = self._locate(tensor)
-        return self._open(self._files[name]).dtype(name)
+        return self._read(self._locate(tensor)[0]).dtype
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """The whole tensor as one memory-mapped fragment."""
         name, expected = self._locate(tensor)
-        file = self._open(self._files[name])
-        if file.shape(name) != expected:
-            raise CheckpointError(f"{file.path}: {name} has shape {file.shape(name)}, expected {expected}")
-        data = file.array(name)
+        where, found = f"{self.where / self._files[name]} ({name})", self._read(name)
+        if found.shape != expected:
+            raise CheckpointError(f"{where} has shape {found.shape}, expected {expected}")
+        data = found.data
         if name not in tensor.names():
             fused = tensor.fused()
             rows = tensor.shape[0]
             data = data[tensor.expert, fused.part * rows:(fused.part + 1) * rows]
-        length, where = tensor.view[tensor.rule.shard_dim], f"{file.path} ({name})"
-        return tiled(tensor, [Fragment(0, length, data.reshape(tensor.view), file.dtype(name), where)])
+        length = tensor.view[tensor.rule.shard_dim]
+        return tiled(tensor, [Fragment(0, length, data.reshape(tensor.view), found.dtype, where)])
 
     def companions(self) -> list[Path]:
         """Tokenizer and generation files of the directory."""
@@ -154,5 +165,5 @@ class HFSource:
 
     def release(self) -> None:
         """Give mapped pages back to the system."""
-        for file in self._handles.values():
-            file.map.release()
+        for file in self._maps:
+            file.release()

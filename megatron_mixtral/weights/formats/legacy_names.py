@@ -6,7 +6,7 @@
   experts as above, or one by one as `mlp.block.moe_layer.experts.experts.M.w1`, `w2`, `w3` (DeepSpeed's MoE).
 
 E, F and H are a rank's experts, its share of the expert intermediate size, and the hidden size. Everything is a view of
-the mapped file. Called by `rank_dirs`.
+the mapped file. Called by `rank_source`.
 """
 
 import re
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files.torch_zip import Stored
+from megatron_mixtral.weights.files import Stored
 
 # One tensor, or the pieces that it is made of, in the order in which they are joined.
 Parts = Stored | tuple[Stored, ...]

@@ -1,8 +1,6 @@
 """Reading rank directories: the engine's `--ckpt-format torch`, one `model_optim_rng.pt` for each shard.
 
-    DIR/latest_checkpointed_iteration.txt         "release" for converted weights, else an iteration number
-    DIR/release/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt      _PPP only with pp > 1, _EEE only with ep > 1
-    DIR/mixtral_config.json
+    DIR/ITERATION/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt      _PPP only with pp > 1, _EEE only with ep > 1
 
 `mp_rank_00_001` may mean pp 1 or ep 1, so the layout is taken from the `args` that every file holds, never guessed.
 Names as in `megatron.training.checkpointing.get_checkpoint_name`. `rank_sink` writes such directories.
@@ -11,35 +9,25 @@ Names as in `megatron.training.checkpointing.get_checkpoint_name`. `rank_sink` w
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 
 from megatron_mixtral.config import Coord, ParallelLayout, engine
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.files.mapped import MappedFile
-from megatron_mixtral.weights.files.torch_zip import Stored, load
-from megatron_mixtral.weights.formats.hf_source import companions_of
+from megatron_mixtral.weights.files import MappedFile, Stored, load_torch
+from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
 from megatron_mixtral.weights.formats.legacy_names import today
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete
-from megatron_mixtral.weights.protocols import Fragment, tiled
-from megatron_mixtral.weights.rules import HFTensor, Shape, collapse
+from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
+from megatron_mixtral.weights.rules import EMBEDDING, HFTensor, Shape, collapse
 
-TRACKER = "latest_checkpointed_iteration.txt"
 FILE_NAME = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
 LABEL = "megatron_mixtral"  # our own entry in a rank file: the coordinate it belongs to
 IGNORABLE_SUFFIXES = ("_extra_state", "rotary_pos_emb.inv_freq")
 LEFT_BEHIND = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 COMPARED = 1 << 22  # elements of two copies compared at a time
-
-
-class _Copy(NamedTuple):
-    """One rank's values of a part of a tensor."""
-
-    data: numpy.ndarray
-    dtype: str
-    where: str
 
 
 def rank_name(coord: Coord, pipeline: bool, expert: bool) -> str:
@@ -58,20 +46,6 @@ def rank_names(layout: ParallelLayout) -> dict[Coord, str]:
                           "names files by tensor, pipeline and expert rank only, so expert tensor parallelism "
                           f"(etp {layout.etp}) must not exceed tensor parallelism (tp {layout.tp}) here")
     return names
-
-
-def iteration_directory(directory: Path) -> tuple[Path, Path]:
-    """(checkpoint directory, directory of the iteration it points to). An iteration's directory may be given itself."""
-    tracker = directory / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not text.isdecimal():
-            raise CheckpointError(f"{tracker}: expected 'release' or an iteration number, found {text[:40]!r}")
-        found = directory / (text if text == "release" else f"iter_{int(text):07d}")
-        if not found.is_dir():
-            raise CheckpointError(f"{tracker} says {text}, but {found} does not exist")
-        return directory, found
-    return directory.parent, directory
 
 
 class RankDirSource:
@@ -98,16 +72,21 @@ class RankDirSource:
         except ConfigError as error:
             raise CheckpointError(f"{first}: the layout in its args does not fit the model: {error}") from None
         self._files: dict[Coord, dict[str, Any]] = {}
-        self._stored: dict[str, dict[tuple[int, int], list[_Copy]]] = {}
+        self._stored: dict[str, dict[tuple[int, int], list[Fragment]]] = {}  # by name and interval, of each rank
         self._compared: set[str] = set()
         self.padded_vocab = self._padded_vocab(contents, first)
         self.left_behind = [key for key in LEFT_BEHIND if key in contents]
         if (first.parent / OPTIMIZER_FILE).exists():
             self.left_behind.append(OPTIMIZER_FILE)
 
+    @staticmethod
+    def found_in(iteration: Path) -> bool:
+        """Whether an iteration's directory holds rank directories."""
+        return any(iteration.glob("mp_rank_*"))
+
     def _first_file(self) -> Path:
-        names = [rank_name(Coord(), pipeline, expert) for pipeline in (False, True) for expert in (False, True)]
-        found = [self.where / name / FILE_NAME for name in dict.fromkeys(names)]
+        found = [self.where / rank_name(Coord(), pipeline, expert) / FILE_NAME
+                 for pipeline in (False, True) for expert in (False, True)]
         existing = [path for path in found if path.is_file()]
         if not existing:
             looked = ", ".join(path.parent.name for path in found)
@@ -118,13 +97,13 @@ class RankDirSource:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
         self._maps.append(MappedFile(path))
-        contents = load(self._maps[-1], str(path))
+        contents = load_torch(self._maps[-1], str(path))
         if not isinstance(contents, dict):
             raise CheckpointError(f"{path}: expected a dictionary, found {type(contents).__name__}")
         return contents
 
     def _padded_vocab(self, contents: dict[str, Any], first: Path) -> int:
-        name = "embedding.word_embeddings.weight"
+        name = EMBEDDING.megatron
         weight = self._model(contents, Coord(), 0, first).get(name)
         if not isinstance(weight, Stored) or len(weight.shape) != 2:
             raise CheckpointError(f"{first}: {name} is missing")
@@ -209,7 +188,7 @@ class RankDirSource:
             if len(parts) < len(planned.pieces):
                 part = narrow(part, planned.rule.join_dim, at, size)
             copies = self._stored.setdefault(piece.name, {}).setdefault((planned.start, length), [])
-            copies.append(_Copy(part, stored.dtype, where))
+            copies.append(Fragment(planned.start, length, part, stored.dtype, where))
 
     # -- Reading -----------------------------------------------------------------------------------------
 
@@ -217,7 +196,7 @@ class RankDirSource:
         """The name of the type a tensor is stored in (of its first fragment)."""
         return next(iter(self._intervals(tensor).values()))[0].dtype
 
-    def _intervals(self, tensor: HFTensor) -> dict[tuple[int, int], list[_Copy]]:
+    def _intervals(self, tensor: HFTensor) -> dict[tuple[int, int], list[Fragment]]:
         if not self._stored:
             self.check()
         return self._stored[tensor.name]
@@ -225,14 +204,13 @@ class RankDirSource:
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """One memory-mapped fragment for each tensor-parallel shard."""
         found = []
-        for (start, length), copies in self._intervals(tensor).items():
-            one = copies[0]
+        for one, *others in self._intervals(tensor).values():
             if self.compare_copies and tensor.name not in self._compared:
-                for other in copies[1:]:
+                for other in others:
                     if one.dtype != other.dtype or not same_bits(one.data, other.data):
                         raise CheckpointError(f"{tensor.name}: {one.where} and {other.where} hold different values of "
                                               "the same weights")
-            found.append(Fragment(start, length, one.data, one.dtype, one.where))
+            found.append(one)
         self._compared.add(tensor.name)
         return tiled(tensor, found)
 
@@ -248,11 +226,6 @@ class RankDirSource:
 
 def _narrowed(view: Shape, dim: int, length: int) -> Shape:
     return (*view[:dim], length, *view[dim + 1:])
-
-
-def narrow(data: numpy.ndarray, dim: int, start: int, length: int) -> numpy.ndarray:
-    """The interval [start, start + length) of a dim, as a view."""
-    return data[(slice(None),) * dim + (slice(start, start + length),)]
 
 
 def same_bits(one: numpy.ndarray, other: numpy.ndarray) -> bool:

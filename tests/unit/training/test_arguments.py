@@ -11,8 +11,9 @@ import pytest
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, engine, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import arguments
-from megatron_mixtral.training.arguments import TRACKER, engine_defaults, resolve
+from megatron_mixtral.training.arguments import engine_defaults, resolve
 from megatron_mixtral.training.flags import parse, without
+from megatron_mixtral.weights.formats.directory import TRACKER
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -7,8 +7,8 @@ from helpers.models import TINY, random_hf_directory, tensors_of, tiny_hf_mixtra
 from megatron_mixtral.config import PRESETS, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.plan import ShardPlan
-from megatron_mixtral.weights.protocols import assemble
 from megatron_mixtral.weights.rules import RULES, hf_tensors
+from megatron_mixtral.weights.streaming import assemble
 
 
 def test_ten_rules_whose_slices_and_joins_commute():

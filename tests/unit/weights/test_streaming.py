@@ -4,7 +4,6 @@ import shutil
 import zipfile
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,19 +12,8 @@ from safetensors.torch import save_file
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights import convert
-from megatron_mixtral.weights.files import (
-    atomic as staging,
-)
-from megatron_mixtral.weights.files import (
-    file_layout as container,
-)
-from megatron_mixtral.weights.files import (
-    torch_zip as archive,
-)
-from megatron_mixtral.weights.files import (
-    writer as writing,
-)
+from megatron_mixtral.weights import conversion
+from megatron_mixtral.weights.files import atomic, file_layout, torch_zip, writer
 from megatron_mixtral.weights.files.mapped import MappedFile
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
@@ -38,9 +26,9 @@ def hf(tmp_path_factory) -> Path:
     return random_hf_directory(tmp_path_factory.mktemp("hf") / "hf", MixtralConfig(**TINY), torch.bfloat16)
 
 
-def to_ranks(hf: Path, target: Path, **options) -> convert.Report:
+def to_ranks(hf: Path, target: Path, **options) -> conversion.Report:
     source = HFSource(hf)
-    return convert.convert(source, RankDirSink(target, source.config, ParallelLayout(tp=2, ep=2)), **options)
+    return conversion.convert(source, RankDirSink(target, ParallelLayout(tp=2, ep=2)), **options)
 
 
 def test_torch_maps_the_archive_and_zip_readers_find_its_checksums_right(hf, tmp_path):
@@ -59,25 +47,25 @@ def test_torch_maps_the_archive_and_zip_readers_find_its_checksums_right(hf, tmp
 def test_offsets_beyond_4_gib(tmp_path):
     """A sparse file of 6 GB, which takes no room on the disk."""
     sizes = (1_500_000_000, 1_500_000_000, 3)
-    contents = {"tensors": [container.tensor_reference(key, "bfloat16", (size,)) for key, size in enumerate(sizes)],
-                "plain": {"number": -2**40, "float": 0.5, "rest": [None, (True, "x")]}}
-    planned = container.torch_archive(contents, [(SimpleNamespace(elements=size), "bfloat16") for size in sizes])
+    plain = {"number": -2**40, "float": 0.5, "rest": [None, (True, "x")]}
+    tensors = [file_layout.Payload("", 2 * size, tuple, "bfloat16", (size,)) for size in sizes]
+    planned = file_layout.torch_archive({"tensors": tensors, "plain": plain})
     with open(tmp_path / "large.pt", "wb") as file:
         file.truncate(planned.size)
         for placed in planned.placed:
             file.seek(placed.offset - len(placed.before))
             file.write(placed.before)
-            file.seek(placed.offset + placed.size)
+            file.seek(placed.offset + placed.payload.size)
             file.write(placed.after(0))
         file.seek(planned.placed[2].offset)
         file.write(b"\x80\x3f" * 3)
         file.seek(planned.end_at)
         file.write(planned.end([0, 0, 0]))
     loaded = torch.load(tmp_path / "large.pt", mmap=True, weights_only=True)
-    assert loaded["plain"] == contents["plain"]
+    assert loaded["plain"] == plain
     assert loaded["tensors"][2].tolist() == [1, 1, 1] and loaded["tensors"][1].shape == (1_500_000_000,)
-    ours = archive.load(MappedFile(tmp_path / "large.pt"), "large.pt")
-    assert ours["tensors"][2].data.tolist() == [0x3F80] * 3 and ours["plain"] == contents["plain"]
+    ours = torch_zip.load_torch(MappedFile(tmp_path / "large.pt"), "large.pt")
+    assert ours["tensors"][2].data.tolist() == [0x3F80] * 3 and ours["plain"] == plain
 
 
 def test_not_a_number_is_named(hf, tmp_path):
@@ -94,7 +82,7 @@ def test_not_a_number_is_named(hf, tmp_path):
 
 
 def test_a_bit_that_flips_on_the_way_is_found(hf, tmp_path, monkeypatch):
-    write = writing._write
+    write = writer._write
 
     def flip(handle, data, at):
         data = bytearray(data)
@@ -102,7 +90,7 @@ def test_a_bit_that_flips_on_the_way_is_found(hf, tmp_path, monkeypatch):
             data[7] ^= 1
         write(handle, memoryview(data), at)
 
-    monkeypatch.setattr(writing, "_write", flip)
+    monkeypatch.setattr(writer, "_write", flip)
     with pytest.raises(CheckpointError, match=r"layers\.0\.block_sparse_moe\.gate.*when read back"):
         to_ranks(hf, tmp_path / "mg", verify=True)
     assert list(tmp_path.iterdir()) == []
@@ -110,14 +98,14 @@ def test_a_bit_that_flips_on_the_way_is_found(hf, tmp_path, monkeypatch):
 
 def test_a_disk_too_small_is_noticed_before_the_first_byte(hf, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage(10**6, 0, 1000))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage(10**6, 0, 1000))
     with pytest.raises(CheckpointError, match=r"needs .* kB, but .* has 1 kB free"):
         to_ranks(hf, tmp_path / "mg")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_conversions_to_one_target_exclude_each_other(hf, tmp_path):
-    with staging.staged(tmp_path / "mg"):
+    with atomic.staged(tmp_path / "mg"):
         with pytest.raises(CheckpointError, match="another conversion"):
             to_ranks(hf, tmp_path / "mg")
         assert (tmp_path / ".mg.partial").exists()
@@ -130,19 +118,19 @@ def test_resuming_something_else_starts_anew(hf, tmp_path):
     report = to_ranks(hf, tmp_path / "mg", resume=True)
     assert report.resumed == []
     back = RankDirSource(tmp_path / "mg")
-    convert.convert(back, HFSink(tmp_path / "hf", back.config))
+    conversion.convert(back, HFSink(tmp_path / "hf"))
     assert_same_weights(hf, tmp_path / "hf")
 
 
 def test_a_failing_file_stops_the_others_and_leaves_nothing(hf, tmp_path, monkeypatch):
-    write = writing.FileWriter.write
+    write = writer.FileWriter.write
 
     def fail(self, part):
         if "00_001" in str(self.path):
             raise OSError("No space left on device")
         write(self, part)
 
-    monkeypatch.setattr(writing.FileWriter, "write", fail)
+    monkeypatch.setattr(writer.FileWriter, "write", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         to_ranks(hf, tmp_path / "mg", jobs=4)
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +141,7 @@ def test_bin_files_are_read(hf, tmp_path):
     shutil.copy(hf / "config.json", tmp_path / "bin")
     torch.save(tensors_of(hf), tmp_path / "bin" / "pytorch_model.bin")
     source = HFSource(tmp_path / "bin")
-    convert.convert(source, HFSink(tmp_path / "back", source.config))
+    conversion.convert(source, HFSink(tmp_path / "back"))
     assert_same_weights(hf, tmp_path / "back")
 
 
@@ -161,7 +149,7 @@ def test_moving_weights_needs_no_torch(hf, tmp_path):
     import subprocess
     import sys
 
-    code = ("import sys; from megatron_mixtral.weights import cli; cli.util(sys.argv[1:]); "
+    code = ("import sys; from megatron_mixtral.weights import cli; cli.convert(sys.argv[1:]); "
             "sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir",
                            str(tmp_path / "mg")], check=False)

@@ -8,7 +8,7 @@ from helpers.models import TINY, random_hf_directory, tensors_of
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.weights.convert import convert
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.edits.select_experts import SelectedExperts, busiest, read_loads
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
@@ -20,7 +20,7 @@ def test_the_busiest_experts_and_their_router_rows_are_kept(tmp_path):
     experts = busiest(tmp_path / "load.json", 2, MixtralConfig(**TINY))
     assert experts == [[1, 3], [0, 1], [2, 3], [0, 3]]
     source = SelectedExperts(HFSource(hf), experts)
-    convert(source, HFSink(tmp_path / "out", source.config), verify=True)
+    convert(source, HFSink(tmp_path / "out"), verify=True)
     assert MixtralConfig.from_hf_dir(tmp_path / "out").num_local_experts == 2
     old, new = tensors_of(hf), tensors_of(tmp_path / "out")
     for layer, kept in enumerate(experts):

@@ -17,7 +17,7 @@ from transformers import (
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.convert import convert
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.edits.upcycle import UpcycledSource, mixtral_of
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 
@@ -40,7 +40,7 @@ def dense(directory: Path, kind: str = "mistral", dtype: torch.dtype = torch.flo
 
 def upcycle(directory: Path, target: Path, *sizes: int, **options) -> dict[str, torch.Tensor]:
     source = UpcycledSource(directory, *sizes, **options)
-    convert(source, HFSink(target, source.config), verify=True)
+    convert(source, HFSink(target), verify=True)
     return tensors_of(target)
 
 

@@ -18,11 +18,12 @@ from helpers.models import assert_same_weights, random_hf_directory, tensors_of
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import MixtralError
-from megatron_mixtral.weights.convert import convert, open_source
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.formats.dist_sink import DistSink
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights.opening import open_source
 
 CONFIG = MixtralConfig(vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
                        num_key_value_heads=2, num_local_experts=2)
@@ -34,9 +35,9 @@ def originals(tmp_path_factory) -> dict[str, Path]:
     """A whole checkpoint of each format, all of the same model."""
     root = tmp_path_factory.mktemp("whole")
     source = HFSource(random_hf_directory(root / "hf", CONFIG, torch.bfloat16))
-    convert(source, HFSink(root / "safetensors", CONFIG, max_shard_size="3KB"))
-    convert(source, RankDirSink(root / "ranks", CONFIG, ParallelLayout(tp=2, pp=2, ep=2)))
-    convert(source, DistSink(root / "dist", CONFIG))
+    convert(source, HFSink(root / "safetensors", max_shard_size="3KB"))
+    convert(source, RankDirSink(root / "ranks", ParallelLayout(tp=2, pp=2, ep=2)))
+    convert(source, DistSink(root / "dist"))
     (root / "bin").mkdir()
     shutil.copy(root / "hf" / "config.json", root / "bin")
     tensors, index = tensors_of(root / "hf"), {}
@@ -55,7 +56,7 @@ def originals(tmp_path_factory) -> dict[str, Path]:
 def export(directory: Path, target: Path) -> bytes:
     """Convert to a single safetensors file and return its bytes."""
     source = open_source(directory)
-    convert(source, HFSink(target, source.config))
+    convert(source, HFSink(target))
     return (target / "model.safetensors").read_bytes()
 
 

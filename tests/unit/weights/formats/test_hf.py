@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError, MixtralError
-from megatron_mixtral.weights.convert import convert, open_source
+from megatron_mixtral.weights import conversion
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.formats.hf_sink import HFSink, parse_size
 from megatron_mixtral.weights.formats.hf_source import HFSource
+from megatron_mixtral.weights.opening import open_source
 
 NORM = "model.layers.2.input_layernorm.weight"
 
@@ -37,7 +39,7 @@ def rewrite(directory: Path, change) -> None:
 
 def copy(source: Path, target: Path, **options) -> None:
     found = HFSource(source)
-    convert(found, HFSink(target, found.config, **options))
+    convert(found, HFSink(target, **options))
 
 
 def test_shards_index_config_and_companions(hf, tmp_path):
@@ -68,7 +70,7 @@ def test_transformers_loads_the_result_whole(hf, tmp_path, shards):
 
 def test_cast_changes_config_too(hf, tmp_path):
     source = HFSource(hf)
-    convert(source, HFSink(tmp_path / "out", source.config, template=hf), dtype=torch.float32)
+    convert(source, HFSink(tmp_path / "out", template=hf), dtype=torch.float32)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "float32"
     wide = tensors_of(tmp_path / "out")
@@ -174,7 +176,8 @@ def test_targets_and_templates(hf, tmp_path):
 
 def test_a_failure_while_writing_leaves_the_old_result(hf, tmp_path, monkeypatch):
     copy(hf, tmp_path / "out")
-    monkeypatch.setattr(HFSink, "finish", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    full = OSError("No space left on device")
+    monkeypatch.setattr(conversion, "write_beside", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(CheckpointError, match="No space left"):
         copy(hf, tmp_path / "out", replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]

@@ -11,11 +11,12 @@ from helpers.models import TINY, assert_same_weights, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.convert import convert, open_source
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 from megatron_mixtral.weights.formats.rank_source import RankDirSource
+from megatron_mixtral.weights.opening import open_source
 from megatron_mixtral.weights.rules import hf_tensors
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "tp2-pp2": {"tp": 2, "pp": 2},
@@ -97,7 +98,7 @@ def hf(tmp_path_factory) -> Path:
 
 def ranks(hf: Path, target: Path, naming: str, layout: dict[str, int]) -> Path:
     source = HFSource(hf)
-    convert(source, RankDirSink(target, source.config, ParallelLayout(**layout), vocab_divisible_by=4))
+    convert(source, RankDirSink(target, ParallelLayout(**layout), vocab_divisible_by=4))
     rename(target, NAMINGS[naming])
     return target
 
@@ -106,7 +107,7 @@ def ranks(hf: Path, target: Path, naming: str, layout: dict[str, int]) -> Path:
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_an_older_naming_becomes_the_original(hf, tmp_path, naming, layout):
     source = open_source(ranks(hf, tmp_path / "mg", naming, LAYOUTS[layout]))
-    convert(source, HFSink(tmp_path / "back", source.config), verify=True)
+    convert(source, HFSink(tmp_path / "back"), verify=True)
     assert_same_weights(hf, tmp_path / "back")
 
 

@@ -15,11 +15,12 @@ from helpers.models import TINY, assert_same_weights, random_hf_directory, tenso
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.convert import convert, open_source
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 from megatron_mixtral.weights.formats.rank_source import RankDirSource
+from megatron_mixtral.weights.opening import open_source
 
 LAYOUTS = {
     "tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "tp2-pp2": {"tp": 2, "pp": 2},
@@ -33,12 +34,12 @@ QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 
 
 def to_ranks(source, target: Path, layout: ParallelLayout, **options) -> Path:
-    convert(source, RankDirSink(target, source.config, layout, **options))
+    convert(source, RankDirSink(target, layout, **options))
     return target
 
 
 def to_hf(source, target: Path, **options) -> Path:
-    convert(source, HFSink(target, source.config, **options))
+    convert(source, HFSink(target, **options))
     return target
 
 
@@ -262,9 +263,10 @@ def test_copies_may_be_left_uncompared(hf, ranks, tmp_path):
 def test_layouts_that_have_no_file_names_or_no_model(hf, tmp_path):
     source = HFSource(hf)
     with pytest.raises(ConfigError, match="expert tensor parallelism"):
-        RankDirSink(tmp_path / "mg", source.config, ParallelLayout(tp=1, etp=2))
+        convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=1, etp=2)))
     with pytest.raises(ConfigError, match="--target-tensor-parallel-size"):
-        RankDirSink(tmp_path / "mg", source.config, ParallelLayout(tp=3))
+        convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=3)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_arguments_of_another_network_are_refused(ranks):
@@ -291,7 +293,7 @@ def test_parts_of_unlike_types_need_a_cast(hf, tmp_path):
     source = HFSource(tmp_path / "mixed")
     with pytest.raises(CheckpointError, match="--params-dtype"):
         to_ranks(source, tmp_path / "mg", ParallelLayout())
-    convert(source, RankDirSink(tmp_path / "mg", source.config, ParallelLayout()), dtype=torch.float32)
+    convert(source, RankDirSink(tmp_path / "mg", ParallelLayout()), dtype=torch.float32)
     stored = torch.load(tmp_path / "mg/release/mp_rank_00/model_optim_rng.pt", weights_only=False)
     assert isinstance(stored["args"], argparse.Namespace)
     assert {t.dtype for t in stored["model"].values() if t is not None} == {torch.float32}

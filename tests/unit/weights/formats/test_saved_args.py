@@ -11,7 +11,8 @@ from helpers.models import TINY, random_hf_directory
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout, engine
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.convert import convert, open_source
+from megatron_mixtral.weights import open_source
+from megatron_mixtral.weights.conversion import convert
 from megatron_mixtral.weights.engine_args import make_args
 from megatron_mixtral.weights.formats import dist_sink, rank_sink
 from megatron_mixtral.weights.formats.dist_sink import DistSink
@@ -34,8 +35,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> HFSource:
 
 
 def test_both_forms_carry_them(source: HFSource, tmp_path: Path) -> None:
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
-    convert(source, DistSink(tmp_path / "dist", source.config))
+    convert(source, RankDirSink(tmp_path / "ranks", PP2))
+    convert(source, DistSink(tmp_path / "dist"))
     for form in ("ranks", "dist"):
         found = saved_arguments(tmp_path / form / "release", run(PP2))
         assert found is not None and found.num_layers == source.config.num_hidden_layers
@@ -59,13 +60,13 @@ def test_a_run_does_not_go_on_from_another_model(form, said, words, source, tmp_
 ])
 def test_rank_directories_of_another_layout_are_refused(source: HFSource, tmp_path: Path, layout: ParallelLayout,
                                                         words: str) -> None:
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
+    convert(source, RankDirSink(tmp_path / "ranks", PP2))
     with pytest.raises(CheckpointError, match=words):
         saved_arguments(tmp_path / "ranks/release", run(layout))
 
 
 def test_a_missing_rank_directory_is_named(source: HFSource, tmp_path: Path) -> None:
-    convert(source, RankDirSink(tmp_path / "ranks", source.config, PP2))
+    convert(source, RankDirSink(tmp_path / "ranks", PP2))
     (tmp_path / "ranks/release/mp_rank_00_001_001/model_optim_rng.pt").unlink()
     with pytest.raises(CheckpointError, match=r"mp_rank_00_001_001/model_optim_rng.pt is missing"):
         saved_arguments(tmp_path / "ranks/release", run(PP2))
@@ -117,7 +118,7 @@ def checkpoint_of(form: str, source: HFSource, folder: Path, monkeypatch: pytest
 
 def export(checkpoint: Path, target: Path) -> MixtralConfig:
     source = open_source(checkpoint)
-    convert(source, HFSink(target, source.config))
+    convert(source, HFSink(target))
     return MixtralConfig.from_hf_dir(target)
 
 

@@ -1,0 +1,64 @@
+"""The two ends of a conversion: `open_source` finds out what a directory is, `open_sink` is told what to make."""
+
+from pathlib import Path
+
+from megatron_mixtral.config import ParallelLayout
+from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.weights.formats import (
+    DistSink,
+    DistSource,
+    HFSink,
+    HFSource,
+    RankDirSink,
+    RankDirSource,
+    directory,
+)
+from megatron_mixtral.weights.protocols import TensorSink, TensorSource
+
+FORMATS = ("huggingface", "torch", "torch_dist")
+
+
+def open_source(path: str | Path, *, compare_copies: bool = True) -> TensorSource:
+    """The source for any directory this library reads, by what is in it.
+
+    `compare_copies` compares the copies that several ranks of rank directories hold of the same weights.
+    Raises `CheckpointError` or `ConfigError` for a directory that is none, or cannot be read.
+    """
+    path = _directory(path)
+    return HFSource(path) if HFSource.found_in(path) else open_megatron(path, compare_copies=compare_copies)
+
+
+def open_megatron(path: str | Path, *, compare_copies: bool = True) -> RankDirSource | DistSource:
+    """The source for a Megatron checkpoint directory: rank directories or a distributed checkpoint. Raises as above."""
+    path = _directory(path)
+    _, iteration = directory.iteration_directory(path)
+    if DistSource.found_in(iteration):
+        return DistSource(path)
+    if RankDirSource.found_in(iteration):
+        return RankDirSource(path, compare_copies=compare_copies)
+    raise CheckpointError(f"{path} is not a Megatron checkpoint: no {directory.TRACKER}, no mp_rank_* directories and "
+                          "no metadata of a distributed one")
+
+
+def open_sink(path: str | Path, format: str = "huggingface", layout: ParallelLayout | None = None, *,
+              replace: bool = False, template: str | Path | None = None, max_shard_size: str = "5GB",
+              vocab_divisible_by: int | None = None, carry_state: bool = True) -> TensorSink:
+    """The sink for a directory to be written: "huggingface", "torch" (rank directories) or "torch_dist".
+
+    `layout` (default: one device) is that of Megatron's formats, and `vocab_divisible_by` their padding; `template` and
+    `max_shard_size` are Hugging Face's, see `HFSink`; `carry_state` is of "torch_dist", see `DistSink`. `replace`
+    allows a directory that is not empty. Nothing is written before `convert`.
+    """
+    if format == "huggingface":
+        return HFSink(path, template=template, max_shard_size=max_shard_size, replace=replace)
+    if format == "torch":
+        return RankDirSink(path, layout, vocab_divisible_by=vocab_divisible_by, replace=replace)
+    if format == "torch_dist":
+        return DistSink(path, layout, vocab_divisible_by=vocab_divisible_by, replace=replace, carry_state=carry_state)
+    raise ConfigError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+
+
+def _directory(path: str | Path) -> Path:
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path} does not exist or is not a directory")
+    return Path(path)
