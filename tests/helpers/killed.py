@@ -23,7 +23,8 @@ def of_files(function: object) -> bool:
     owner = getattr(function, "__self__", None)
     if isinstance(owner, ModuleType):
         return owner.__name__ == "posix"
-    return type(owner).__name__ in ("FileIO", "BufferedWriter", "TextIOWrapper") and owner not in (sys.stdout, sys.stderr)
+    file = type(owner).__name__ in ("FileIO", "BufferedWriter", "TextIOWrapper")
+    return file and owner not in (sys.stdout, sys.stderr)
 
 
 def main() -> None:

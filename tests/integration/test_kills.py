@@ -132,7 +132,8 @@ def test_torchrun_restarts_and_the_run_goes_on(start: list[str], whole: Outcome,
     (tmp_path / "held.py").write_text(HELD)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": path})
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                               env={**os.environ, "PYTHONPATH": path})
         try:
             until(lambda: (tmp_path / "halted").exists() or run.poll() is not None)
             assert run.poll() is None, (tmp_path / "log").read_text()[-3000:]

@@ -31,7 +31,7 @@ def build(folder: Path, **environ: str) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder / "lib")],
-                   cwd=tree, env=os.environ | environ, check=True, timeout=600)  # fmt: skip
+                   cwd=tree, env=os.environ | environ, check=True, timeout=300)  # fmt: skip
     return folder / "lib"
 
 
@@ -40,7 +40,7 @@ def encode(lib: Path) -> tuple[str, list[int], bool, str]:
     what it logged.
     """
     done = subprocess.run([sys.executable, "-c", ENCODE], env=os.environ | {"PYTHONPATH": str(lib)}, cwd=lib,
-                          capture_output=True, text=True, check=True, timeout=600)  # fmt: skip
+                          capture_output=True, text=True, check=True, timeout=120)  # fmt: skip
     where, engine, ids, reads_lines = json.loads(done.stdout)
     assert Path(where).is_relative_to(lib)
     return engine, ids, reads_lines, done.stderr

@@ -4,10 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from helpers.events import HANG, at_most_cpu_seconds, until
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = getattr(sys, "_base_executable", sys.executable)
@@ -23,7 +23,7 @@ if [[ "$1" == venv ]]; then
     target="${*: -1}"
     mkdir -p "$target/bin" && cp "$BOX/python3.12" "$target/bin/python"
 else
-    while [[ -n "${HOLD:-}" && ! -e "$HOLD" ]]; do sleep 0.05; done
+    sleep "${SLOWLY:-0}"
     [[ ! -e "$BOX/uv-is-broken" ]]
 fi
 """
@@ -80,7 +80,7 @@ class Box:
         assert last == "env_use"
         limited.write_text(f"{body}\nenv_python_candidates() {{ printf '%s\\n' {candidates}; }}\nenv_use\n")
         return subprocess.run(["bash", "-c", f"set -euo pipefail; source {limited}; {code}"], text=True,
-                              env=self.environment(**more), capture_output=True, timeout=HANG)
+                              env=self.environment(**more), capture_output=True, timeout=60)
 
     def installs(self) -> int:
         return sum("-c " in line for line in self.calls.read_text().splitlines())
@@ -102,8 +102,9 @@ def test_uv_makes_the_environment_once(box):
     create, install = box.calls.read_text().splitlines()
     assert create.startswith("venv ") and f"--python {box.bin}/python3.12" in create
     assert f"-c {box.tree}/constraints.txt -e {box.tree}[dev]" in install
-    with at_most_cpu_seconds(1.0):
-        assert box.source().returncode == 0
+    began = time.monotonic()
+    assert box.source().returncode == 0
+    assert time.monotonic() - began < 2
     assert box.installs() == 1
 
 
@@ -138,18 +139,11 @@ def test_changed_pins_or_sources_update_the_environment_and_a_moved_tree_makes_a
 
 def test_two_starts_at_once_install_once(box):
     box.put("uv", UV)
-    box.source("true", MIXTRAL_VENV=str(box.tree / "other"))  # writes the limited script
+    box.source("true", SLOWLY="0", MIXTRAL_VENV=str(box.tree / "other"))  # writes the limited script
     script = f"set -euo pipefail; source {box.tree}/examples/limited.sh"
-    logs, hold = [box.tree / "0.log", box.tree / "1.log"], box.tree / "go on"
-    starts = []
-    for log in logs:
-        with log.open("w") as stderr:
-            starts.append(subprocess.Popen(["bash", "-c", script], env=box.environment(HOLD=str(hold)), stderr=stderr))
-    until(lambda: any("waiting for another start" in log.read_text() for log in logs))
-    hold.touch()
-    for start in starts:
-        start.wait(HANG)
-    said = [log.read_text() for log in logs]
+    starts = [subprocess.Popen(["bash", "-c", script], env=box.environment(SLOWLY="2"), text=True,
+                               stderr=subprocess.PIPE) for _ in range(2)]
+    said = [start.communicate(timeout=60)[1] for start in starts]
     assert [start.returncode for start in starts] == [0, 0], said
     assert box.installs() == 2  # one for `other`, one for both starts
     assert sum("waiting for another start" in text for text in said) == 1
@@ -180,7 +174,7 @@ def test_the_search_looks_beyond_the_path(box):
     box.put("python3", "#!/bin/bash\nexit 127\n")
     script = (box.tree / "examples" / "environment.sh").read_text().rstrip("\n").removesuffix("env_use")
     found = subprocess.run(["bash", "-c", f"{script}\nenv_python_candidates"], env=box.environment(), text=True,
-                           capture_output=True, timeout=HANG).stdout.split()  # fmt: skip
+                           capture_output=True, timeout=60).stdout.split()  # fmt: skip
     assert found[0] == str(box.bin / "python3")
     assert str(pyenv / "python3.12") in found
 
