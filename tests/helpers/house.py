@@ -149,3 +149,20 @@ def code_strings(tree: ast.Module) -> Iterator[ast.AST]:
                  if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
                  and node.body and isinstance(node.body[0], ast.Expr)}
     return (node for node in ast.walk(tree) if id(node) not in documents)
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain, '' of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (left := dotted(node.value)):
+        return f"{left}.{node.attr}"
+    return ""
+
+
+def where(path: str, line: int, what: str) -> str:
+    return f"{path}:{line}: {what}"
+
+
+def starts_with(name: str, *modules: str) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)

@@ -67,7 +67,8 @@ def world(tmp_path_factory) -> Path:
                  for number in range(600)]
     for number, place in enumerate(("raw/common_crawl/0.jsonl", "raw/common_crawl/1.jsonl", "raw/github/0.jsonl",
                                     "corpus.jsonl", "more/0.jsonl", "more/1.jsonl")):
-        write_lines(folder / place, documents if place == "corpus.jsonl" else documents[100 * number:300 + 100 * number])
+        some = documents[100 * number:300 + 100 * number]
+        write_lines(folder / place, documents if place == "corpus.jsonl" else some)
     with gzip.open(folder / "first.jsonl.gz", "wt") as packed:
         packed.write("".join(json.dumps(one) + "\n" for one in documents[:10]))
     write_lines(folder / "dataset/Alpaca_data_gpt4_zh.jsonl",

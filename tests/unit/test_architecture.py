@@ -7,13 +7,23 @@ rule that is a function of a house is also asked about a made-up house that brea
 import ast
 import re
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.house import House, circles, code_strings, name_of, past_a_door, read_house, room_of
+from helpers.house import (
+    House,
+    circles,
+    code_strings,
+    dotted,
+    name_of,
+    past_a_door,
+    read_house,
+    room_of,
+    starts_with,
+    where,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_mixtral"
@@ -25,29 +35,6 @@ FOUNDATION = ("errors", "disk", "_door")  # single modules that every room may u
 MAX_LINES, MIN_LINES, MAX_TOOL_LINES, MAX_FUNCTION_LINES = 350, 25, 60, 70
 MAX_FILES, MAX_NAMES = 10, 10
 HOUSE = read_house(ROOT, (PACKAGE, "tools", "tests", "examples", "benchmarks", "docs"))
-LIBRARY = HOUSE.below(PACKAGE)
-
-
-def imported(path: str) -> list[tuple[int, str]]:
-    """(line, dotted name) of everything imported, at any depth; `from a import b` counts as a.b."""
-    return [(line, f"{module}.{name}" if name else module) for line, module, name in HOUSE.imports(path)]
-
-
-def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an attribute chain, '' of anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (left := dotted(node.value)):
-        return f"{left}.{node.attr}"
-    return ""
-
-
-def where(path: str, line: int, what: str) -> str:
-    return f"{path}:{line}: {what}"
-
-
-def starts_with(name: str, *modules: str) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 # -- rooms and doors ---------------------------------------------------------------------------------------------------
@@ -228,80 +215,7 @@ def test_an_offender_is_found(rule, files, offence):
     assert rule in (long_or_short, without_mirror) or not list(rule(whole))
 
 
-# -- what a room does without ------------------------------------------------------------------------------------------
-
-FORBIDDEN = {  # room -> modules that it does without
-    "errors": ["torch", "megatron", "transformers", "numpy"],
-    "config": ["torch", "megatron", "transformers", "numpy", "safetensors"],
-    "weights": ["megatron", "transformers", "torch.distributed"],
-}
-
-
-def test_rooms_do_without():
-    wrong = []
-    for path in LIBRARY:
-        room = room_of(name_of(path))
-        banned = list(FORBIDDEN.get(room, []))
-        if room not in ("runtime", "training"):
-            banned.append("megatron.training")
-        if room != "runtime":
-            banned += ["transformer_engine", "apex", "torch.cuda"]
-        wrong += [where(path, line, f"{room} imports {name}") for line, name in imported(path)
-                  if starts_with(name, *banned)]
-    assert not wrong, wrong
-
-
-# (file, dotted name) that may. A list that should only become shorter.
-MACHINE_EXCEPTIONS = {
-    ("training/pretrain.py", "os.environ"),  # handed to a pure function, before torch is imported
-    ("training/pretrain.py", "torch.cuda.current_device"),  # the engine's name of this rank's device; runtime answers
-}
-ENGINE_EXCEPTIONS = {
-    ("training/metrics/hooks.py", "global_vars._GLOBAL_TENSORBOARD_WRITER"),  # the engine has no setter for its writer
-}
-
-
-def test_only_the_runtime_touches_the_machine():
-    """torch.cuda and the environment have one owner. `training` may read the engine's arguments, nothing else does."""
-    wrong = []
-    for path in LIBRARY:
-        room, inside = room_of(name_of(path)), path.removeprefix(f"{PACKAGE}/")
-        if room == "runtime":
-            continue
-        tree = HOUSE.tree(path)
-        inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}  # parts of longer chains
-        for node in ast.walk(tree):
-            name = "" if node in inner else dotted(node)
-            if starts_with(name, "torch.cuda", "os.environ", "os.getenv", "os.putenv") \
-                    and not any(inside == file and starts_with(name, ok) for file, ok in MACHINE_EXCEPTIONS):
-                wrong.append(where(path, node.lineno, name))
-            if name.split(".")[-1] == "get_args" and room != "training":
-                wrong.append(where(path, node.lineno, name))
-    assert not wrong, wrong
-
-
-def test_only_the_runtime_alters_the_engine():
-    """No assignment to an attribute of something imported from megatron, and no setattr on it."""
-    wrong = []
-    for path in LIBRARY:
-        inside = path.removeprefix(f"{PACKAGE}/")
-        if room_of(name_of(path)) == "runtime":
-            continue
-        tree = HOUSE.tree(path)
-        engine = {(alias.asname or alias.name).split(".")[0]
-                  for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
-                  for alias in node.names
-                  if starts_with(getattr(node, "module", None) or alias.name, "megatron")}
-        for node in ast.walk(tree):
-            targets = node.targets if isinstance(node, ast.Assign) else \
-                [node.target] if isinstance(node, ast.AugAssign | ast.AnnAssign) else \
-                node.args[:1] if isinstance(node, ast.Call) and dotted(node.func) == "setattr" else []
-            for target in targets:
-                name = dotted(target)
-                touched = "." in name or isinstance(node, ast.Call)
-                if touched and name.split(".")[0] in engine and (inside, name) not in ENGINE_EXCEPTIONS:
-                    wrong.append(where(path, node.lineno, f"alters {name}"))
-    assert not wrong, wrong
+# -- every file -------------------------------------------------------------------------------------------------------
 
 
 def test_no_bare_except():
@@ -313,14 +227,6 @@ def test_no_bare_except():
 def test_every_module_says_what_it_is():
     wrong = [path for path, text in HOUSE.files.items() if text.strip() and not ast.get_docstring(HOUSE.tree(path))]
     assert not wrong, wrong
-
-
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.config", f"{PACKAGE}.errors"])
-def test_import_is_light(module):
-    heavy = ("torch", "megatron", "transformers", "numpy", "safetensors")
-    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def tracked_files() -> list[Path]:
