@@ -4,10 +4,10 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from helpers.events import at_most_cpu_seconds
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, preset
 from megatron_mixtral.errors import ConfigError
@@ -86,9 +86,10 @@ def test_layers_per_virtual_stage() -> None:
 
 
 def test_wrong_layout_is_refused_within_seconds_by_the_program() -> None:
-    with at_most_cpu_seconds(5.0):
-        done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--model", "mixtral-8x7b",
-                               "--tensor-model-parallel-size", "3"], capture_output=True, text=True, check=False)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), "--model", "mixtral-8x7b",
+                           "--tensor-model-parallel-size", "3"], capture_output=True, text=True, check=False)
+    assert time.monotonic() - start < 5.0
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "8 = 2 x 3 + 2; set --tensor-model-parallel-size to one of 1, 2, 4, 8" in done.stderr
 
