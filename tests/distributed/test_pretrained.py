@@ -15,7 +15,7 @@ from helpers.models import tiny_hf_mixtral
 from helpers.ranks import ROOT, run_ranks
 
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.weights import convert, open_source
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 KINDS = ["hf", "ranks", "dist"]
 PROGRAM = """

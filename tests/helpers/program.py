@@ -6,9 +6,11 @@ the engine's global state is that of a new program.
 
 import faulthandler
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -18,8 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.events import HANG
 from helpers.ranks import prepare_fork_server
 from megatron_mixtral import __main__ as commands
+
+IDLE, SPINNING = 1.0, 2.0  # seconds without any thread that could run; seconds of processor time
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Where rank `rank` stands still for good, having made `folder/halted`: an event to wait for, after which the run
+    can neither end nor make another step, however late the test is.
+    """
+
+    rank: int
+    batch: int | None = None  # before its reader hands out this micro-batch, from 1; 0: before the program begins
+    saving: int | None = None  # before this change, from 1, to a checkpoint that is being written
 
 
 @dataclass
@@ -44,7 +60,7 @@ class Running:
     """A run that goes on in the background: its rank processes, and its end."""
 
     def __init__(self, world: int, argv: list[str], folder: Path, prepare: Callable[[], None] | None = None,
-                 module: str = "") -> None:
+                 module: str = "", halt: Halt | None = None) -> None:
         """Start `module.main(ARGV)`, or else the training program, on `world` ranks; each first calls `prepare`, which
         can be pickled.
         """
@@ -54,12 +70,12 @@ class Running:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
-        for file in (self.metrics, *folder.glob("*.samples")):
+        for file in (self.metrics, folder / "halted", *folder.glob("*.samples")):
             file.unlink(missing_ok=True)
         argv = [*argv, "--metrics-file", str(self.metrics)]
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self.ranks = [context.Process(target=_rank, args=(rank, world, port, module, argv, str(self.logs[rank]),
-                                                           prepare), daemon=False) for rank in range(world)]
+                                                           prepare, halt), daemon=False) for rank in range(world)]
         for process in self.ranks:
             process.start()
 
@@ -71,21 +87,34 @@ class Running:
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         return {figures["iteration"]: figures for figures in map(json.loads, lines)}
 
+    def _kill(self) -> None:
+        for process in self.ranks:
+            process.kill()
+
     def signal(self, number: int) -> None:
         """Send a signal to every rank."""
         for process in self.ranks:
             os.kill(process.pid, number)
 
-    def finish(self, timeout: float = 300.0) -> Outcome:
-        """Wait for the end. As torchrun does: one rank that fails ends the others, which may wait for it for ever."""
-        deadline = time.monotonic() + timeout
+    def halted(self) -> bool:
+        return (self.folder / "halted").exists()
+
+    def finish(self) -> Outcome:
+        """Wait for the end. As torchrun does: one rank that fails ends the others, which may wait for it for ever; but
+        not before they have nothing left to do, so that each comes to its own sentence however slow the machine is.
+        """
+        end, idle, used = time.monotonic() + HANG, 0, {}
         while self.alive():
-            failed = any(process.exitcode not in (None, 0) for process in self.ranks)
-            if failed or time.monotonic() > deadline:
-                time.sleep(1.0 if failed else 0.0)
-                for process in self.ranks:
-                    process.kill()
             time.sleep(0.05)
+            if any(process.exitcode not in (None, 0) for process in self.ranks):
+                states = [_state(process.pid) for process in self.ranks if process.is_alive()]
+                idle = 0 if any(runs for runs, _ in states) else idle + 1
+                spent = sum(seconds for _, seconds in states)
+                used.setdefault(len(states), spent)
+                if idle * 0.05 > IDLE or spent - used[len(states)] > SPINNING * len(states):
+                    self._kill()
+            if time.monotonic() > end:
+                self._kill()
         for process in self.ranks:
             process.join()
         read = {int(file.stem): [int(index) for index in file.read_text().split()]
@@ -94,15 +123,28 @@ class Running:
                        self.figures(), read)
 
 
-def pretrain(world: int, argv: list[str], folder: Path, timeout: float = 300.0,
+def _state(pid: int) -> tuple[bool, float]:
+    """Whether a thread of the process could run, and the processor time that all of them used, seconds."""
+    runs, ticks = False, 0
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            fields = task.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it ended
+            continue
+        runs |= fields[0] in "RD"
+        ticks += int(fields[11]) + int(fields[12])
+    return runs, ticks / os.sysconf("SC_CLK_TCK")
+
+
+def pretrain(world: int, argv: list[str], folder: Path,
              prepare: Callable[[], None] | None = None) -> Outcome:
     """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks to its end; logs, metrics and the samples that each rank
     read go below `folder`.
     """
-    return Running(world, argv, folder, prepare).finish(timeout)
+    return Running(world, argv, folder, prepare).finish()
 
 
-def _record_samples(folder: Path) -> None:
+def _record_samples(folder: Path, halt_at: int | None) -> None:
     """Have the engine's sampler note what it hands out; ranks that read the same data write the same file."""
     from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
@@ -110,7 +152,9 @@ def _record_samples(folder: Path) -> None:
 
     def noted(self: Any) -> Any:
         handed_out: list[int] = []
-        for batch in indices(self):
+        for number, batch in enumerate(indices(self), 1):
+            if number == halt_at:
+                _stand_still(folder)
             handed_out += batch
             draft = folder / f"{self.data_parallel_rank}.samples.{os.getpid()}"
             draft.write_text(" ".join(map(str, handed_out)))
@@ -120,15 +164,52 @@ def _record_samples(folder: Path) -> None:
     MegatronPretrainingSampler.__iter__ = noted
 
 
+def _stand_still(folder: Path) -> None:
+    (folder / "halted").touch()
+    while True:
+        time.sleep(HANG)
+
+
+def _halt_in_a_save(folder: Path, number: int) -> None:
+    """At the Nth file or folder that is made, renamed or removed below a checkpoint that is being written. The rank may
+    have a process of its own for that, which stands still as long as the rank lives.
+    """
+    rank, changes = os.getpid(), itertools.count(1)
+
+    def watch(event: str, words: tuple) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and "/.saving-" in str(words[0]) \
+                and not (event == "open" and words[1] in ("r", "rb")) and next(changes) == number:
+            if os.getpid() == rank:
+                _stand_still(folder)
+            (folder / "halted").touch()
+            while _lives(rank):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def _rank(rank: int, world: int, port: int, module: str, argv: list[str], log: str,
-          prepare: Callable[[], None] | None) -> None:
+          prepare: Callable[[], None] | None, halt: Halt | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     faulthandler.enable()
-    _record_samples(Path(log).parent)
+    halt = halt if halt is not None and halt.rank == rank else Halt(rank)
+    _record_samples(Path(log).parent, halt.batch)
+    if halt.saving is not None:
+        _halt_in_a_save(Path(log).parent, halt.saving)
+    if halt.batch == 0:
+        _stand_still(Path(log).parent)
     if prepare is not None:
         prepare()
     try:

@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from helpers.events import HANG
+
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 240.0  # seconds for one call; the slowest takes a few
 
 
 class RankError(AssertionError):
@@ -35,7 +36,7 @@ def prepare_fork_server() -> Any:
     return context
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = HANG) -> list[Any]:
     """`function(rank, *args)` on `world` ranks with torch.distributed initialised; the results in rank order.
 
     `function` is a module-level function and its arguments and results are picklable. The first rank that fails ends
@@ -92,10 +93,10 @@ def _rank(rank: int, world: int, store: str, connection: Connection, function: C
             torch.cuda.set_device(rank)
         torch.set_num_threads(1)
         torch.distributed.init_process_group(backend.collectives, init_method=f"file://{store}/store", rank=rank,
-                                             world_size=world, timeout=timedelta(seconds=120))
+                                             world_size=world, timeout=timedelta(seconds=HANG))
         answer = (True, function(rank, *args))
     except BaseException:  # noqa: BLE001 - whatever a test's body raises belongs to the test
         answer = (False, traceback.format_exc())
     connection.send(answer)
-    connection.poll(TIMEOUT)  # the others may still need this rank's end of a connection
+    connection.poll(HANG)  # the others may still need this rank's end of a connection
     os._exit(0)

@@ -5,14 +5,14 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import datasets
+from helpers.events import until
 from helpers.models import assert_same_weights, tiny_hf_mixtral
-from helpers.program import Outcome, Running, pretrain
+from helpers.program import Halt, Outcome, Running, pretrain
 from helpers.ranks import run_ranks
 
 from megatron_mixtral.training.checkpoints import directory as retention
@@ -145,31 +145,27 @@ def _different(rank: int, one: str, other: str) -> tuple[list[str], int]:
 # -- an end that was not planned -------------------------------------------------------------------------
 
 
-def until(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends(number: int, start: list[str], tmp_path: Path) -> None:
-    argv = [*LAYOUT, *start, *saving(tmp_path / "save", 1000), "--train-iters", "1000"]
+    argv = [*LAYOUT, *start, *saving(tmp_path / "save", 10**6), "--train-iters", "10000"]
     running = Running(2, argv, tmp_path)
-    until(lambda: len(running.figures()) >= 2)
+    until(lambda: len(running.figures()) >= 2 or not running.alive())
     running.signal(number)
-    outcome = running.finish(60)
+    outcome = running.finish()
     assert outcome.codes == [0, 0], outcome.logs[0][-3000:]
     last = max(outcome.steps)
-    assert (tmp_path / "save" / retention.TRACKER).read_text() == str(last) and last < 1000
+    assert (tmp_path / "save" / retention.TRACKER).read_text() == str(last) and last < 10000
     assert f"iter_{last:07d}" in names(tmp_path / "save")
 
 
-def test_a_signal_before_the_first_step_ends_at_once(start: list[str], tmp_path: Path) -> None:
-    running = Running(2, [*LAYOUT, *start, *saving(tmp_path / "save"), "--train-iters", "1000"], tmp_path)
-    until(lambda: running.logs[0].exists() and "initializing torch distributed" in running.logs[0].read_text())
+@pytest.mark.parametrize("halt", [Halt(1, batch=0), Halt(0, batch=1)], ids=["process groups", "first step"])
+def test_a_signal_before_the_first_step_ends_at_once(halt: Halt, start: list[str], tmp_path: Path) -> None:
+    """The other rank is, or soon will be, inside a collective that waits for the one that stands still."""
+    argv = [*LAYOUT, *start, *saving(tmp_path / "save"), "--train-iters", "1000"]
+    running = Running(2, argv, tmp_path, halt=halt)
+    until(lambda: running.halted() and "initializing torch distributed" in running.logs[0].read_text())
     running.signal(signal.SIGTERM)
-    outcome = running.finish(60)
+    outcome = running.finish()
     assert outcome.codes == [-signal.SIGTERM, -signal.SIGTERM] and not outcome.steps
 
 

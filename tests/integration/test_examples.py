@@ -17,7 +17,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("examples", "tests")
                  for path in (ROOT / folder).rglob("*.sh")) + [".ci/run"]  # fmt: skip
 
 
-def run(script: str, *arguments: str, cwd: Path = ROOT, timeout: int = 300,
+def run(script: str, *arguments: str, cwd: Path = ROOT, timeout: int = 600,
         **environment: str) -> subprocess.CompletedProcess:
     """Start a script with only these variables besides what a shell has; none of another run may leak in."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "VIRTUAL_ENV", "TMPDIR") if name in os.environ}

@@ -24,7 +24,7 @@ def files(folder: Path) -> dict[str, int]:
 
 def build(flags: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "tools/build_index_cache.py", *flags], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300, env={**os.environ, "WORLD_SIZE": "2"})  # fmt: skip
+                          capture_output=True, timeout=600, env={**os.environ, "WORLD_SIZE": "2"})  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["one blend", pytest.param("per split", marks=pytest.mark.slow)])

@@ -55,7 +55,7 @@ def bash(folder: Path, command: str) -> subprocess.CompletedProcess:
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     kept |= {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
              "MIXTRAL_HUGGINGFACE_PATH": "model_from_hf/Mixtral-8x7B"}
-    return subprocess.run(["bash", "-euc", command], cwd=folder, env=kept, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["bash", "-euc", command], cwd=folder, env=kept, capture_output=True, text=True, timeout=600)
 
 
 def test_the_alpaca_command(folder):

@@ -6,18 +6,17 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 from helpers.corpus import python_sources, write_jsonl
+from helpers.events import HANG, until
 
 from megatron_mixtral.tokenizer import mixtral_tokenizer_path, write_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-TIME_LIMIT = 120  # generous: a hang is what it is for
 
 
 def environment(**variables):
@@ -32,14 +31,14 @@ def bash(command, **variables):
     variables = environment(**variables)
     variables["PATH"] = f"{python}:{variables['PATH']}"
     return subprocess.run(
-        ["bash", "-euc", command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIME_LIMIT
+        ["bash", "-euc", command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=HANG
     )
 
 
 def tool(*flags, **variables):
     command = [sys.executable, "tools/preprocess_data.py", *map(str, flags)]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=TIME_LIMIT
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=HANG
     )
 
 
@@ -169,15 +168,13 @@ def visible(folder):
 
 def start(tmp_path, workers=2):
     """A run that takes a while, and its process after the workers have begun to write."""
-    path = write_jsonl(tmp_path / "x.jsonl", python_sources(600))
+    path = write_jsonl(tmp_path / "x.jsonl", python_sources(600) * 3)
     command = [sys.executable, "tools/preprocess_data.py", "--input", path, "--output-prefix", tmp_path / "out" / "set",
                "--tokenizer-type", "PretrainedTokenizerFromHF", "--append-eod", "--workers", str(workers),
                "--tokenizer-engine", "sentencepiece"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + TIME_LIMIT
-    while not list((tmp_path / "out").glob(".set.preprocess/part-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+    until(lambda: process.poll() is not None or list((tmp_path / "out").glob(".set.preprocess/part-*")))
+    assert process.poll() is None, process.stderr.read()
     return process
 
 
@@ -201,7 +198,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 def test_a_worker_that_dies_is_an_error_at_once(tmp_path):
     process = start(tmp_path)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=TIME_LIMIT)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "A worker process died (signal 9 (SIGKILL))" in errors
     assert visible(tmp_path / "out") == []
 
@@ -223,7 +220,7 @@ def test_a_fresh_worker_that_dies_at_once_is_an_error(tmp_path):
     done = subprocess.run(
         [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "in.jsonl"), str(tmp_path / "out" / "set"),
          str(mixtral_tokenizer_path())],
-        env=environment(PYTHONPATH=ROOT), capture_output=True, text=True, timeout=TIME_LIMIT,
+        env=environment(PYTHONPATH=ROOT), capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 1 and "A worker process died (status 1) when it started" in done.stderr
     assert visible(tmp_path / "out") == []
@@ -264,13 +261,10 @@ def test_a_run_that_is_ended_leaves_nothing_under_the_final_name(tmp_path, how):
     process = start(tmp_path)
     helpers = children(process.pid)
     process.send_signal(how)
-    process.communicate(timeout=TIME_LIMIT)
+    process.communicate(timeout=HANG)
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert visible(tmp_path / "out") == []
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{helper}").exists() for helper in helpers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [helper for helper in helpers if Path(f"/proc/{helper}").exists()], "workers outlive the run"
+    until(lambda: not any(Path(f"/proc/{helper}").exists() for helper in helpers), "for workers that outlive the run")
 
 
 def test_help_starts_quickly_and_refusals_have_no_traceback(tmp_path):

@@ -3,22 +3,20 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from helpers.corpus import python_sources, write_jsonl
+from helpers.events import HANG
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 ROOT = Path(__file__).resolve().parents[2]
-TIME_LIMIT = 120
 
 
 @pytest.fixture(scope="module")
@@ -46,41 +44,50 @@ def command(inputs, prefix, workers, *flags):
 
 
 def run(*args):
-    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=HANG)
 
 
 def result(prefix):
     return [Path(f"{prefix}_text_document{end}").read_bytes() for end in (".bin", ".idx")]
 
 
-def kill_after(seconds, *args):
-    """Start a run and kill its whole group, parent and workers, after so many seconds; whether it was still alive."""
-    process = subprocess.Popen(command(*args), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    time.sleep(seconds)
-    alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(TIME_LIMIT)
-    return alive
+def killed(counted, number, *args):
+    """Start a run that is killed, parent and workers, before its change of the disk of this number; 0: it is not."""
+    program = [sys.executable, "tests/helpers/killed.py", str(number), str(counted)]
+    return subprocess.run([*program, *command(*args)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=HANG,
+                          start_new_session=True).returncode  # fmt: skip
+
+
+def assert_whole_or_absent(prefix, expected):
+    """Under a final name is nothing, or all of it; the report is the last."""
+    for end, content in zip((".bin", ".idx"), expected, strict=True):
+        path = Path(f"{prefix}_text_document{end}")
+        if path.exists():
+            assert path.read_bytes() == content
+        else:
+            assert not prefix.with_name("set.report.json").exists()
 
 
 def kill_and_resume(corpus, tmp_path, kills, seed):
     inputs, expected = corpus
-    draw = random.Random(seed)
-    started = time.monotonic()
-    assert run(inputs, tmp_path / "whole" / "set", 2).returncode == 0
-    whole = time.monotonic() - started
+    draw, counted = random.Random(seed), tmp_path / "changes"
+    assert killed(counted, 0, inputs, tmp_path / "whole" / "set", 2) == 0
     assert result(tmp_path / "whole" / "set") == expected
+    changes, unfinished = int(counted.read_text()), 0
+    assert changes > 30
     for number in range(kills):
         prefix = tmp_path / str(number) / "set"
-        killed = kill_after(draw.uniform(0.2, 0.95) * whole, inputs, prefix, draw.choice((1, 2, 3)))
-        if killed:
-            assert not list(prefix.parent.glob("set*"))
-            kill_after(draw.uniform(0.3, 0.8) * whole, inputs, prefix, 2)
+        assert killed(counted, draw.randint(3, changes // 2), inputs, prefix, draw.choice((1, 2, 3))) == -9
+        unfinished += not list(prefix.parent.glob("set*"))
+        assert_whole_or_absent(prefix, expected)
+        # The second run has less to do, and may be through before it makes so many changes.
+        assert killed(counted, draw.randint(3, changes // 2), inputs, prefix, 2) in (-9, 0)
+        assert_whole_or_absent(prefix, expected)
         done = run(inputs, prefix, draw.choice((1, 2, 3)))
         assert done.returncode == 0, done.stderr
         assert result(prefix) == expected
         assert [path.name for path in prefix.parent.iterdir() if path.name.startswith(".")] == []
+    assert unfinished > 0
 
 
 def test_killed_twice(corpus, tmp_path):
@@ -88,7 +95,7 @@ def test_killed_twice(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(corpus, tmp_path):
+def test_killed_at_ten_random_places(corpus, tmp_path):
     kill_and_resume(corpus, tmp_path, 10, seed=1)
 
 

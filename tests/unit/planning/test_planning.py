@@ -105,9 +105,9 @@ def test_published_best_layout_of_8x7b_is_among_the_first_three() -> None:
 
 
 def test_a_thousand_devices_are_planned_in_seconds() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     fitting, _ = plan(Question(preset("mixtral-8x22b"), Machine(1024), 4096, 1024))
-    assert len(fitting) > 10 and time.perf_counter() - began < 20
+    assert len(fitting) > 10 and time.process_time() - began < 20
 
 
 def test_more_recomputation_or_less_bandwidth_is_never_faster() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.events import HANG
 
 from megatron_mixtral.data.instruction import InstructionOptions, run
 from megatron_mixtral.data.instruction.rendering import Renderer
@@ -75,7 +76,7 @@ def test_the_command_with_workers_and_an_interruption(tmp_path):
                "alpaca", "--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", str(mixtral_tokenizer_path()),
                "--workers", "2"]  # fmt: skip
     root = Path(__file__).resolve().parents[4]
-    subprocess.run([*command, "--input", str(source)], check=True, cwd=root, capture_output=True, timeout=120)
+    subprocess.run([*command, "--input", str(source)], check=True, cwd=root, capture_output=True, timeout=HANG)
     ids = np.fromfile(column_prefix(str(tmp_path / "out"), COLUMNS[0]) + ".bin", dtype=np.int32)
     assert (ids == 1).sum() == len(RECORDS)
     many = tmp_path / "many.jsonl"
@@ -87,5 +88,5 @@ def test_the_command_with_workers_and_an_interruption(tmp_path):
             break
     process.send_signal(signal.SIGTERM)
     assert "interrupted" in process.stderr.read()  # which ends when the last worker has closed its end
-    assert process.wait(60) == 130
+    assert process.wait(HANG) == 130
     assert not list(tmp_path.glob("more*"))

@@ -110,7 +110,7 @@ def checkpoint_of(form: str, source: HFSource, folder: Path, monkeypatch: pytest
         return Namespace(**{name: value for name, value in found.items() if value is not ...})
 
     monkeypatch.setattr(module, "make_args", changed)
-    convert(source, sink(folder, source.config, ParallelLayout()))
+    convert(source, sink(folder, ParallelLayout()))
     if not identity:
         (folder / CONFIG_FILE).unlink()
     return folder
