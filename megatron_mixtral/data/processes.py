@@ -32,8 +32,8 @@ class Work(Protocol):
 
 def run_tasks(
     tasks: Iterable[Any], work: Work, workers: int, ahead: int | None = None
-) -> Generator[tuple[Any, Any], None, None]:
-    """(task, answer) of every task, in the order in which they end; in this process when `workers` is 1.
+) -> Generator[tuple[int, Any], None, None]:
+    """(number of the task, answer), in the order in which tasks end; in this process when `workers` is 1.
 
     With `ahead` no task is begun before the one that many places earlier has ended.
 
@@ -41,42 +41,27 @@ def run_tasks(
         MixtralError: what a worker raised, or a worker that died, at once and with the place it was at.
     """
     if workers <= 1:
-        for task in tasks:
-            yield task, work.run(task)
+        for number, task in enumerate(tasks):
+            yield number, work.run(task)
         return
     pool = _Pool(work)
     try:
         pool.start(workers)
-        for _, task, answer in pool.run(tasks, ahead):
-            yield task, answer
+        yield from pool.run(tasks, ahead)
     finally:
         pool.stop()
 
 
 def run_in_order(tasks: Iterable[Any], work: Work, workers: int, ahead: int) -> Generator[Any, None, None]:
     """The answers to all tasks, in the order of these. Otherwise as `run_tasks`."""
-    numbered = _Numbered(work)
     ready: dict[int, Any] = {}
     following = 0
-    with closing(run_tasks(enumerate(tasks), numbered, workers, ahead)) as answers:
-        for (number, _), answer in answers:
+    with closing(run_tasks(tasks, work, workers, ahead)) as answers:
+        for number, answer in answers:
             ready[number] = answer
             while following in ready:
                 yield ready.pop(following)
                 following += 1
-
-
-class _Numbered:
-    """Work on tasks that carry their number."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def run(self, task: tuple[int, Any]) -> Any:
-        return self._work.run(task[1])
-
-    def place(self, task: tuple[int, Any]) -> str:
-        return self._work.place(task[1])
 
 
 def start_method() -> str:
@@ -116,7 +101,7 @@ class _Pool:
             for connection in self._processes:  # they start side by side
                 self._send(connection, self._work)
 
-    def run(self, tasks: Iterable[Any], ahead: int | None) -> Iterator[tuple[int, Any, Any]]:
+    def run(self, tasks: Iterable[Any], ahead: int | None) -> Iterator[tuple[int, Any]]:
         waiting = enumerate(tasks)
         idle = list(self._processes)
         self._hand_out(idle, waiting, ahead)
@@ -124,7 +109,8 @@ class _Pool:
             ended = []
             for connection in wait(list(self._busy)):
                 answer = self._receive(connection)
-                ended.append((*self._busy.pop(connection), answer))
+                number, _ = self._busy.pop(connection)
+                ended.append((number, answer))
                 idle.append(connection)
             # Handed out before these answers are looked at, so that no worker waits for that.
             self._hand_out(idle, waiting, ahead)

@@ -61,14 +61,16 @@ class Assembly:
         self._append_finished()
         progress.resume(self.account, sum(chunk.size for chunk in chunks[: self._assembled]))
 
-    def collect(self, results: Iterable[tuple[Chunk, ChunkResult]]) -> None:
-        """Append the parts in the order of the chunks, whatever the order in which workers end.
+    def collect(self, results: Iterable[tuple[int, ChunkResult]]) -> None:
+        """Append the parts in the order of the chunks, whatever the order in which workers end. `results` have the
+        numbers of `unfinished`.
 
         Raises `DataError` at the first bad line of the corpus, which therefore does not depend on the number of
         workers.
         """
         failed: dict[str, ChunkResult] = {}
-        for chunk, result in results:
+        for number, result in results:
+            chunk = self.unfinished[number]
             if result.bad.failed:
                 failed[chunk.name] = result
             else:
