@@ -116,8 +116,8 @@ env_build() {
     "$uv" pip sync --python "$venv/bin/python" --compile-bytecode "$MIXTRAL_ROOT/requirements.lock" &&
         "$uv" pip install --python "$venv/bin/python" --no-deps --no-build-isolation \
             --reinstall-package megatron-mixtral --editable "$MIXTRAL_ROOT" || return 1
-    if ! why="$("$venv/bin/python" -c 'from megatron_mixtral.tokenizer.engines.native import load_module
-load_module()' 2>&1)"; then
+    if ! why="$("$venv/bin/python" -c 'from megatron_mixtral.tokenizer.engines import native
+native.load_module()' 2>&1)"; then
         if command -v "${CXX:-c++}" || command -v "${CXX:-g++}"; then why="cannot be used (${why##*$'\n'})"; else
             why="is not built: no C++ compiler was found"; fi >/dev/null
         env_say "the C++ extension $why; everything works without it, and preprocessing is slower"

@@ -8,7 +8,7 @@ architecture from it (`--use-checkpoint-args`); see `check_checkpoint_args` and 
 import argparse
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout, engine
-from megatron_mixtral.weights.files.pickle_writer import Global
+from megatron_mixtral.weights.files import pickle_writer
 
 
 def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, divisible_by: int,
@@ -25,6 +25,6 @@ def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, 
     return argparse.Namespace(
         **said, **experts, vocab_size=vocabulary, padded_vocab_size=padded_vocab,
         make_vocab_size_divisible_by=divisible_by, window_size=window, **engine.layout_args(layout),
-        ckpt_format=ckpt_format, params_dtype=Global("torch", dtype), bf16=dtype == "bfloat16",
+        ckpt_format=ckpt_format, params_dtype=pickle_writer.Global("torch", dtype), bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
         iteration=0, consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)

@@ -33,8 +33,14 @@ class House:
         return self.modules.get(module, "").endswith("__init__.py")
 
     def offered(self, door: str) -> list[str]:
-        """The names that a door lists under TYPE_CHECKING; of a plain `__init__`, what it imports and defines."""
+        """The names that a door lists under TYPE_CHECKING; of a plain `__init__`, its literal `__all__`, or without one
+        what it imports and defines.
+        """
         body = self.tree(self.modules[door]).body
+        for node in body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" \
+                    and isinstance(node.value, ast.List):
+                return list(ast.literal_eval(node.value))
         listed = [node for block in body if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
                   for node in block.body]
         names = []
@@ -135,6 +141,8 @@ def past_a_door(house: House, path: str, module: str, name: str | None) -> bool:
     if house.is_door(module):
         return name is not None and name not in house.offered(module) and not name.startswith("__")
     folder = module.rpartition(".")[0]
+    if module == f"{PACKAGE}.__main__":  # the door of the programs
+        return path.startswith(f"{PACKAGE}/")
     if folder == PACKAGE:
         return not path.startswith(f"{PACKAGE}/") and module.startswith(f"{PACKAGE}._")
     if path.startswith("tests/unit/"):

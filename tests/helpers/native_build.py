@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixtral.tokenizer.engines import EngineUnavailable, native
+from megatron_mixtral.tokenizer.engines import native
 
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ def ensure_extension(folder: Path) -> None:
     """Use the extension that is installed, if it is of these sources; else build one in `folder`, for this process."""
     try:
         native.load_module()
-    except EngineUnavailable:
+    except native.EngineUnavailable:
         use_extension(compile_extension(folder))
     native.load_module()
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.tokenizer.engines.base import Engine, EngineUnavailable, SpecialTokens, frame, token_dtype
+    from megatron_mixtral.tokenizer.engines import native
+    from megatron_mixtral.tokenizer.engines.base import Engine, SpecialTokens, frame, token_dtype
     from megatron_mixtral.tokenizer.engines.choose import ENGINES, EngineChoice, choose_engine, make_engine
     from megatron_mixtral.tokenizer.engines.reference import ReferenceEngine
 

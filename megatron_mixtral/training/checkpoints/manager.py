@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import megatron_mixtral.training.checkpoints.directory as saves
+import megatron_mixtral.training.checkpoints.integrity as integrity
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import CheckpointError, MixtralError
-from megatron_mixtral.training.checkpoints import directory as retention
-from megatron_mixtral.training.checkpoints import integrity as manifest
 from megatron_mixtral.training.checkpoints import resume
 from megatron_mixtral.training.checkpoints.export import Exporter
 from megatron_mixtral.weights import saved_arguments
@@ -33,7 +33,7 @@ class CheckpointManager:
         self.unsaved: str | None = None  # why the last save failed
         if self._save is not None and args.rank == 0:
             self._save.mkdir(parents=True, exist_ok=True)
-            retention.tidy(self._save)
+            saves.tidy(self._save)
             template = Path(args.hf_checkpoint) if args.hf_checkpoint else None
             self._exporter = Exporter(self._save, args.export_hf_interval, template)
 
@@ -44,7 +44,7 @@ class CheckpointManager:
         folder, problem = None, None
         if self._args.rank == 0:
             try:
-                folder = retention.draft(self._save, iteration)
+                folder = saves.draft(self._save, iteration)
             except OSError as error:
                 problem = str(error)
         folder, problem = _from_rank_0((folder, problem))
@@ -54,28 +54,28 @@ class CheckpointManager:
 
     def background(self, write: Callable[..., Any], folder: Path, iteration: int) -> Callable[..., Any]:
         """`write`, and the sums of what it wrote, for the background process."""
-        return partial(manifest.write_then_sum, write, folder / retention.name_of(iteration), self._args.rank)
+        return partial(integrity.write_then_sum, write, folder / saves.name_of(iteration), self._args.rank)
 
     def end(self, iteration: int, folder: Path, problem: str | None, background: bool) -> Path | None:
         """Publish a draft that every rank has written, else discard it. The checkpoint's directory, or None."""
         if problem is None and not background:
             try:
-                manifest.sum_share(folder / retention.name_of(iteration), self._args.rank)
+                integrity.sum_share(folder / saves.name_of(iteration), self._args.rank)
             except OSError as error:
                 problem = str(error)
         problems = sorted({one for one in _from_all(problem) if one is not None})
         published = None
         if self._args.rank == 0 and not problems:
             try:
-                manifest.write_manifest(folder / retention.name_of(iteration))
-                published = retention.publish(folder, self._save, iteration)
+                integrity.write_manifest(folder / saves.name_of(iteration))
+                published = saves.publish(folder, self._save, iteration)
             except OSError as error:
                 problems = [str(error)]
         published, problems = _from_rank_0((published, problems))
         if problems:
             self._report(iteration, "; ".join(filter(None, problems)))
             if self._args.rank == 0:
-                retention.discard(folder)
+                saves.discard(folder)
             return None
         self.unsaved = None
         if self._args.rank == 0:
@@ -84,11 +84,11 @@ class CheckpointManager:
 
     def _after(self, iteration: int, published: Path) -> None:
         self._exporter.start(iteration, published)
-        doomed = retention.surplus(retention.iterations(self._save), iteration, self._args.save_total_limit,
+        doomed = saves.surplus(saves.iterations(self._save), iteration, self._args.save_total_limit,
                                    self._multiples, self._exporter.busy())
         for one in doomed:
             try:
-                retention.remove(self._save, one)
+                saves.remove(self._save, one)
             except OSError as error:
                 logger.warning("checkpoint of step %d cannot be removed: %s", one, error)
 
@@ -96,7 +96,7 @@ class CheckpointManager:
         """Say that a save failed and what is left; the run goes on."""
         self.unsaved = f"the checkpoint of step {iteration} could not be saved: {problem}"
         if self._args.rank == 0:
-            whole = retention.iterations(self._save)
+            whole = saves.iterations(self._save)
             left = f"the last whole checkpoint is that of step {whole[-1]}" if whole else "nothing is saved yet"
             logger.error("%s (%s). Training goes on; %s", self.unsaved, _space(self._save), left)
 
@@ -130,13 +130,13 @@ class CheckpointManager:
 
     def _verify(self, directory: Path) -> None:
         try:
-            sums, problem = manifest.read_manifest(directory), None
+            sums, problem = integrity.read_manifest(directory), None
         except CheckpointError as error:
             sums, problem = {}, str(error)
         problem = _from_rank_0(problem)
         if problem is not None:
             raise CheckpointError(problem)
-        found = manifest.damage(directory, sums, self._args.rank, self._args.world_size)
+        found = integrity.damage(directory, sums, self._args.rank, self._args.world_size)
         damage = sorted(one for share in _from_all(found) for one in share)
         if damage:
             raise CheckpointError(f"{directory} is damaged: {'; '.join(damage)}. Give --ckpt-step with the iteration "

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_mixtral.disk import sync
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import finite
 from megatron_mixtral.weights.files.file_layout import FileLayout, Placed
@@ -107,8 +108,8 @@ class FileWriter:
 
     def _complete(self, handle: int) -> None:
         _write(handle, self.layout.end(self._crcs), self.layout.end_at)
-        os.fsync(handle)
         self.close()
+        sync(self.path)
         self._done([self.layout.placed[number].payload.name for number in sorted(self._bad)])
 
     def close(self) -> None:

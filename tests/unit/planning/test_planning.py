@@ -2,7 +2,6 @@
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
@@ -145,16 +144,3 @@ def test_the_tool_prints_json() -> None:
 def test_the_tool_refuses_with_a_sentence(argv: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         list(cli.lines(argv))
-
-
-def test_flags_of_the_plan_are_accepted_by_the_program(tmp_path: Path) -> None:
-    """What the planner prints resolves to the layout that it planned."""
-    from megatron_mixtral.training.arguments import resolve
-    from megatron_mixtral.training.preflight import shape_of
-
-    fitting, _ = plan(Question(MIXTRAL, Machine(64), 4096, 256))
-    from megatron_mixtral.planning.report import flags
-
-    for one in fitting[:40]:
-        argv = " ".join(["--model mixtral-8x7b", *flags(one.shape)]).split()
-        assert shape_of(resolve(argv, {"WORLD_SIZE": "64"})) == one.shape

@@ -13,7 +13,7 @@ from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import arguments
 from megatron_mixtral.training.arguments import engine_defaults, resolve
 from megatron_mixtral.training.flags import parse, without
-from megatron_mixtral.weights.formats.directory import TRACKER
+from megatron_mixtral.weights import directory
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,7 +22,7 @@ def checkpoint(folder: Path, config: MixtralConfig, tracker: bool = True) -> str
     folder.mkdir()
     (folder / CONFIG_FILE).write_text(config.to_json())
     if tracker:
-        (folder / TRACKER).write_text("release")
+        (folder / directory.TRACKER).write_text("release")
     return str(folder)
 
 
@@ -37,7 +37,7 @@ def test_checkpoint_gives_the_model(tmp_path: Path) -> None:
     run = resolve(["--load", checkpoint(tmp_path / "run", preset("tiny"))], {})
     assert run.config == preset("tiny")
     assert run.start == f"weights of {tmp_path / 'run'}, converted, without an optimizer: begins at step 0"
-    (tmp_path / "run" / TRACKER).write_text("7")
+    (tmp_path / "run" / directory.TRACKER).write_text("7")
     assert resolve(["--load", str(tmp_path / "run")], {}).start == f"checkpoint {tmp_path / 'run'}"
 
 
@@ -49,7 +49,7 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
     (hf / "config.json").write_text(json.dumps(preset("tiny").to_hf_dict()))
     argv = ["--hf-checkpoint", str(hf), "--load", checkpoint(tmp_path / "run", preset("tiny"), tracker=False)]
     assert resolve(argv, {}).load_hf
-    (tmp_path / "run" / TRACKER).write_text("100")
+    (tmp_path / "run" / directory.TRACKER).write_text("100")
     assert not resolve(argv, {}).load_hf
 
 

@@ -203,34 +203,3 @@ def test_a_save_that_cannot_begin_is_reported(tmp_path: Path) -> None:
     [(draft, unsaved, said)] = run_ranks(1, _cannot_begin, str(tmp_path / "save"))
     assert draft is None and "the checkpoint of step 3 could not be saved: [Errno 17]" in unsaved
     assert len(said) == 1 and said[0].startswith(unsaved) and said[0].endswith("nothing is saved yet")
-
-
-# -- the small files of a save -----------------------------------------------------------------------------
-
-
-def _cannot_write(rank: int, directory: str) -> tuple[list[str], list[str]]:
-    """What the engine's writers of small files do where the directory is gone: (problems, what the manager heard)."""
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-    from torch.distributed.checkpoint.metadata import Metadata
-
-    from megatron_mixtral.runtime import saving
-    from megatron_mixtral.runtime.replacements import Replacements
-
-    heard: list[str] = []
-    saves = saving._Saves(Namespace(end=lambda iteration, folder, problem, background: heard.append(problem)))
-    replacements = Replacements()
-    saving._take_down_failures(replacements, saves)
-    serialization.save_config(CheckpointingConfig("torch_dist"), directory)
-    FileSystemWriterAsync(directory).finish(Metadata({}), [])
-    problems = list(saves.problems)
-    saves.end(1, Path(directory), None, background=False)
-    replacements.undo()
-    return problems, heard
-
-
-def test_rank_0_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
-    [(problems, heard)] = run_ranks(1, _cannot_write, str(tmp_path / "gone"))
-    assert len(problems) == 2 and all("No such file or directory" in problem for problem in problems)
-    assert heard == ["; ".join(problems)]
