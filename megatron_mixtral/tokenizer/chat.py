@@ -7,8 +7,6 @@ ids that training saw.
 
 Text is text: what stands in a turn never becomes a control token. Only the template's own control strings do, and only
 where the vocabulary has them as control tokens.
-
-`data/instruction/run.py` calls this for every record; `data/instruction/formats.py` makes the turns.
 """
 
 import re

@@ -1,9 +1,9 @@
 """The text tokenizer of preprocessing: text to ids, by sentencepiece or by the `tokenizers` library, nothing else.
 
-`data/preprocess/run.py` and its workers call it. Two rules hold for every tokenizer here:
+Two rules hold for every tokenizer here:
 
 - **Text is text.** `<s>`, `</s>` or `<unk>` inside a document are encoded as ordinary characters, never as control ids.
-- **Nothing is added.** `encode` gives the ids of the text alone; BOS and EOS are the caller's choice (`encoding.py`).
+- **Nothing is added.** `encode` gives the ids of the text alone; BOS and EOS are the caller's choice (`encode.py`).
 
 `tokenizer.json` is read with `tokenizers.Tokenizer.from_file`. `transformers.AutoTokenizer` is not used: its release 5
 replaces the normalizer of Llama-like tokenizers, which changes the ids of documents that begin with white space.

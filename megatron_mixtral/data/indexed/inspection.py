@@ -9,7 +9,7 @@ import numpy as np
 from megatron_mixtral.data.indexed.reader import IndexFile, bare_prefix
 from megatron_mixtral.data.report import find_report
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer import Tokenizer
+from megatron_mixtral.tokenizer import Tokenizer, chat
 
 BLOCK = 1 << 22  # ids or sequences at a time
 
@@ -43,7 +43,8 @@ def inspect(prefix: str, vocab_size: int | None = None) -> Inspection:
         vocab_size = tokenizer["vocab_size"]
     problems = [*_index_problems(index), *_report_problems(index, report)]
     smallest, largest, ends = _range_of_ids(index, tokenizer and tokenizer.get("eos_id"))
-    if largest is not None and vocab_size is not None and not 0 <= smallest <= largest < vocab_size:
+    least = chat.IGNORED if prefix.endswith("_labels_document") else 0  # of instruction data
+    if largest is not None and vocab_size is not None and not least <= smallest <= largest < vocab_size:
         problems.append(f"ids reach from {smallest} to {largest}; the vocabulary has {vocab_size}")
     lengths = index.lengths
     quantiles = [int(x) for x in np.quantile(lengths, (0, 0.1, 0.5, 0.9, 0.99, 1))] if len(lengths) else []

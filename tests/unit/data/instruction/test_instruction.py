@@ -11,6 +11,7 @@ from megatron_mixtral.data.cli import parse_flags
 from megatron_mixtral.data.corpus.files import list_inputs
 from megatron_mixtral.data.corpus.objects import read_array
 from megatron_mixtral.data.datasets import InstructionFiles, check_instruction, instruction_blend
+from megatron_mixtral.data.indexed import inspect
 from megatron_mixtral.data.instruction import InstructionOptions
 from megatron_mixtral.data.instruction.run import COLUMNS, column_prefix, preprocess_instructions
 from megatron_mixtral.errors import ConfigError, DataError
@@ -56,6 +57,7 @@ def test_three_datasets_one_sample_a_document(tmp_path, samples):
     assert report["trained_tokens"] == sum(label != -100 for _, labels in samples for label in labels)
     assert report["formats"] == {"alpaca": 40} and report["records"] == report["samples"] == report["rows"] == 40
     assert json.loads((tmp_path / "out.report.json").read_text()) == report
+    assert [inspect(column_prefix(str(tmp_path / "out"), column)).problems for column in COLUMNS] == [[], [], []]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["a.jsonl", "out.report.json", *(Path(column_prefix("out", c)).name + end for c in COLUMNS
                                          for end in (".bin", ".idx"))])
