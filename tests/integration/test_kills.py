@@ -25,10 +25,11 @@ FLAGS = ["--pipeline-model-parallel-size", "2", "--seq-length", "32", "--micro-b
 RANKS = 2
 SAVING = {0: (23, 42), 1: (5, 6)}  # the changes of rank 0 in its second save; the second save of rank 1, or a later one
 # Rank 1 of the first life stands still in the third step.
-HELD = """import os, pathlib, runpy, sys
+HELD = """import logging, os, pathlib, runpy, sys
 import megatron_mixtral.runtime
 from helpers.program import _record_samples
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # it says its repairs here, once
     megatron_mixtral.runtime.ready(training=True)
     _record_samples(pathlib.Path(__file__).parent, 9)
 sys.path.insert(0, "tools")
