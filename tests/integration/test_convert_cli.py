@@ -177,9 +177,9 @@ def look(frame, event, function):
     if event == "c_call" and function.__name__ == "pwrite":
         peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
 threading.setprofile(look)
-sys.argv = sys.argv[1:]
+sys.argv[0] = "megatron-mixtral"
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_module("megatron_mixtral", run_name="__main__")
 finally:
     print("peak", peak)
 """
@@ -187,7 +187,7 @@ finally:
 
 def _peak_of_its_own(argv: list[str]) -> int:
     """The most anonymous memory of a conversion, bytes."""
-    done = subprocess.run([sys.executable, "-c", LOOKING, str(ROOT / "tools/checkpoint/util.py"), *argv], check=True,
+    done = subprocess.run([sys.executable, "-c", LOOKING, "convert", *argv], cwd=ROOT, check=True,
                           stdout=subprocess.PIPE, text=True)
     return int(done.stdout.split()[-1])
 
