@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,9 @@ from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import cli, convert, open_source
 from megatron_mixtral.weights.files import Region
-from megatron_mixtral.weights.formats import DistSink, DistSource, saved_arguments
+from megatron_mixtral.weights.formats import DistSink, DistSource
+from megatron_mixtral.weights.formats.dist_metadata import read_contents
+from megatron_mixtral.weights.formats.saved_args import common_state
 from megatron_mixtral.weights.inspection import inspect
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2",
@@ -185,5 +186,6 @@ def test_arguments_of_a_converted_checkpoint_leave_the_experts_as_they_are(form,
     found = pretrain(1, argv, tmp_path / "log")
     assert found.codes == [0], found.logs[-1][-3000:]
     assert found.losses(1) == pytest.approx(run.losses(1), rel=1e-6)
-    args = saved_arguments(tmp_path / "save" / "iter_0000001", Namespace())
+    saved = tmp_path / "save" / "iter_0000001"
+    args = common_state(saved, read_contents(saved))[0]["args"]
     assert args.use_checkpoint_args and args.moe_grouped_gemm and args.padded_vocab_size == 98
