@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.optim.adam import adam
-from torch.optim.adamw import adamw
 
 from megatron_mixtral.runtime.replacements import Fix, Replacements
 
@@ -45,12 +44,12 @@ class FusedAdam(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(param)
             # torch's kernels count one step before they use it, and want a tensor for each parameter.
             before = [torch.tensor(float(group["step"] - 1), device=p.device) for p in params]
-            update = adamw if self.adam_w_mode else adam
-            update(params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
-                   [self.state[p]["exp_avg_sq"] for p in params], [], before,
-                   foreach=False, fused=True, amsgrad=False, maximize=False,
-                   beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                   weight_decay=group["weight_decay"], eps=group["eps"])
+            adam(params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
+                 [self.state[p]["exp_avg_sq"] for p in params], [], before,
+                 foreach=False, fused=True, amsgrad=False, maximize=False,
+                 decoupled_weight_decay=self.adam_w_mode,
+                 beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                 weight_decay=group["weight_decay"], eps=group["eps"])
         return loss
 
 
