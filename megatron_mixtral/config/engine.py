@@ -34,10 +34,6 @@ def sliding_window(window: Any) -> int | None:
 # -- the table ---------------------------------------------------------------------------------------------
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 @dataclass(frozen=True)
 class Row:
     """One argument of the engine. Its value is that of a `MixtralConfig` field, or `value` in every Mixtral."""
@@ -48,8 +44,8 @@ class Row:
     transformer: str | None = ""  # its name in TransformerConfig, "" for the same; None: it is no field there
     flag: bool = True  # a run has this flag, and may not say otherwise
     read: bool = True  # saved arguments that say otherwise are another model's
-    write: Callable[[Any], Any] = _same  # from the field's value to the argument's
-    back: Callable[[Any], Any] = _same
+    write: Callable[[Any], Any] = lambda value: value  # from the field's value to the argument's
+    back: Callable[[Any], Any] = lambda value: value
 
 
 TABLE: tuple[Row, ...] = (

@@ -58,13 +58,6 @@ def lines(argv: Sequence[str]) -> Iterator[str]:
     yield "  " + " \\\n  ".join(report.flags(fitting[0].shape))
 
 
-def plan_command(argv: Sequence[str]) -> int:
-    """Print the ranking. Raises `ConfigError` where nothing fits."""
-    for line in lines(argv):
-        print(line)
-    return 0
-
-
 def _check(args: argparse.Namespace, config: MixtralConfig, machine: Machine) -> None:
     for item in fields(Machine):
         if getattr(machine, item.name) <= 0:

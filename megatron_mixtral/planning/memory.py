@@ -5,15 +5,14 @@ autograd graph keeps, counted tensor by tensor in `activations.py`. Not counted:
 buffers, fragmentation; the planner leaves room for them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_mixtral.planning import activations
-from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
-from megatron_mixtral.planning.shape import RunShape
+from megatron_mixtral.planning.shape import RunShape, StageParameters, Summed
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Summed):
     """Bytes on one device of a pipeline stage."""
 
     weights: float
@@ -22,14 +21,10 @@ class Memory:
     activations: float
     logits: float
 
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, item.name) for item in fields(self))
-
 
 def stage_memory(shape: RunShape, stage: int) -> Memory:
     """The fullest moment of one device of a pipeline stage."""
-    parameters = stage_parameters(shape, stage)
+    parameters = shape.parameters_of_stage(stage)
     return Memory(
         weights=parameters.total * shape.weight_bytes,
         gradients=parameters.total * 4,  # fp32 whatever the weights are: small gradients add up over micro-batches

@@ -66,11 +66,3 @@ def lead_checkpoints_through(manager: Any) -> None:
     from megatron_mixtral.runtime import saving
 
     saving.lead_through(_state["replacements"], manager)
-
-
-def undo() -> None:
-    """Put everything back as `ready()` found it (for tests)."""
-    replacements = _state.pop("replacements", None)
-    _state.clear()
-    if isinstance(replacements, Replacements):
-        replacements.undo()

@@ -100,3 +100,12 @@ def _rank(rank: int, world: int, store: str, connection: Connection, function: C
     connection.send(answer)
     connection.poll(HANG)  # the others may still need this rank's end of a connection
     os._exit(0)
+
+
+def undo_ready() -> None:
+    """Put everything back as `runtime.ready()` found it in this process."""
+    import megatron_mixtral.runtime.environment as environment
+
+    if "replacements" in environment._state:
+        environment._state["replacements"].undo()
+    environment._state.clear()

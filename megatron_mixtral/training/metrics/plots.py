@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import ConfigError, DataError
+from megatron_mixtral.training.metrics.throughput import Step, time_weighted
 
 try:
     from matplotlib import colormaps
@@ -33,10 +34,10 @@ class RunMetrics:
     steps: list[dict[str, Any]]  # in order, each once
     expert_tokens: list[list[int]] | None  # [layers][experts], summed; None without --log-expert-load
 
-    def column(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one metric, where it was written and finite."""
-        pairs = [(step["iteration"], step[key]) for step in self.steps if step.get(key) is not None]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+    def column(self, key: str, unit: float = 1.0) -> tuple[list[int], list[float]]:
+        """(steps, values in `unit`) of one metric, where it was written and finite."""
+        written = [step for step in self.steps if step.get(key) is not None]
+        return [step["iteration"] for step in written], [step[key] / unit for step in written]
 
 
 def read_run(path: Path, name: str) -> RunMetrics:
@@ -114,13 +115,10 @@ def throughput(runs: Sequence[RunMetrics]) -> Figure:
     _curves(top, runs, "tokens_per_second_per_device", "tokens / s / device")
     labels = []
     for number, run in enumerate(runs):
-        seconds = [step["step_seconds"] for step in run.steps]
-        whole = sum(step["tokens_per_second_per_device"] * step["step_seconds"] for step in run.steps) / sum(seconds)
+        whole = time_weighted([Step(step["tokens_per_second_per_device"], step["step_seconds"]) for step in run.steps])
         top.axhline(whole, color=_colour(number), linestyle="--", linewidth=1)
         labels.append(f"{run.name}: {whole:,.1f}")
-    gibibytes = [RunMetrics(run.name, [{**step, "gib": step["memory_bytes"] / 2**30} for step in run.steps
-                                       if "memory_bytes" in step], None) for run in runs]
-    _curves(bottom, gibibytes, "gib", "memory of the\nfullest device (GiB)")
+    _curves(bottom, runs, "memory_bytes", "memory of the\nfullest device (GiB)", unit=2**30)
     for axes in (top, bottom):
         axes.set_ylim(bottom=0)
     top.set_title("Throughput (dashed: all tokens / all time)", loc="left", fontweight="bold")
@@ -185,10 +183,10 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [statistics.median(values[max(0, at - half):at + half + 1]) for at in range(len(values))]
 
 
-def _curves(axes: Any, runs: Sequence[RunMetrics], key: str, label: str) -> None:
+def _curves(axes: Any, runs: Sequence[RunMetrics], key: str, label: str, unit: float = 1.0) -> None:
     """One curve a run; of long runs also every step, faintly."""
     for number, run in enumerate(runs):
-        steps, values = run.column(key)
+        steps, values = run.column(key, unit)
         smooth = _smooth(values)
         if smooth != values:
             axes.plot(steps, values, color=_colour(number), linewidth=0.8, alpha=0.25)
