@@ -47,11 +47,12 @@ def _optimizer(shape: RunShape, parameters: StageParameters) -> float:
 
 
 def _activations(shape: RunShape, stage: int) -> float:
-    kept = shape.layers_in_flight(stage) * activations.layer(shape)
+    chunks, vpp = shape.chunks_in_flight(stage), shape.layout.vpp
+    kept = chunks * shape.layers_of_stage(stage) / vpp * activations.layer(shape)
     if shape.recompute != "none":  # one layer at a time has what is computed again; there are no logits by then
         again = activations.layer(shape, recompute="none")
         again -= activations.layer(shape) if shape.recompute == "selective" else 0.0
         kept += max(0.0, again - (activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0))
     if stage == 0:
-        kept += shape.chunks_in_flight(stage) / shape.layout.vpp * activations.embedding(shape)
+        kept += chunks / vpp * activations.embedding(shape)
     return kept

@@ -130,7 +130,3 @@ class RunShape:
         if vpp == 1:
             return min(self.micro_batches, pp - stage)
         return min(self.micro_batches * vpp, 2 * (pp - stage - 1) + (vpp - 1) * pp + 1)
-
-    def layers_in_flight(self, stage: int) -> float:
-        """Layers times micro-batches whose activations a stage holds at its fullest moment."""
-        return self.chunks_in_flight(stage) * self.layers_of_stage(stage) / self.layout.vpp

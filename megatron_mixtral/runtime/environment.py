@@ -60,8 +60,8 @@ def _ready_core() -> None:
 
 
 def lead_checkpoints_through(manager: Any) -> None:
-    """Let `manager` (a `saving.CheckpointManager`) decide about the directories of the engine's checkpoints, and about
-    failures. Call after `ready(training=True)`.
+    """Let `manager` (training/checkpoints/manager.py) decide about the directories of the engine's checkpoints and
+    about failures. Call after `ready(training=True)`.
     """
     from megatron_mixtral.runtime import saving
 

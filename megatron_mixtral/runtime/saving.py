@@ -10,9 +10,8 @@ rank 0 alone writes are taken down here, because the other ranks would wait for 
 
 import os
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -24,26 +23,7 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.runtime.replacements import Replacements
 
 
-class CheckpointManager(Protocol):
-    """What decides about checkpoints. Every method is called on all ranks at the same point."""
-
-    def begin(self, iteration: int) -> Path | None:
-        """An empty directory on all ranks for `iter_NNNNNNN`; None: it cannot be saved now."""
-
-    def background(self, write: Callable[..., Any], folder: Path, iteration: int) -> Callable[..., Any]:
-        """What the background process of an asynchronous save calls in place of `write`; can be pickled."""
-
-    def end(self, iteration: int, folder: Path, problem: str | None, background: bool) -> Path | None:
-        """The save was written, or failed (`problem` is not None); returns the checkpoint's directory if it has one."""
-
-    def before_load(self, directory: Path, whole: bool) -> None:
-        """A checkpoint is about to be loaded: `whole`, or its weights only."""
-
-    def loaded_arguments(self, saved: Any) -> None:
-        """The arguments of the run that wrote the checkpoint that is being loaded."""
-
-
-def lead_through(replacements: Replacements, manager: CheckpointManager) -> None:
+def lead_through(replacements: Replacements, manager: Any) -> None:
     """Lead the engine's saves and loads past `manager`, in this process."""
     seams = Seams(manager)
     replacements.wrap(training, "save_checkpoint", seams.save)
@@ -64,7 +44,7 @@ class Seams:
     Where `folder` is set, the engine is in a save's synchronous part.
     """
 
-    def __init__(self, manager: CheckpointManager) -> None:
+    def __init__(self, manager: Any) -> None:
         self.manager = manager
         self.folder: Path | None = None
         self.iteration = 0

@@ -28,7 +28,7 @@ _SAVING, _REPLACED, _REMOVED = ".saving-", ".replaced-", ".removed-"
 
 
 def write_identity(save: Path, config: MixtralConfig) -> None:
-    """Write `mixtral_config.json`, so that checkpoints say what they are. `CheckpointError` for another model's place."""
+    """Write `mixtral_config.json`, the identity of the checkpoints. `CheckpointError` where it is another model's."""
     path = save / CONFIG_FILE
     if not path.is_file():
         save.mkdir(parents=True, exist_ok=True)
