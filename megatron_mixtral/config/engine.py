@@ -243,9 +243,9 @@ LAYOUT_ARGS: Mapping[str, str] = {
     "expert_tensor_parallel_size": "etp", "decoder_first_pipeline_num_layers": "first",
     "decoder_last_pipeline_num_layers": "last",
 }
-# Ways of laying out stages that this library does not model, with their harmless values.
-_UNSUPPORTED = {"pipeline_model_parallel_layout": (None,), "account_for_embedding_in_pipeline_split": (False, None),
-                "account_for_loss_in_pipeline_split": (False, None)}
+# Ways of laying out stages that this library does not model.
+_UNSUPPORTED = ("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
+                "account_for_loss_in_pipeline_split")
 
 
 def layout_args(layout: ParallelLayout) -> dict[str, int | None]:
@@ -256,8 +256,8 @@ def layout_args(layout: ParallelLayout) -> dict[str, int | None]:
 
 def layout_from_args(args: Namespace, where: str) -> ParallelLayout:
     """The layout that wrote a checkpoint. Raises `CheckpointError` for one this library does not model."""
-    for name, harmless in _UNSUPPORTED.items():
-        if getattr(args, name, None) not in (*harmless, None):
+    for name in _UNSUPPORTED:
+        if getattr(args, name, None) not in (None, False):
             raise CheckpointError(f"{where}: was saved with {name} = {getattr(args, name)!r}, which is not supported")
     sizes = {axis: getattr(args, name) for name, axis in LAYOUT_ARGS.items() if getattr(args, name, None) is not None}
     if "tp" not in sizes or "pp" not in sizes:

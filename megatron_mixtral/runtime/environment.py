@@ -1,5 +1,6 @@
 """Start-up: bring machine and engine into the state in which everything above this room can run."""
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -12,9 +13,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_state: dict[str, Any] = {}
-
-
 def set_variables(variables: Mapping[str, str]) -> None:
     """Set variables of this process's environment, which make it a rank. Call before `ready`; imports no torch."""
     os.environ.update(variables)
@@ -25,20 +23,14 @@ def ready(training: bool = False) -> "Backend":
     object is made; a second call returns the first one's answer. With `training` also ready `megatron.training`.
     Returns the `Backend`; `ConfigError` where more local processes than GPUs were started.
     """
-    if "backend" not in _state:
-        _ready_core()
-    backend = _state["backend"]
-    if training and "training" not in _state:
-        from megatron_mixtral.runtime.cpu import enable_training
-        from megatron_mixtral.runtime.engine_fixes import TRAINING_FIXES
-
-        if backend.device == "cpu":
-            enable_training(_state["replacements"])
-        _state["training"] = apply(_state["replacements"], TRAINING_FIXES)
-    return backend
+    if training:
+        _ready_training()
+    return _ready_core()[0]
 
 
-def _ready_core() -> None:
+@functools.cache
+def _ready_core() -> tuple["Backend", Replacements]:
+    """The machine, and what was replaced on it."""
     from megatron_mixtral.runtime.backend import detect
 
     local = os.environ.get("LOCAL_WORLD_SIZE")
@@ -54,9 +46,20 @@ def _ready_core() -> None:
     from megatron_mixtral.runtime.engine_fixes import FIXES
 
     applied = apply(replacements, FIXES)
-    _state.update(backend=backend, replacements=replacements)
     logger.info("running on %s (%s), collectives %s, layers %s, engine repairs: %s", backend.device, backend.reason,
                 backend.collectives, backend.transformer_impl, ", ".join(applied) or "none")
+    return backend, replacements
+
+
+@functools.cache
+def _ready_training() -> None:
+    from megatron_mixtral.runtime.cpu import enable_training
+    from megatron_mixtral.runtime.engine_fixes import TRAINING_FIXES
+
+    backend, replacements = _ready_core()
+    if backend.device == "cpu":
+        enable_training(replacements)
+    apply(replacements, TRAINING_FIXES)
 
 
 def lead_checkpoints_through(manager: Any) -> None:
@@ -65,4 +68,4 @@ def lead_checkpoints_through(manager: Any) -> None:
     """
     from megatron_mixtral.runtime import saving
 
-    saving.lead_through(_state["replacements"], manager)
+    saving.lead_through(_ready_core()[1], manager)

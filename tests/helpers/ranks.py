@@ -106,6 +106,7 @@ def undo_ready() -> None:
     """Put everything back as `runtime.ready()` found it in this process."""
     import megatron_mixtral.runtime.environment as environment
 
-    if "replacements" in environment._state:
-        environment._state["replacements"].undo()
-    environment._state.clear()
+    if environment._ready_core.cache_info().currsize:
+        environment._ready_core()[1].undo()
+    environment._ready_core.cache_clear()
+    environment._ready_training.cache_clear()
