@@ -5,7 +5,9 @@ the parameter group. torch.optim.AdamW keeps a `step` tensor per parameter. The 
 keeps the books (Loshchilov and Hutter, "Decoupled weight decay regularization", with bias correction).
 """
 
+import pkgutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +55,6 @@ class FusedAdam(torch.optim.Optimizer):
         return loss
 
 
-def _engine_falls_back_to_torch_adam() -> bool:
-    from megatron.core import optimizer
-
-    return optimizer.USING_PYTORCH_OPTIMIZER
-
-
 def _stand_in_for_fused_adam(replacements: Replacements) -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
@@ -76,6 +72,6 @@ FIX = Fix(
           "parameter's state and creates its state at the first step; the checkpoint code expects FusedAdam's form",
     versions="0.19.2",
     remove_when="DistributedOptimizer saves and loads torch.optim.AdamW at step 0",
-    needed=_engine_falls_back_to_torch_adam,
+    needed=partial(pkgutil.resolve_name, "megatron.core.optimizer:USING_PYTORCH_OPTIMIZER"),
     apply=_stand_in_for_fused_adam,
 )

@@ -101,10 +101,9 @@ def loss(runs: Sequence[RunMetrics]) -> Figure:
     _curves(top, runs, "lm_loss", "language model loss (nats per token)")
     _curves(middle, runs, "aux_loss", "balancing loss")
     _curves(bottom, runs, "grad_norm", "gradient norm")
-    top.set_title("Loss", loc="left", fontweight="bold")
-    bottom.set_xlabel("optimizer step")
     ends = [_smooth(run.column("lm_loss")[1])[-1:] for run in runs]
-    _legend(top, [f"{run.name}: {end[0]:.3f}" if end else run.name for run, end in zip(runs, ends, strict=True)])
+    labels = [f"{run.name}: {end[0]:.3f}" if end else run.name for run, end in zip(runs, ends, strict=True)]
+    _dress(top, bottom, "Loss", labels)
     return figure
 
 
@@ -121,9 +120,7 @@ def throughput(runs: Sequence[RunMetrics]) -> Figure:
     _curves(bottom, runs, "memory_bytes", "memory of the\nfullest device (GiB)", unit=2**30)
     for axes in (top, bottom):
         axes.set_ylim(bottom=0)
-    top.set_title("Throughput (dashed: all tokens / all time)", loc="left", fontweight="bold")
-    bottom.set_xlabel("optimizer step")
-    _legend(top, labels)
+    _dress(top, bottom, "Throughput (dashed: all tokens / all time)", labels)
     return figure
 
 
@@ -139,10 +136,8 @@ def expert_load(runs: Sequence[RunMetrics]) -> Figure:
         steps, worst = run.column("expert_imbalance_worst")
         top.plot(steps, _smooth(worst), color=_colour(number), linewidth=1, linestyle=":")
     top.axhline(1, color=GREY, linewidth=1)
-    top.set_title("Load of the experts (mean over the layers; dotted: the worst layer; 1: balanced)", loc="left",
-                  fontweight="bold")
-    top.set_xlabel("optimizer step")
-    _legend(top, [run.name for run in runs])
+    _dress(top, top, "Load of the experts (mean over the layers; dotted: the worst layer; 1: balanced)",
+           [run.name for run in runs])
     places = [figure.add_subplot(grid[1, column]) for column in range(len(mapped))]
     shown = [_load_map(place, run) for place, run in zip(places, mapped, strict=True)]
     if shown:
@@ -199,7 +194,9 @@ def _curves(axes: Any, runs: Sequence[RunMetrics], key: str, label: str, unit: f
         axes.spines[side].set_visible(False)
 
 
-def _legend(axes: Any, labels: Sequence[str]) -> None:
-    """The runs, in the order in which their curves were drawn first."""
-    curves = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    axes.legend(curves, labels, frameon=False, loc="best")
+def _dress(top: Any, bottom: Any, title: str, labels: Sequence[str]) -> None:
+    """Title and legend on top: the runs, in the order in which their curves were drawn first."""
+    top.set_title(title, loc="left", fontweight="bold")
+    bottom.set_xlabel("optimizer step")
+    curves = [line for line in top.get_lines() if not line.get_label().startswith("_")]
+    top.legend(curves, labels, frameon=False, loc="best")
