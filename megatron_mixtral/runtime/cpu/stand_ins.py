@@ -184,11 +184,12 @@ def cuda_functions() -> dict[str, Any]:
 
 
 def _is_cuda(device: Any) -> bool:
-    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda")
 
 
 def _made_on_cpu(function: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_cuda(kwargs.get("device")):
+    if "device" in kwargs and _is_cuda(kwargs["device"]):
         kwargs["device"] = _CPU
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
@@ -198,7 +199,9 @@ def _made_on_cpu(function: Any, *args: Any, **kwargs: Any) -> Any:
 def _moved_to_cpu(to: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if args and _is_cuda(args[0]):
         args = (_CPU, *args[1:])
-    return _made_on_cpu(to, tensor, *args, **kwargs)
+    if "device" in kwargs and _is_cuda(kwargs["device"]):
+        kwargs["device"] = _CPU
+    return to(tensor, *args, **kwargs)
 
 
 def _type_as_on_cuda(function: Any, tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
