@@ -34,10 +34,6 @@ def sliding_window(window: Any) -> int | None:
 # -- the table ---------------------------------------------------------------------------------------------
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 @dataclass(frozen=True)
 class Row:
     """One argument of the engine. Its value is that of a `MixtralConfig` field, or `value` in every Mixtral."""
@@ -48,8 +44,8 @@ class Row:
     transformer: str | None = ""  # its name in TransformerConfig, "" for the same; None: it is no field there
     flag: bool = True  # a run has this flag, and may not say otherwise
     read: bool = True  # saved arguments that say otherwise are another model's
-    write: Callable[[Any], Any] = _same  # from the field's value to the argument's
-    back: Callable[[Any], Any] = _same
+    write: Callable[[Any], Any] = lambda value: value  # from the field's value to the argument's
+    back: Callable[[Any], Any] = lambda value: value
 
 
 TABLE: tuple[Row, ...] = (
@@ -247,9 +243,9 @@ LAYOUT_ARGS: Mapping[str, str] = {
     "expert_tensor_parallel_size": "etp", "decoder_first_pipeline_num_layers": "first",
     "decoder_last_pipeline_num_layers": "last",
 }
-# Ways of laying out stages that this library does not model, with their harmless values.
-_UNSUPPORTED = {"pipeline_model_parallel_layout": (None,), "account_for_embedding_in_pipeline_split": (False, None),
-                "account_for_loss_in_pipeline_split": (False, None)}
+# Ways of laying out stages that this library does not model.
+_UNSUPPORTED = ("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
+                "account_for_loss_in_pipeline_split")
 
 
 def layout_args(layout: ParallelLayout) -> dict[str, int | None]:
@@ -260,8 +256,8 @@ def layout_args(layout: ParallelLayout) -> dict[str, int | None]:
 
 def layout_from_args(args: Namespace, where: str) -> ParallelLayout:
     """The layout that wrote a checkpoint. Raises `CheckpointError` for one this library does not model."""
-    for name, harmless in _UNSUPPORTED.items():
-        if getattr(args, name, None) not in (*harmless, None):
+    for name in _UNSUPPORTED:
+        if getattr(args, name, None) not in (None, False):
             raise CheckpointError(f"{where}: was saved with {name} = {getattr(args, name)!r}, which is not supported")
     sizes = {axis: getattr(args, name) for name, axis in LAYOUT_ARGS.items() if getattr(args, name, None) is not None}
     if "tp" not in sizes or "pp" not in sizes:

@@ -162,23 +162,22 @@ class MixtralConfig:
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads  # q, o, k, v
         return self.hidden_size * heads * self.head_dim
 
-    def _layer_parameters(self, experts: int) -> int:
-        router = self.hidden_size * self.num_local_experts
-        return self.attention_parameters + router + experts * self.expert_parameters + 2 * self.hidden_size
-
-    def _outer_parameters(self) -> int:
+    def _parameters(self, experts: int) -> int:
+        """With so many experts a layer. Beside them: attention, router, two norms; embeddings and the last norm."""
+        layer = self.attention_parameters + self.hidden_size * (self.num_local_experts + 2)
         matrices = 1 if self.tie_word_embeddings else 2
-        return matrices * self.vocab_size * self.hidden_size + self.hidden_size
+        return (self.num_hidden_layers * (layer + experts * self.expert_parameters)
+                + matrices * self.vocab_size * self.hidden_size + self.hidden_size)
 
     @property
     def total_parameters(self) -> int:
         """All parameters (8x7B: 46,702,792,704)."""
-        return self.num_hidden_layers * self._layer_parameters(self.num_local_experts) + self._outer_parameters()
+        return self._parameters(self.num_local_experts)
 
     @property
     def active_parameters(self) -> int:
         """Parameters that one token meets: `num_experts_per_tok` experts a layer (8x7B: 12,879,925,248)."""
-        return self.num_hidden_layers * self._layer_parameters(self.num_experts_per_tok) + self._outer_parameters()
+        return self._parameters(self.num_experts_per_tok)
 
     def training_flops_per_token(self, seq_length: int) -> int:
         """Model FLOPs of one token's forward and backward pass at a sequence length, in floating point operations.

@@ -84,7 +84,5 @@ class CausalAttention(torch.nn.Module):
 
     def _mask(self, s: int, k: int, device: torch.device) -> torch.Tensor:
         """[s, k], True where query i (at position k - s + i) may look at key j."""
-        query = torch.arange(k - s, k, device=device)[:, None]
-        key = torch.arange(k, device=device)[None, :]
-        allowed = key <= query
-        return allowed if self.window is None else allowed & (query - key < self.window)
+        causal = torch.ones(s, k, dtype=torch.bool, device=device).tril(k - s)
+        return causal if self.window is None else causal.triu(k - s - self.window + 1)

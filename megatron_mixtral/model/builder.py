@@ -34,7 +34,6 @@ def transformer_config(config: MixtralConfig, layout: ParallelLayout, dtype: tor
 
     `overrides` are further `TransformerConfig` fields, e.g. `moe_aux_loss_coeff` (default 0 here).
     """
-    stages = {"num_layers_in_first_pipeline_stage": layout.first, "num_layers_in_last_pipeline_stage": layout.last}
     return TransformerConfig(**{
         **architecture(config),
         "init_method_std": config.initializer_range,
@@ -49,7 +48,8 @@ def transformer_config(config: MixtralConfig, layout: ParallelLayout, dtype: tor
         "overlap_p2p_comm": layout.vpp > 1,
         "batch_p2p_comm": layout.vpp == 1,
         "sequence_parallel": layout.tp > 1,
-        **stages,
+        "num_layers_in_first_pipeline_stage": layout.first,
+        "num_layers_in_last_pipeline_stage": layout.last,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

@@ -9,7 +9,6 @@ State dicts have the names of the engine's sequential experts (`local_experts.{i
 or transformer-engine's; distributed checkpoints are the same for all three.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -163,10 +162,6 @@ class GroupedLinear(torch.nn.Module):
         return found
 
 
-_GROUPED = re.compile(r"(linear_fc[12])\.(weight|_extra_state)(\d*)")
-_SEQUENTIAL = re.compile(r"local_experts\.(\d+)\.(linear_fc[12])\.(weight|_extra_state)")
-
-
 class GroupedExperts(TEGroupedMLP):
     """The engine's grouped experts with the linears of this module."""
 
@@ -207,24 +202,23 @@ def _rounded_up(counts: list[int]) -> tuple[Tensor, list[int]]:
     return torch.arange(int(ends[0, -1])) + gaps.repeat_interleave(torch.tensor(counts)), filled
 
 
-def _rename(state_dict: dict[str, Any], prefix: str, pattern: re.Pattern[str],
-            name: Callable[[re.Match[str]], str | None]) -> None:
-    """Give the entries behind `prefix` that match another name, or none."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        if match := pattern.fullmatch(key, len(prefix)):
-            value, new = state_dict.pop(key), name(match)
-            if new is not None:
-                state_dict[prefix + new] = value
+def _names(module: torch.nn.Module) -> list[tuple[str, str]]:
+    """(the stem of its name among sequential experts, its name here) of each weight, as the linears register them."""
+    return [(f"local_experts.{index}.{linear}.", f"{linear}.weight{index}")
+            for linear in ("linear_fc1", "linear_fc2") for index in reversed(range(module.num_local_experts))]
 
 
 def _name_as_sequential(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    _rename(state_dict, prefix, _GROUPED, lambda found: f"local_experts.{found[3]}.{found[1]}.weight")
+    for stem, name in _names(module):
+        state_dict[f"{prefix}{stem}weight"] = state_dict.pop(prefix + name)
     for index in range(module.num_local_experts):
         for linear in ("linear_fc1", "linear_fc2"):
             state_dict[f"{prefix}local_experts.{index}.{linear}._extra_state"] = None
 
 
 def _name_as_grouped(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    _rename(state_dict, prefix, _SEQUENTIAL,
-            lambda found: f"{found[2]}.weight{found[1]}" if found[3] == "weight" else None)
-    _rename(state_dict, prefix, _GROUPED, lambda found: found[0] if found[2] == "weight" else None)
+    for key in [key for key in state_dict if key.startswith(prefix) and "_extra_state" in key]:
+        del state_dict[key]
+    for stem, name in _names(module):
+        if f"{prefix}{stem}weight" in state_dict:
+            state_dict[prefix + name] = state_dict.pop(f"{prefix}{stem}weight")

@@ -15,8 +15,6 @@ from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import ShardPlan, assemble, hf_tensors, open_source
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_mixtral.model.builder import MixtralModel
 
 logger = logging.getLogger(__name__)
@@ -101,7 +99,8 @@ def fill(model: "MixtralModel", source: Any, coord: Coord, layout: ParallelLayou
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for tensor in ShardPlan(model.mixtral, layout, coord, chunk, padded_vocab).tensors():
-            parameter = parameters.pop(_name_in(parameters, tensor), None)
+            names = (tensor.name, *tensor.aliases)  # the local spec's, and transformer-engine's
+            parameter = next((parameters.pop(name) for name in names if name in parameters), None)
             if parameter is None:
                 raise CheckpointError(f"{tensor.name} of {source.where} has no place in this model stage")
             if tuple(parameter.shape) != tuple(tensor.shape):
@@ -112,11 +111,6 @@ def fill(model: "MixtralModel", source: Any, coord: Coord, layout: ParallelLayou
         raise CheckpointError(f"{source.where} gives no value for {sorted(parameters)}")
     source.release()
     logger.info("loaded %s, stage %s", source.where, coord)
-
-
-def _name_in(parameters: "dict[str, torch.nn.Parameter]", tensor: Any) -> str:
-    """The name a slice has in this model: the local spec's, or transformer-engine's."""
-    return next((name for name in (tensor.name, *tensor.aliases) if name in parameters), tensor.name)
 
 
 def _validate(config: MixtralConfig, layout: ParallelLayout) -> None:

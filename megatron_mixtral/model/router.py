@@ -59,13 +59,13 @@ class LayerPool:
         rows = (chosen_e.sum() / self._topk).clamp(min=1)
         return self._experts * chosen_e / rows**2
 
-    def value(self) -> torch.Tensor:
-        """This rank's part of the loss; the parts of the ranks that share the micro-batch add up to it."""
-        return (self.gradient() * torch.stack(self._scores).sum(dim=0)).sum()
-
     def logged(self, layer: int) -> torch.Tensor:
-        """What a layer notes for the log, which is the mean over the layers: all in the last, where all are known."""
-        return self._layers * self.value() if layer == self._layers - 1 else torch.zeros_like(self._scores[layer][0])
+        """What a layer notes of the loss for the log, which is the mean over the layers: all in the last, where all are
+        known. The parts of the ranks that share the micro-batch add up to it.
+        """
+        if layer < self._layers - 1:
+            return torch.zeros_like(self._scores[layer][0])
+        return self._layers * (self.gradient() * torch.stack(self._scores).sum(dim=0)).sum()
 
 
 class _PooledLoss(torch.autograd.Function):
@@ -110,11 +110,8 @@ class MixtralRouter(TopKRouter):
             mask = None if padding_mask is None else padding_mask.reshape(-1)
             chosen_te, scores_te = compute_routing_scores_for_aux_loss(
                 logits.view(-1, self.config.num_moe_experts), self.topk, self.score_function, padding_mask=mask)
-            self._put(chosen_te, scores_te)
-
-    def _put(self, chosen_te: torch.Tensor, scores_te: torch.Tensor) -> None:
-        chosen_e, _, _ = get_tokens_per_expert_and_token_count(chosen_te, self.tp_cp_group, self.topk)
-        self._pool.put(self.layer_number - 1, chosen_e, scores_te)
+            chosen_e, _, _ = get_tokens_per_expert_and_token_count(chosen_te, self.tp_cp_group, self.topk)
+            self._pool.put(self.layer_number - 1, chosen_e, scores_te)
 
     def _apply_aux_loss(self, probs: torch.Tensor, scores_for_aux_loss: torch.Tensor, routing_map: torch.Tensor,
                         with_padding_mask: bool = False) -> torch.Tensor:

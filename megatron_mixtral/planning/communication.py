@@ -5,10 +5,9 @@ of the whole from each device, an all-to-all keeps 1/n at home. `tests/distribut
 collectives of a real step against it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from megatron_mixtral.planning.parameters import StageParameters
-from megatron_mixtral.planning.shape import RunShape
+from megatron_mixtral.planning.shape import RunShape, Summed
 
 # Passes over the sequence-parallel boundary of a layer's attention in one micro-batch. Forward: all-gather, reduce-
 # scatter; backward: their opposites, and the input gathered once more for the weight gradient.
@@ -20,7 +19,7 @@ _ALL_TO_ALLS = 4
 
 
 @dataclass(frozen=True)
-class Volume:
+class Volume(Summed):
     """Bytes sent by one device of a stage in one optimizer step."""
 
     tensor: float  # tensor parallelism of attention, embedding and output layer
@@ -31,14 +30,10 @@ class Volume:
     dense_gradients: float  # gradients reduced, weights gathered, over data-parallel replicas
     expert_gradients: float
 
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, item.name) for item in fields(self))
 
-
-def communication_volume(shape: RunShape, stage: int, parameters: StageParameters) -> Volume:
+def communication_volume(shape: RunShape, stage: int) -> Volume:
     """What one device of pipeline stage `stage` sends."""
-    layout, config = shape.layout, shape.config
+    layout, config, parameters = shape.layout, shape.config, shape.parameters_of_stage(stage)
     hidden = shape.tokens_per_micro_batch * config.hidden_size * shape.weight_bytes  # one activation, bytes
     rounds = shape.layers_of_stage(stage) * shape.micro_batches
     again = 1.5 if shape.recompute == "full" else 1.0  # the forward half is done twice

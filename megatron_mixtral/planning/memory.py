@@ -5,15 +5,14 @@ autograd graph keeps, counted tensor by tensor in `activations.py`. Not counted:
 buffers, fragmentation; the planner leaves room for them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_mixtral.planning import activations
-from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
-from megatron_mixtral.planning.shape import RunShape
+from megatron_mixtral.planning.shape import RunShape, StageParameters, Summed
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Summed):
     """Bytes on one device of a pipeline stage."""
 
     weights: float
@@ -22,14 +21,10 @@ class Memory:
     activations: float
     logits: float
 
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, item.name) for item in fields(self))
-
 
 def stage_memory(shape: RunShape, stage: int) -> Memory:
     """The fullest moment of one device of a pipeline stage."""
-    parameters = stage_parameters(shape, stage)
+    parameters = shape.parameters_of_stage(stage)
     return Memory(
         weights=parameters.total * shape.weight_bytes,
         gradients=parameters.total * 4,  # fp32 whatever the weights are: small gradients add up over micro-batches
@@ -52,11 +47,12 @@ def _optimizer(shape: RunShape, parameters: StageParameters) -> float:
 
 
 def _activations(shape: RunShape, stage: int) -> float:
-    kept = shape.layers_in_flight(stage) * activations.layer(shape)
+    chunks, vpp = shape.chunks_in_flight(stage), shape.layout.vpp
+    kept = chunks * shape.layers_of_stage(stage) / vpp * activations.layer(shape)
     if shape.recompute != "none":  # one layer at a time has what is computed again; there are no logits by then
         again = activations.layer(shape, recompute="none")
         again -= activations.layer(shape) if shape.recompute == "selective" else 0.0
         kept += max(0.0, again - (activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0))
     if stage == 0:
-        kept += shape.chunks_in_flight(stage) / shape.layout.vpp * activations.embedding(shape)
+        kept += chunks / vpp * activations.embedding(shape)
     return kept

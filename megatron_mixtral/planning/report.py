@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import fields
 
-from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.planning.communication import Volume, communication_volume
 from megatron_mixtral.planning.memory import Memory, fullest_stage, stage_memory
-from megatron_mixtral.planning.parameters import stage_parameters
 from megatron_mixtral.planning.search import Candidate
 from megatron_mixtral.planning.shape import RunShape
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
@@ -16,8 +14,8 @@ from megatron_mixtral.planning.step_time import Machine, model_flops_rate
 def describe(shape: RunShape) -> list[str]:
     """What the run needs: one line a kind, for the stage that needs most."""
     stage = fullest_stage(shape)
-    layout, parameters, memory = shape.layout, stage_parameters(shape, stage), stage_memory(shape, stage)
-    volume = communication_volume(shape, stage, parameters)
+    layout, parameters, memory = shape.layout, shape.parameters_of_stage(stage), stage_memory(shape, stage)
+    volume = communication_volume(shape, stage)
     kinds, sent = _by_kind(memory), _by_kind(volume, leave_out=0)
     return [
         f"batch: {shape.global_batch_size} x {shape.seq_length} tokens = {shape.micro_batches} micro-batch(es) of "
@@ -65,7 +63,7 @@ def explain(candidate: Candidate, machine: Machine) -> list[str]:
 
 def flags(shape: RunShape) -> list[str]:
     """The flags of `tools/pretrain_mixtral.py` for this run."""
-    layout: ParallelLayout = shape.layout
+    layout = shape.layout
     words = [f"--tensor-model-parallel-size {layout.tp}", f"--pipeline-model-parallel-size {layout.pp}",
              f"--expert-model-parallel-size {layout.ep}"]
     if layout.etp != layout.tp:

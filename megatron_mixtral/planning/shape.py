@@ -9,6 +9,23 @@ from megatron_mixtral.errors import ConfigError
 RECOMPUTE = ("none", "selective", "full")
 
 
+class Summed:
+    """A record of figures of one unit."""
+
+    @property
+    def total(self) -> float:
+        """All of them together."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class StageParameters(Summed):
+    """Numbers of parameters that one device of a pipeline stage holds."""
+
+    dense: int  # attention, norms, router, embeddings
+    expert: int
+
+
 @dataclass(frozen=True)
 class RunShape:
     """One run. `layout.world` must be known.
@@ -81,6 +98,20 @@ class RunShape:
         layers = self.config.num_hidden_layers
         return sum(len(self.layout.layers_of(stage, layers, chunk)) for chunk in range(self.layout.vpp))
 
+    def parameters_of_stage(self, stage: int) -> StageParameters:
+        """Each device of a stage holds the same number. Norms and routers are whole on every tensor-parallel rank.
+
+        A model with tied embeddings and several stages holds the shared matrix on the first and on the last.
+        """
+        config, layout, layers = self.config, self.layout, self.layers_of_stage(stage)
+        router_and_norms = config.hidden_size * (config.num_local_experts + 2)
+        dense = layers * (config.attention_parameters // layout.tp + router_and_norms)
+        matrix = config.vocab_size * config.hidden_size // layout.tp
+        first, last = stage == 0, stage == layout.pp - 1
+        dense += matrix * (first + last - (first and last and config.tie_word_embeddings)) + config.hidden_size * last
+        experts = layers * (config.num_local_experts // layout.ep)
+        return StageParameters(dense, experts * config.expert_parameters // layout.etp)
+
     # -- The pipeline schedule: 1F1B, or the interleaved one of Narayanan et al. 2021 (arXiv 2104.04473, 2.2), as
     # `megatron.core.pipeline_parallel.schedules` has them.
 
@@ -99,7 +130,3 @@ class RunShape:
         if vpp == 1:
             return min(self.micro_batches, pp - stage)
         return min(self.micro_batches * vpp, 2 * (pp - stage - 1) + (vpp - 1) * pp + 1)
-
-    def layers_in_flight(self, stage: int) -> float:
-        """Layers times micro-batches whose activations a stage holds at its fullest moment."""
-        return self.chunks_in_flight(stage) * self.layers_of_stage(stage) / self.layout.vpp

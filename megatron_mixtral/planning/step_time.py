@@ -5,12 +5,11 @@ uncovered of the reduction of gradients, and the optimizer. The constants below 
 Mixtral on H100 (docs/parallelism.md has the points, and the error of each).
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from megatron_mixtral.planning import activations
 from megatron_mixtral.planning.communication import Volume, communication_volume
-from megatron_mixtral.planning.parameters import StageParameters, stage_parameters
-from megatron_mixtral.planning.shape import RunShape
+from megatron_mixtral.planning.shape import RunShape, Summed
 
 MATRIX_SHARE = 0.73  # of the peak, for large matrix products
 ATTENTION_SHARE = 0.45  # of the peak, for causal flash attention
@@ -47,7 +46,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Summed):
     """Seconds of one optimizer step, by what they are spent on."""
 
     dense: float = field(metadata={"is": "matrix products of attention, router and output layer"})
@@ -64,10 +63,6 @@ class StepTime:
     replicas: float = field(metadata={"is": "gradients and weights of replicas, uncovered"})
     optimizer: float = field(metadata={"is": "Adam"})
 
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, item.name) for item in fields(self))
-
 
 def model_flops_rate(shape: RunShape, seconds: float) -> float:
     """Model FLOP/s of each device when a step takes `seconds` (recomputation is not counted)."""
@@ -77,9 +72,8 @@ def model_flops_rate(shape: RunShape, seconds: float) -> float:
 def predicted_step(shape: RunShape, machine: Machine) -> StepTime:
     """The predicted step; the slowest stage decides, which is the last: it has the output layer."""
     stage = shape.layout.pp - 1
-    parameters = stage_parameters(shape, stage)
     rounds = shape.layers_of_stage(stage) * shape.micro_batches
-    volume = communication_volume(shape, stage, parameters)
+    volume = communication_volume(shape, stage)
     work = {
         "dense": rounds * _dense(shape, machine) + shape.micro_batches * _output_layer(shape, machine),
         "attention": rounds * _attention(shape, machine),
@@ -91,7 +85,7 @@ def predicted_step(shape: RunShape, machine: Machine) -> StepTime:
     }
     return StepTime(**work, bubble=shape.bubble * sum(work.values()),
                     replicas=UNCOVERED_REPLICAS * _replicas(shape, machine, volume),
-                    optimizer=_optimizer(shape, machine, parameters))
+                    optimizer=_optimizer(shape, machine, stage))
 
 
 def _passes(shape: RunShape) -> float:
@@ -99,13 +93,9 @@ def _passes(shape: RunShape) -> float:
     return 4.0 if shape.recompute == "full" else 3.0
 
 
-def _saturation(rows: float, columns: float) -> float:
-    """The share of its best rate that a matrix product of this size reaches."""
-    return rows / (rows + HALF_SPEED_ROWS) * columns / (columns + HALF_SPEED_COLUMNS)
-
-
 def _product_seconds(flops: float, machine: Machine, rows: float, columns: float) -> float:
-    return flops / (machine.device_tflops * 1e12 * MATRIX_SHARE * _saturation(rows, columns))
+    saturation = rows / (rows + HALF_SPEED_ROWS) * columns / (columns + HALF_SPEED_COLUMNS)  # small ones are slower
+    return flops / (machine.device_tflops * 1e12 * MATRIX_SHARE * saturation)
 
 
 def _dense(shape: RunShape, machine: Machine) -> float:
@@ -156,8 +146,9 @@ def _replicas(shape: RunShape, machine: Machine, volume: Volume) -> float:
     return dense + volume.expert_gradients / machine.link(span if shape.expert_data_parallel > 1 else 1)
 
 
-def _optimizer(shape: RunShape, machine: Machine, parameters: StageParameters) -> float:
+def _optimizer(shape: RunShape, machine: Machine, stage: int) -> float:
     """Adam reads and writes its state, the gradient and the weight once; bound by memory."""
     replicas = (shape.dense_replicas, shape.expert_data_parallel) if shape.distributed_optimizer else (1, 1)
+    parameters = shape.parameters_of_stage(stage)
     numbers = parameters.dense / replicas[0] + parameters.expert / replicas[1]
     return numbers * (2 * 12 + 4 + 2 * shape.weight_bytes) / (machine.device_bandwidth * 1e9)

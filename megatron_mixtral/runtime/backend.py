@@ -16,7 +16,6 @@ class Backend:
     device: str  # "cuda" or "cpu"
     collectives: str  # "nccl" or "gloo"
     transformer_engine: bool  # importable and usable here
-    apex: bool
     reason: str
 
     @property
@@ -36,9 +35,9 @@ def detect(world_size: int | None = None) -> Backend:
         if world_size is not None and world_size > count:
             raise ConfigError(f"{world_size} processes on this node but {count} visible GPU(s): start at most {count} "
                               "(--nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
-        te, apex = _importable("transformer_engine.pytorch"), _importable("apex")
         name = torch.cuda.get_device_name(0)
-        return Backend("cuda", "nccl", te, apex, f"torch {torch.__version__} sees {count} GPU(s), the first a {name}")
+        return Backend("cuda", "nccl", _importable("transformer_engine.pytorch"),
+                       f"torch {torch.__version__} sees {count} GPU(s), the first a {name}")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1"):
         why = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPUs"
@@ -46,7 +45,7 @@ def detect(world_size: int | None = None) -> Backend:
         why = f"torch {torch.__version__} is built without CUDA"
     else:
         why = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU"
-    return Backend("cpu", "gloo", False, False, why)
+    return Backend("cpu", "gloo", False, why)
 
 
 def current_device() -> torch.device:

@@ -1,5 +1,6 @@
 """Start-up: bring machine and engine into the state in which everything above this room can run."""
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -12,9 +13,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_state: dict[str, Any] = {}
-
-
 def set_variables(variables: Mapping[str, str]) -> None:
     """Set variables of this process's environment, which make it a rank. Call before `ready`; imports no torch."""
     os.environ.update(variables)
@@ -25,20 +23,14 @@ def ready(training: bool = False) -> "Backend":
     object is made; a second call returns the first one's answer. With `training` also ready `megatron.training`.
     Returns the `Backend`; `ConfigError` where more local processes than GPUs were started.
     """
-    if "backend" not in _state:
-        _ready_core()
-    backend = _state["backend"]
-    if training and "training" not in _state:
-        from megatron_mixtral.runtime.cpu import enable_training
-        from megatron_mixtral.runtime.engine_fixes import TRAINING_FIXES
-
-        if backend.device == "cpu":
-            enable_training(_state["replacements"])
-        _state["training"] = apply(_state["replacements"], TRAINING_FIXES)
-    return backend
+    if training:
+        _ready_training()
+    return _ready_core()[0]
 
 
-def _ready_core() -> None:
+@functools.cache
+def _ready_core() -> tuple["Backend", Replacements]:
+    """The machine, and what was replaced on it."""
     from megatron_mixtral.runtime.backend import detect
 
     local = os.environ.get("LOCAL_WORLD_SIZE")
@@ -54,23 +46,26 @@ def _ready_core() -> None:
     from megatron_mixtral.runtime.engine_fixes import FIXES
 
     applied = apply(replacements, FIXES)
-    _state.update(backend=backend, replacements=replacements)
     logger.info("running on %s (%s), collectives %s, layers %s, engine repairs: %s", backend.device, backend.reason,
                 backend.collectives, backend.transformer_impl, ", ".join(applied) or "none")
+    return backend, replacements
+
+
+@functools.cache
+def _ready_training() -> None:
+    from megatron_mixtral.runtime.cpu import enable_training
+    from megatron_mixtral.runtime.engine_fixes import TRAINING_FIXES
+
+    backend, replacements = _ready_core()
+    if backend.device == "cpu":
+        enable_training(replacements)
+    apply(replacements, TRAINING_FIXES)
 
 
 def lead_checkpoints_through(manager: Any) -> None:
-    """Let `manager` (a `saving.CheckpointManager`) decide about the directories of the engine's checkpoints, and about
-    failures. Call after `ready(training=True)`.
+    """Let `manager` (training/checkpoints/manager.py) decide about the directories of the engine's checkpoints and
+    about failures. Call after `ready(training=True)`.
     """
     from megatron_mixtral.runtime import saving
 
-    saving.lead_through(_state["replacements"], manager)
-
-
-def undo() -> None:
-    """Put everything back as `ready()` found it (for tests)."""
-    replacements = _state.pop("replacements", None)
-    _state.clear()
-    if isinstance(replacements, Replacements):
-        replacements.undo()
+    saving.lead_through(_ready_core()[1], manager)

@@ -1,8 +1,12 @@
 """Replace attributes of modules we do not own, and put them back: `Replacements`; and why we do it: `Fix`.
 
 The stand-ins for CUDA (`cpu/`), the checkpoint manager's way in (`saving.py`) and the repairs (`engine_fixes/`) use it.
+A place in the engine is named as `pkgutil.resolve_name` reads it: "module:attribute" or "module:Class.attribute".
 """
 
+import functools
+import inspect
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +28,16 @@ class Replacements:
         self._saved.append((owner, name, _ABSENT if inherited else getattr(owner, name)))
         setattr(owner, name, value)
 
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Let `around(original, *args, **kwargs)` answer for the function or method `owner.name`."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        self.set(owner, name, call)
+
     def undo(self) -> None:
         """Restore everything that `set` replaced."""
         while self._saved:
@@ -32,9 +46,6 @@ class Replacements:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
-
-    def __len__(self) -> int:
-        return len(self._saved)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,18 @@ class Fix:
     remove_when: str
     needed: Callable[[], bool]
     apply: Callable[[Replacements], None]
+
+
+def source_has(place: str, words: str) -> Callable[[], bool]:
+    """A `Fix.needed`: whether the source of a function or class of the engine has these words."""
+    return lambda: words in inspect.getsource(pkgutil.resolve_name(place))
+
+
+def around(place: str, function: Callable[..., Any]) -> Callable[[Replacements], None]:
+    """A `Fix.apply`: let `function(original, *args, **kwargs)` answer for a function or method of the engine."""
+    module, _, path = place.partition(":")
+    owner, _, name = path.rpartition(".")
+    return lambda replacements: replacements.wrap(pkgutil.resolve_name(f"{module}:{owner}"), name, function)
 
 
 def apply(replacements: Replacements, fixes: Iterable[Fix]) -> list[str]:

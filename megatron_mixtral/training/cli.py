@@ -1,23 +1,8 @@
-"""The commands of a training run: each takes its arguments, returns an exit status and raises `MixtralError`."""
+"""The commands on what runs wrote: each takes its arguments, returns an exit status and raises `MixtralError`."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-
-def pretrain(argv: Sequence[str]) -> int:
-    """Train, or start the ranks that do; 0 when training ended as asked, 1 on a rank that leaves an error to rank 0."""
-    from megatron_mixtral.training import pretrain as program
-
-    return program.run(argv)
-
-
-def build_index_cache(argv: Sequence[str]) -> int:
-    """Build the index cache that a run with these flags looks for."""
-    from megatron_mixtral.training import pretrain as program
-
-    program.build_index_cache(argv)
-    return 0
 
 
 def plot(argv: Sequence[str]) -> int:

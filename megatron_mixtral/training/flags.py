@@ -153,12 +153,6 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def without(argv: Sequence[str], flag: str) -> list[str]:
     """The command line without a flag and its one value."""
-    kept, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word == flag:
-            skip = True
-        elif not word.startswith(flag + "="):
-            kept.append(word)
-    return kept
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag)
+    return parser.parse_known_args(argv)[1]

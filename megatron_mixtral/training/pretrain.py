@@ -1,4 +1,4 @@
-"""The training program: checks, arguments, one call of the engine. `training/cli.py` makes a command of it."""
+"""The training program: checks, arguments, one call of the engine. Two commands."""
 
 import logging
 import os
@@ -66,11 +66,11 @@ def _run(argv: list[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_mixtral.training import micro_batch
-    from megatron_mixtral.training.checkpoints import CheckpointManager, write_identity
+    from megatron_mixtral.training.checkpoints import CheckpointManager, directory
     from megatron_mixtral.training.metrics import install
 
     if args.save and args.rank == 0:
-        write_identity(Path(args.save), resolved.config)
+        directory.write_identity(Path(args.save), resolved.config)
     manager = CheckpointManager(args)
     runtime.lead_checkpoints_through(manager)
     load = install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
@@ -95,8 +95,8 @@ def _run(argv: list[str]) -> None:
     manager.close()
 
 
-def build_index_cache(argv: Sequence[str]) -> None:
-    """Build the index cache that a run with this command line looks for, in one process and without a model.
+def build_index_cache(argv: Sequence[str]) -> int:
+    """Build the index cache that a run with this command line looks for, in one process and without a model. Returns 0.
 
     WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
     """
@@ -120,6 +120,7 @@ def build_index_cache(argv: Sequence[str]) -> None:
     for name, dataset in zip(("training", "validation", "test"), built, strict=True):
         if dataset is not None:
             logger.info("%s: %d samples, index in %s", name, len(dataset), dataset.config.path_to_cache)
+    return 0
 
 
 def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
@@ -174,15 +175,15 @@ def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, 
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_mixtral.model import build
-    from megatron_mixtral.training.checkpoints import load_hf
+    from megatron_mixtral.model import build, fill
+    from megatron_mixtral.weights import HFSource
 
     model = build(resolved.config, config or core_transformer_config_from_args(args),
                   max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
                   pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
                   pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
     if resolved.load_hf:
-        load_hf(model, resolved.flags.hf_checkpoint, resolved.layout.coord_of(args.rank), resolved.layout,
-                chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+        fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), resolved.layout.coord_of(args.rank),
+             resolved.layout, chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
     load.watch(model)
     return model

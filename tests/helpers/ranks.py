@@ -100,3 +100,13 @@ def _rank(rank: int, world: int, store: str, connection: Connection, function: C
     connection.send(answer)
     connection.poll(HANG)  # the others may still need this rank's end of a connection
     os._exit(0)
+
+
+def undo_ready() -> None:
+    """Put everything back as `runtime.ready()` found it in this process."""
+    import megatron_mixtral.runtime.environment as environment
+
+    if environment._ready_core.cache_info().currsize:
+        environment._ready_core()[1].undo()
+    environment._ready_core.cache_clear()
+    environment._ready_training.cache_clear()

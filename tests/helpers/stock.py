@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from helpers.ranks import undo_ready
+
 VOCABULARY, SEQUENCE = 96, 32
 
 
@@ -91,12 +93,11 @@ def stand_in() -> None:
     """Take back what the server of `ranks.py` made ready, then enable the stand-in for CUDA and nothing else."""
     from megatron.core.datasets import utils
 
-    import megatron_mixtral.runtime.environment as environment
     from megatron_mixtral.runtime import cpu
     from megatron_mixtral.runtime.engine_fixes import FIXES
     from megatron_mixtral.runtime.replacements import Replacements
 
-    environment.undo()
+    undo_ready()
     assert all(fix.needed() for fix in FIXES), "a repair is still active"
     replacements = Replacements()
     cpu.enable(replacements)

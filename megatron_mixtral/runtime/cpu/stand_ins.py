@@ -49,13 +49,13 @@ def enable(replacements: Replacements) -> None:
     # replaced ones, it finds none: transformers, which loads its models so, gives wrong logits without a word.
     torch.utils._device._device_constructors()
     for name in FACTORIES:
-        replacements.set(torch, name, _on_cpu(getattr(torch, name)))
-    replacements.set(torch.Tensor, "to", _to_on_cpu(torch.Tensor.to))
+        replacements.wrap(torch, name, _made_on_cpu)
+    replacements.wrap(torch.Tensor, "to", _moved_to_cpu)
     replacements.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     replacements.set(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
     replacements.set(torch.Tensor, "record_stream", lambda self, stream: None)
     replacements.set(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
-    replacements.set(torch.Tensor, "type", _type_as_on_cuda(torch.Tensor.type))
+    replacements.wrap(torch.Tensor, "type", _type_as_on_cuda)
     gloo.enable(replacements)
     _enable_engine(replacements)
 
@@ -118,14 +118,12 @@ def _result_queue(process: int) -> ResultQueue:
 # -- torch.cuda ------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """A stream on which everything is already done."""
+class Stream(torch.cpu.Stream):
+    """torch's own stand-in, on which everything is already done, with what it lacks of a CUDA stream."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.cuda_stream = 0
+    cuda_stream = 0
 
-    def wait_stream(self, stream: "Stream") -> None: ...
-    def wait_event(self, event: "Event") -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def synchronize(self) -> None: ...
 
     def query(self) -> bool:
@@ -137,20 +135,14 @@ class Stream:
         return event
 
 
-class Event:
-    """An event that remembers the wall clock, for `elapsed_time`."""
+class Event(torch.cpu.Event):
+    """torch's own stand-in, which also remembers the wall clock, for `elapsed_time`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         self._seconds = time.perf_counter()
-
-    def wait(self, stream: Stream | None = None) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds, as torch.cuda.Event gives."""
@@ -168,15 +160,12 @@ def cuda_functions() -> dict[str, Any]:
         # A device, not an index: it goes into `device=` and `.to()` everywhere.
         "current_device": lambda: _CPU,
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        **dict.fromkeys(("set_device", "set_stream", "synchronize", "empty_cache"), nothing),
         "Stream": Stream,
         "Event": Event,
         "stream": lambda _stream: contextlib.nullcontext(),
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "set_stream": nothing,
         "is_current_stream_capturing": lambda: False,
         # Not torch.manual_seed: that one seeds every CUDA generator through these very functions.
         "manual_seed": torch.default_generator.manual_seed,
@@ -186,10 +175,7 @@ def cuda_functions() -> dict[str, Any]:
         # What the engine asks before it allows grouped experts, which work here.
         "get_device_capability": lambda device=None: (8, 0),
         "get_device_name": lambda device=None: "cpu",
-        "memory_allocated": zero,
-        "memory_reserved": zero,
-        "max_memory_allocated": zero,
-        "max_memory_reserved": zero,
+        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), zero),
         "memory_stats": lambda device=None: {},
     }
 
@@ -202,36 +188,24 @@ def _is_cuda(device: Any) -> bool:
         isinstance(device, torch.device) and device.type == "cuda")
 
 
-def _on_cpu(function: Any) -> Any:
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs["device"] = _CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return function(*args, **kwargs)
-
-    return wrapper
+def _made_on_cpu(function: Any, *args: Any, **kwargs: Any) -> Any:
+    if "device" in kwargs and _is_cuda(kwargs["device"]):
+        kwargs["device"] = _CPU
+    if kwargs.get("pin_memory"):
+        kwargs["pin_memory"] = False
+    return function(*args, **kwargs)
 
 
-def _to_on_cpu(function: Any) -> Any:
-    @functools.wraps(function)
-    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda(args[0]):
-            args = (_CPU, *args[1:])
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs["device"] = _CPU
-        return function(self, *args, **kwargs)
-
-    return wrapper
+def _moved_to_cpu(to: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args and _is_cuda(args[0]):
+        args = (_CPU, *args[1:])
+    if "device" in kwargs and _is_cuda(kwargs["device"]):
+        kwargs["device"] = _CPU
+    return to(tensor, *args, **kwargs)
 
 
-def _type_as_on_cuda(function: Any) -> Any:
+def _type_as_on_cuda(function: Any, tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     """`tensor.type()` as the engine's optimizers compare it: 'torch.cuda.FloatTensor'."""
-    @functools.wraps(function)
-    def wrapper(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is None:
-            return function(self).replace("torch.", "torch.cuda.", 1)
-        return function(self, dtype, *args, **kwargs)
-
-    return wrapper
+    if dtype is None:
+        return function(tensor).replace("torch.", "torch.cuda.", 1)
+    return function(tensor, dtype, *args, **kwargs)

@@ -5,12 +5,13 @@ the parameter group. torch.optim.AdamW keeps a `step` tensor per parameter. The 
 keeps the books (Loshchilov and Hutter, "Decoupled weight decay regularization", with bias correction).
 """
 
+import pkgutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim.adam import adam
-from torch.optim.adamw import adamw
 
 from megatron_mixtral.runtime.replacements import Fix, Replacements
 
@@ -45,19 +46,13 @@ class FusedAdam(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(param)
             # torch's kernels count one step before they use it, and want a tensor for each parameter.
             before = [torch.tensor(float(group["step"] - 1), device=p.device) for p in params]
-            update = adamw if self.adam_w_mode else adam
-            update(params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
-                   [self.state[p]["exp_avg_sq"] for p in params], [], before,
-                   foreach=False, fused=True, amsgrad=False, maximize=False,
-                   beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                   weight_decay=group["weight_decay"], eps=group["eps"])
+            adam(params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
+                 [self.state[p]["exp_avg_sq"] for p in params], [], before,
+                 foreach=False, fused=True, amsgrad=False, maximize=False,
+                 decoupled_weight_decay=self.adam_w_mode,
+                 beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                 weight_decay=group["weight_decay"], eps=group["eps"])
         return loss
-
-
-def _engine_falls_back_to_torch_adam() -> bool:
-    from megatron.core import optimizer
-
-    return optimizer.USING_PYTORCH_OPTIMIZER
 
 
 def _stand_in_for_fused_adam(replacements: Replacements) -> None:
@@ -77,6 +72,6 @@ FIX = Fix(
           "parameter's state and creates its state at the first step; the checkpoint code expects FusedAdam's form",
     versions="0.19.2",
     remove_when="DistributedOptimizer saves and loads torch.optim.AdamW at step 0",
-    needed=_engine_falls_back_to_torch_adam,
+    needed=partial(pkgutil.resolve_name, "megatron.core.optimizer:USING_PYTORCH_OPTIMIZER"),
     apply=_stand_in_for_fused_adam,
 )

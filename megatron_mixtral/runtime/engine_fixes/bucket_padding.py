@@ -1,16 +1,10 @@
 """Optimizer state of gradient buckets with padding between them."""
 
-import functools
-import inspect
 from typing import Any
 
-from megatron_mixtral.runtime.replacements import Fix, Replacements
+from megatron_mixtral.runtime.replacements import Fix, around, source_has
 
-
-def slices_forget_the_padding() -> bool:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    return "missing_elems_num" in inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable)
+_PLACE = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable"
 
 
 def with_bucket_padding(state: Any, buffers: Any) -> Any:
@@ -35,22 +29,13 @@ def with_bucket_padding(state: Any, buffers: Any) -> Any:
     return state
 
 
-def count_the_padding(replacements: Replacements) -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    original = DistributedOptimizer.sharded_param_state_fully_reshardable
-
-    @functools.wraps(original)
-    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gather = self.get_parameter_state_dp_zero
-        self.get_parameter_state_dp_zero = lambda **options: with_bucket_padding(gather(**options), self.buffers)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            del self.get_parameter_state_dp_zero  # the class's own again
-
-    replacements.set(DistributedOptimizer, "sharded_param_state_fully_reshardable",
-                     sharded_param_state_fully_reshardable)
+def _count_the_padding(sharded_state: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    gather = optimizer.get_parameter_state_dp_zero
+    optimizer.get_parameter_state_dp_zero = lambda **options: with_bucket_padding(gather(**options), optimizer.buffers)
+    try:
+        return sharded_state(optimizer, *args, **kwargs)
+    finally:
+        del optimizer.get_parameter_state_dp_zero  # the class's own again
 
 
 FIX = Fix(
@@ -61,6 +46,6 @@ FIX = Fix(
           "count the padding; what overshoots is filled with zeros (NVIDIA/Megatron-LM#5077)",
     versions="0.16.1 to 0.19.2",
     remove_when="sharded_param_state_fully_reshardable subtracts the padding of the buckets before a parameter",
-    needed=slices_forget_the_padding,
-    apply=count_the_padding,
+    needed=source_has(_PLACE, "missing_elems_num"),
+    apply=around(_PLACE, _count_the_padding),
 )

@@ -3,20 +3,15 @@
 import importlib.util
 from pathlib import Path
 
-from megatron_mixtral.runtime.replacements import Fix, Replacements
+from megatron_mixtral.runtime.replacements import Fix, around
 
 
 def _wheel_has_helpers_without_makefile() -> bool:
+    """Whether the helper can be imported and cannot be compiled."""
     from megatron.core.datasets import utils
 
     return (importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
             and not (Path(utils.__file__).parent / "Makefile").exists())
-
-
-def _skip_compilation(replacements: Replacements) -> None:
-    from megatron.core.datasets import utils
-
-    replacements.set(utils, "compile_helpers", lambda: None)
 
 
 FIX = Fix(
@@ -26,5 +21,5 @@ FIX = Fix(
     versions="0.19.2",
     remove_when="compile_helpers returns without make where helpers_cpp can be imported",
     needed=_wheel_has_helpers_without_makefile,
-    apply=_skip_compilation,
+    apply=around("megatron.core.datasets.utils:compile_helpers", lambda compile_helpers: None),
 )

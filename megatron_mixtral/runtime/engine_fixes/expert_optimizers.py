@@ -1,17 +1,11 @@
 """Optimizer state across expert-parallel sizes."""
 
-import functools
-import inspect
 from itertools import zip_longest
 from typing import Any
 
-from megatron_mixtral.runtime.replacements import Fix, Replacements
+from megatron_mixtral.runtime.replacements import Fix, around, source_has
 
-
-def chained_optimizers_must_be_as_many() -> bool:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    return "but got {len(state_dict)}" in inspect.getsource(ChainedOptimizer.load_state_dict)
+_PLACE = "megatron.core.optimizer.optimizer:ChainedOptimizer.load_state_dict"
 
 
 def regroup(saved: dict[Any, Any], wanted: int) -> dict[Any, Any]:
@@ -59,18 +53,10 @@ def _joined(settings: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def load_from_any_number(replacements: Replacements) -> None:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    original = ChainedOptimizer.load_state_dict
-
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: Any) -> Any:
-        if isinstance(state_dict, dict):
-            state_dict = regroup(state_dict, len(self.chained_optimizers))
-        return original(self, state_dict)
-
-    replacements.set(ChainedOptimizer, "load_state_dict", load_state_dict)
+def _load_from_any_number(load_state_dict: Any, optimizer: Any, state_dict: Any) -> Any:
+    if isinstance(state_dict, dict):
+        state_dict = regroup(state_dict, len(optimizer.chained_optimizers))
+    return load_state_dict(optimizer, state_dict)
 
 
 FIX = Fix(
@@ -80,6 +66,6 @@ FIX = Fix(
           "state that are no tensors are stored in that structure",
     versions="0.19.2",
     remove_when="ChainedOptimizer.load_state_dict accepts the state of another number of optimizers",
-    needed=chained_optimizers_must_be_as_many,
-    apply=load_from_any_number,
+    needed=source_has(_PLACE, "but got {len(state_dict)}"),
+    apply=around(_PLACE, _load_from_any_number),
 )

@@ -4,32 +4,15 @@
 skips the step; with this repair a norm that is no number counts as infinite.
 """
 
-import functools
-import inspect
 import math
 from typing import Any
 
-from megatron_mixtral.runtime.replacements import Fix, Replacements
+from megatron_mixtral.runtime.replacements import Fix, around, source_has
 
 
-def nan_passes_the_threshold() -> bool:
-    """Whether the engine compares a norm with its threshold in a way that is false for NaN."""
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    return "grad_norm > grad_norm_skip_threshold" in inspect.getsource(ChainedOptimizer.step)
-
-
-def count_nan_as_infinite(replacements: Replacements) -> None:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    original = ChainedOptimizer.get_grad_norm
-
-    @functools.wraps(original)
-    def get_grad_norm(self: Any) -> Any:
-        norm = original(self)
-        return math.inf if norm is not None and math.isnan(norm) else norm
-
-    replacements.set(ChainedOptimizer, "get_grad_norm", get_grad_norm)
+def _nan_as_infinite(get_grad_norm: Any, optimizer: Any) -> Any:
+    norm = get_grad_norm(optimizer)
+    return math.inf if norm is not None and math.isnan(norm) else norm
 
 
 FIX = Fix(
@@ -38,6 +21,7 @@ FIX = Fix(
     cause="the norm is compared by `norm > threshold`, which is false for NaN",
     versions="0.19.2",
     remove_when="ChainedOptimizer.step skips a norm that is not finite",
-    needed=nan_passes_the_threshold,
-    apply=count_nan_as_infinite,
+    needed=source_has("megatron.core.optimizer.optimizer:ChainedOptimizer.step",
+                      "grad_norm > grad_norm_skip_threshold"),
+    apply=around("megatron.core.optimizer.optimizer:ChainedOptimizer.get_grad_norm", _nan_as_infinite),
 )

@@ -1,14 +1,14 @@
 """Optimizer state of rank directories (`--ckpt-format torch`): how it is set, and which step's is taken."""
 
-import functools
 import inspect
+from typing import Any
 
 import torch
 
-from megatron_mixtral.runtime.replacements import Fix, Replacements
+from megatron_mixtral.runtime.replacements import Fix, around, source_has
 
 
-def fp32_weights_are_leaves() -> bool:
+def _fp32_weights_are_leaves() -> bool:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     setters = (DistributedOptimizer.load_parameter_state_from_dp_zero,
@@ -16,35 +16,21 @@ def fp32_weights_are_leaves() -> bool:
     return not any("no_grad" in inspect.getsource(setter) for setter in setters)
 
 
-def set_without_gradients(replacements: Replacements) -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    name = "_set_main_param_and_optimizer_states"
-    replacements.set(DistributedOptimizer, name, torch.no_grad()(getattr(DistributedOptimizer, name)))
+def _set_without_gradients(set_states: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return set_states(*args, **kwargs)
 
 
-def tracker_is_read_again() -> bool:
-    from megatron.training import checkpointing
-
-    return "manual read of the tracker file" in inspect.getsource(checkpointing.load_checkpoint)
-
-
-def let_the_tracker_say_ckpt_step(replacements: Replacements) -> None:
-    from megatron.training import checkpointing
+def _let_the_tracker_say_ckpt_step(read_metadata: Any, tracker: str) -> tuple[int, bool]:
+    from megatron.training.checkpointing import get_checkpoint_tracker_filename
     from megatron.training.global_vars import get_args
 
-    original = checkpointing.read_metadata
-
-    @functools.wraps(original)
-    def read_metadata(tracker: str) -> tuple[int, bool]:
-        if not torch.distributed.is_initialized():  # for --use-checkpoint-args: there are no arguments yet
-            return original(tracker)
-        args = get_args()
-        of_the_run = [checkpointing.get_checkpoint_tracker_filename(directory)
-                      for directory in (args.load, args.pretrained_checkpoint) if directory]
-        return (args.ckpt_step, False) if args.ckpt_step and tracker in of_the_run else original(tracker)
-
-    replacements.set(checkpointing, "read_metadata", read_metadata)
+    if not torch.distributed.is_initialized():  # for --use-checkpoint-args: there are no arguments yet
+        return read_metadata(tracker)
+    args = get_args()
+    of_the_run = [get_checkpoint_tracker_filename(directory)
+                  for directory in (args.load, args.pretrained_checkpoint) if directory]
+    return (args.ckpt_step, False) if args.ckpt_step and tracker in of_the_run else read_metadata(tracker)
 
 
 FIX = Fix(
@@ -54,8 +40,9 @@ FIX = Fix(
     cause="the optimizer's fp32 weights are then views of the model's own, and are set with gradients enabled",
     versions="0.19.2",
     remove_when="load_parameter_state_from_dp_zero sets weights under torch.no_grad",
-    needed=fp32_weights_are_leaves,
-    apply=set_without_gradients,
+    needed=_fp32_weights_are_leaves,
+    apply=around("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+                 _set_without_gradients),
 )
 
 TRAINING_FIX = Fix(
@@ -65,6 +52,6 @@ TRAINING_FIX = Fix(
     cause="load_checkpoint reads the tracker a second time for the optimizer's file, and forgets --ckpt-step",
     versions="0.19.2",
     remove_when="load_checkpoint takes the optimizer's file from the directory of the weights",
-    needed=tracker_is_read_again,
-    apply=let_the_tracker_say_ckpt_step,
+    needed=source_has("megatron.training.checkpointing:load_checkpoint", "manual read of the tracker file"),
+    apply=around("megatron.training.checkpointing:read_metadata", _let_the_tracker_say_ckpt_step),
 )

@@ -4,7 +4,6 @@ The engine's `CheckpointWithoutOutput` asks transformer-engine whether FP8 is on
 the recomputed bytes to the discarded tensor by a C++ extension that every rank compiles at its first step.
 """
 
-import functools
 import inspect
 from typing import Any
 
@@ -23,15 +22,13 @@ def fp8_is_assumed() -> bool:
 def do_without(replacements: Replacements) -> None:
     from megatron.core.tensor_parallel import random
 
-    original = random.CheckpointWithoutOutput.__init__
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.fp8 = False
-
-    replacements.set(random.CheckpointWithoutOutput, "__init__", __init__)
+    replacements.wrap(random.CheckpointWithoutOutput, "__init__", _without_fp8)
     replacements.set(random, "_get_share_storage", lambda: _refill)
+
+
+def _without_fp8(init: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> None:
+    init(checkpoint, *args, **kwargs)
+    checkpoint.fp8 = False
 
 
 def _refill(discarded: torch.Tensor, recomputed: torch.Tensor) -> None:

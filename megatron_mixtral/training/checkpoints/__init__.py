@@ -1,4 +1,4 @@
-"""The checkpoints of a run: where it starts, whole directories under their names, sums, removal, export, going on."""
+"""The checkpoints of a run: whole directories under their names, sums, removal, export, going on."""
 
 from typing import TYPE_CHECKING
 
@@ -7,5 +7,4 @@ from megatron_mixtral._door import door
 if TYPE_CHECKING:
     from megatron_mixtral.training.checkpoints import directory, integrity
     from megatron_mixtral.training.checkpoints.manager import CheckpointManager
-    from megatron_mixtral.training.checkpoints.start import load_hf, write_identity
 __all__, __getattr__, __dir__ = door(__name__, __file__)

@@ -16,13 +16,26 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_mixtral.config import CONFIG_FILE, MixtralConfig
 from megatron_mixtral.disk import sync, sync_tree, write_whole
+from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights import directory as names
 
 logger = logging.getLogger(__name__)
 
 TRACKER, name_of, iterations = names.TRACKER, names.name_of, names.iterations
 _SAVING, _REPLACED, _REMOVED = ".saving-", ".replaced-", ".removed-"
+
+
+def write_identity(save: Path, config: MixtralConfig) -> None:
+    """Write `mixtral_config.json`, the identity of the checkpoints. `CheckpointError` where it is another model's."""
+    path = save / CONFIG_FILE
+    if not path.is_file():
+        save.mkdir(parents=True, exist_ok=True)
+        write_whole(path, config.to_json())
+    elif MixtralConfig.from_checkpoint(save) != config:
+        raise CheckpointError(f"--save {save} holds checkpoints of another model ({path} differs from the run's "
+                              "architecture): give another directory")
 
 
 def tidy(save: Path) -> None:

@@ -8,7 +8,7 @@ of the pinned version reads it. Standard library only: the background process of
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +76,13 @@ def read_manifest(directory: Path) -> dict[str, str]:
 
 
 def damage(directory: Path, sums: dict[str, str], rank: int = 0, ranks: int = 1) -> list[str]:
-    """What is wrong with the share of files that falls to `rank`; every rank finds its own, together all of them."""
-    return [problem for name in _share(directory, sums, rank, ranks)
-            if (problem := _problem(directory / name, name, sums[name])) is not None]
+    """What is wrong with the share of files that falls to `rank`; every rank finds its own, together all of them.
 
-
-def _share(directory: Path, names: Iterable[str], rank: int, ranks: int) -> list[str]:
-    """Files dealt out by size, largest first, so that no rank has much more to read than another."""
-    def size(name: str) -> tuple[int, str]:
-        path = directory / name
-        return (-path.stat().st_size if path.is_file() else 0, name)
-
-    return sorted(names, key=size)[rank::ranks]
+    They are dealt out by size, largest first, so that no rank has much more to read than another.
+    """
+    sizes = {name: (directory / name).stat().st_size if (directory / name).is_file() else 0 for name in sums}
+    share = sorted(sums, key=lambda name: (-sizes[name], name))[rank::ranks]
+    return [problem for name in share if (problem := _problem(directory / name, name, sums[name])) is not None]
 
 
 def _problem(path: Path, name: str, expected: str) -> str | None:

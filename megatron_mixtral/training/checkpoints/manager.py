@@ -1,7 +1,7 @@
 """What becomes of a run's checkpoints: published whole, summed, kept or removed, exported; and what a failure costs.
 
-`CheckpointManager` answers the engine through `runtime/saving.py`; all of its methods run on all ranks. Rank 0 acts on
-the directory, the others learn how it went.
+`CheckpointManager` answers the engine through `runtime/saving.py`; every method is called on all ranks at the same
+point. Rank 0 acts on the directory, the others learn how it went.
 """
 
 import logging
@@ -41,37 +41,31 @@ class CheckpointManager:
 
     def begin(self, iteration: int) -> Path | None:
         """A draft directory, the same on all ranks; None, with a report, where it cannot be made."""
-        folder, problem = None, None
-        if self._args.rank == 0:
-            try:
-                folder = saves.draft(self._save, iteration)
-            except OSError as error:
-                problem = str(error)
-        folder, problem = _from_rank_0((folder, problem))
-        if problem is not None:
-            self._report(iteration, problem)
-        return folder
+        try:
+            return self._on_rank_0(lambda: saves.draft(self._save, iteration))
+        except OSError as error:
+            self._report(iteration, str(error))
+            return None
 
     def background(self, write: Callable[..., Any], folder: Path, iteration: int) -> Callable[..., Any]:
-        """`write`, and the sums of what it wrote, for the background process."""
+        """`write`, and the sums of what it wrote, for the background process; can be pickled."""
         return partial(integrity.write_then_sum, write, folder / saves.name_of(iteration), self._args.rank)
 
     def end(self, iteration: int, folder: Path, problem: str | None, background: bool) -> Path | None:
-        """Publish a draft that every rank has written, else discard it. The checkpoint's directory, or None."""
+        """Publish a draft that every rank has written, else discard it (`problem`: why this rank has not). The
+        checkpoint's directory, or None.
+        """
         if problem is None and not background:
             try:
                 integrity.sum_share(folder / saves.name_of(iteration), self._args.rank)
             except OSError as error:
                 problem = str(error)
         problems = sorted({one for one in _from_all(problem) if one is not None})
-        published = None
-        if self._args.rank == 0 and not problems:
+        if not problems:
             try:
-                integrity.write_manifest(folder / saves.name_of(iteration))
-                published = saves.publish(folder, self._save, iteration)
+                published = self._on_rank_0(lambda: self._publish(iteration, folder))
             except OSError as error:
                 problems = [str(error)]
-        published, problems = _from_rank_0((published, problems))
         if problems:
             self._report(iteration, "; ".join(filter(None, problems)))
             if self._args.rank == 0:
@@ -81,6 +75,10 @@ class CheckpointManager:
         if self._args.rank == 0:
             self._after(iteration, published)
         return published
+
+    def _publish(self, iteration: int, folder: Path) -> Path:
+        integrity.write_manifest(folder / saves.name_of(iteration))
+        return saves.publish(folder, self._save, iteration)
 
     def _after(self, iteration: int, published: Path) -> None:
         self._exporter.start(iteration, published)
@@ -110,32 +108,22 @@ class CheckpointManager:
     # -- loading ---------------------------------------------------------------------------------------
 
     def before_load(self, directory: Path, whole: bool) -> None:
-        """Refuse at once what would be found late or never: another layout of rank directories, another optimizer.
-        With --verify-checkpoint, compare every file with its sum, the ranks in parallel.
+        """Refuse at once what would be found late or never: another layout of rank directories, another optimizer (if
+        not only weights are to be loaded, but the `whole`). With --verify-checkpoint, compare every file with its sum,
+        the ranks in parallel.
         """
-        problem = None
-        if self._args.rank == 0:
-            try:
-                saved = saved_arguments(directory, self._args)
-                if whole and saved is not None:
-                    resume.check_optimizer(saved, self._args)
-                    resume.check_schedule(saved, self._args)
-            except MixtralError as error:
-                problem = error
-        problem = _from_rank_0(problem)
-        if problem is not None:
-            raise problem
+        self._on_rank_0(lambda: self._compare(directory, whole))
         if self._args.verify_checkpoint:
             self._verify(directory)
 
+    def _compare(self, directory: Path, whole: bool) -> None:
+        saved = saved_arguments(directory, self._args)
+        if whole and saved is not None:
+            resume.check_optimizer(saved, self._args)
+            resume.check_schedule(saved, self._args)
+
     def _verify(self, directory: Path) -> None:
-        try:
-            sums, problem = integrity.read_manifest(directory), None
-        except CheckpointError as error:
-            sums, problem = {}, str(error)
-        problem = _from_rank_0(problem)
-        if problem is not None:
-            raise CheckpointError(problem)
+        sums = self._on_rank_0(lambda: integrity.read_manifest(directory))
         found = integrity.damage(directory, sums, self._args.rank, self._args.world_size)
         damage = sorted(one for share in _from_all(found) for one in share)
         if damage:
@@ -151,20 +139,27 @@ class CheckpointManager:
             for sentence in sentences:
                 logger.info("resume: %s", sentence)
 
+    def _on_rank_0(self, act: Callable[[], Any]) -> Any:
+        """What rank 0 gets from `act`, or raises there, on every rank."""
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        if self._args.rank == 0:
+            try:
+                outcome[0] = act()
+            except (MixtralError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
 
 def _space(directory: Path) -> str:
     try:
         return f"{human_size(free_space(directory))} free on the disk"
     except OSError as error:
         return str(error)
-
-
-def _from_rank_0(value: Any) -> Any:
-    import torch.distributed as dist
-
-    carrier = [value]
-    dist.broadcast_object_list(carrier, src=0)
-    return carrier[0]
 
 
 def _from_all(value: Any) -> list[Any]:

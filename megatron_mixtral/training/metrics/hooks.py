@@ -4,6 +4,7 @@ Two seams. The engine hands its scalars to its TensorBoard writer, in whose plac
 last rank; and every rank calls its tracker of MoE metrics once a step, where the ranks' own metrics are put together.
 """
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,11 @@ class Tracker(MoEMetricsTracker):
 
     def __init__(self, load: ExpertLoad, device: str, after_first_step: Callable[[], None]) -> None:
         super().__init__()
-        self._load, self._device = load, device
-        self._after_first_step: Callable[[], None] | None = after_first_step
+        self._load, self._device, self._after_first_step = load, device, functools.cache(after_first_step)
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
         """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
-        if self._after_first_step is not None:
-            self._after_first_step()
-            self._after_first_step = None
+        self._after_first_step()
         text = super().report(*args, writer=writer, **kwargs)
         tokens = self._load.collect()
         memory = torch.tensor(runtime.memory_used(), dtype=torch.int64, device=self._device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import ConfigError, DataError
+from megatron_mixtral.training.metrics.throughput import Step, time_weighted
 
 try:
     from matplotlib import colormaps
@@ -33,10 +34,10 @@ class RunMetrics:
     steps: list[dict[str, Any]]  # in order, each once
     expert_tokens: list[list[int]] | None  # [layers][experts], summed; None without --log-expert-load
 
-    def column(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one metric, where it was written and finite."""
-        pairs = [(step["iteration"], step[key]) for step in self.steps if step.get(key) is not None]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+    def column(self, key: str, unit: float = 1.0) -> tuple[list[int], list[float]]:
+        """(steps, values in `unit`) of one metric, where it was written and finite."""
+        written = [step for step in self.steps if step.get(key) is not None]
+        return [step["iteration"] for step in written], [step[key] / unit for step in written]
 
 
 def read_run(path: Path, name: str) -> RunMetrics:
@@ -100,10 +101,9 @@ def loss(runs: Sequence[RunMetrics]) -> Figure:
     _curves(top, runs, "lm_loss", "language model loss (nats per token)")
     _curves(middle, runs, "aux_loss", "balancing loss")
     _curves(bottom, runs, "grad_norm", "gradient norm")
-    top.set_title("Loss", loc="left", fontweight="bold")
-    bottom.set_xlabel("optimizer step")
     ends = [_smooth(run.column("lm_loss")[1])[-1:] for run in runs]
-    _legend(top, [f"{run.name}: {end[0]:.3f}" if end else run.name for run, end in zip(runs, ends, strict=True)])
+    labels = [f"{run.name}: {end[0]:.3f}" if end else run.name for run, end in zip(runs, ends, strict=True)]
+    _dress(top, bottom, "Loss", labels)
     return figure
 
 
@@ -114,18 +114,13 @@ def throughput(runs: Sequence[RunMetrics]) -> Figure:
     _curves(top, runs, "tokens_per_second_per_device", "tokens / s / device")
     labels = []
     for number, run in enumerate(runs):
-        seconds = [step["step_seconds"] for step in run.steps]
-        whole = sum(step["tokens_per_second_per_device"] * step["step_seconds"] for step in run.steps) / sum(seconds)
+        whole = time_weighted([Step(step["tokens_per_second_per_device"], step["step_seconds"]) for step in run.steps])
         top.axhline(whole, color=_colour(number), linestyle="--", linewidth=1)
         labels.append(f"{run.name}: {whole:,.1f}")
-    gibibytes = [RunMetrics(run.name, [{**step, "gib": step["memory_bytes"] / 2**30} for step in run.steps
-                                       if "memory_bytes" in step], None) for run in runs]
-    _curves(bottom, gibibytes, "gib", "memory of the\nfullest device (GiB)")
+    _curves(bottom, runs, "memory_bytes", "memory of the\nfullest device (GiB)", unit=2**30)
     for axes in (top, bottom):
         axes.set_ylim(bottom=0)
-    top.set_title("Throughput (dashed: all tokens / all time)", loc="left", fontweight="bold")
-    bottom.set_xlabel("optimizer step")
-    _legend(top, labels)
+    _dress(top, bottom, "Throughput (dashed: all tokens / all time)", labels)
     return figure
 
 
@@ -141,10 +136,8 @@ def expert_load(runs: Sequence[RunMetrics]) -> Figure:
         steps, worst = run.column("expert_imbalance_worst")
         top.plot(steps, _smooth(worst), color=_colour(number), linewidth=1, linestyle=":")
     top.axhline(1, color=GREY, linewidth=1)
-    top.set_title("Load of the experts (mean over the layers; dotted: the worst layer; 1: balanced)", loc="left",
-                  fontweight="bold")
-    top.set_xlabel("optimizer step")
-    _legend(top, [run.name for run in runs])
+    _dress(top, top, "Load of the experts (mean over the layers; dotted: the worst layer; 1: balanced)",
+           [run.name for run in runs])
     places = [figure.add_subplot(grid[1, column]) for column in range(len(mapped))]
     shown = [_load_map(place, run) for place, run in zip(places, mapped, strict=True)]
     if shown:
@@ -185,10 +178,10 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [statistics.median(values[max(0, at - half):at + half + 1]) for at in range(len(values))]
 
 
-def _curves(axes: Any, runs: Sequence[RunMetrics], key: str, label: str) -> None:
+def _curves(axes: Any, runs: Sequence[RunMetrics], key: str, label: str, unit: float = 1.0) -> None:
     """One curve a run; of long runs also every step, faintly."""
     for number, run in enumerate(runs):
-        steps, values = run.column(key)
+        steps, values = run.column(key, unit)
         smooth = _smooth(values)
         if smooth != values:
             axes.plot(steps, values, color=_colour(number), linewidth=0.8, alpha=0.25)
@@ -201,7 +194,9 @@ def _curves(axes: Any, runs: Sequence[RunMetrics], key: str, label: str) -> None
         axes.spines[side].set_visible(False)
 
 
-def _legend(axes: Any, labels: Sequence[str]) -> None:
-    """The runs, in the order in which their curves were drawn first."""
-    curves = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    axes.legend(curves, labels, frameon=False, loc="best")
+def _dress(top: Any, bottom: Any, title: str, labels: Sequence[str]) -> None:
+    """Title and legend on top: the runs, in the order in which their curves were drawn first."""
+    top.set_title(title, loc="left", fontweight="bold")
+    bottom.set_xlabel("optimizer step")
+    curves = [line for line in top.get_lines() if not line.get_label().startswith("_")]
+    top.legend(curves, labels, frameon=False, loc="best")

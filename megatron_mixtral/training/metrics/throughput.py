@@ -87,9 +87,10 @@ def average(steps: dict[int, Step], first: int | None = None, last: int | None =
     if not chosen:
         raise DataError(f"no step from {first} to {last}: the log has {len(numbers)} steps, from {numbers[0]} to "
                         f"{numbers[-1]}; give START and END (without them {EDGE} at either end are left out)")
-    return Averages(first, last, len(chosen), statistics.fmean(step.rate for step in chosen), _time_weighted(chosen),
+    return Averages(first, last, len(chosen), statistics.fmean(step.rate for step in chosen), time_weighted(chosen),
                     statistics.median(step.rate for step in chosen))
 
 
-def _time_weighted(steps: Sequence[Step]) -> float:
+def time_weighted(steps: Sequence[Step]) -> float:
+    """All tokens / all time."""
     return sum(step.rate * step.seconds for step in steps) / sum(step.seconds for step in steps)

@@ -93,13 +93,8 @@ class StepWriter:
         if self._tensorboard is not None and not (every_step and self._iteration % self._tensorboard_interval):
             self._tensorboard.add_scalar(name, value, iteration)
 
-    def add_text(self, *args: Any, **kwargs: Any) -> None:
-        """The run's arguments, for TensorBoard."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(*args, **kwargs)
-
     def __getattr__(self, name: str) -> Any:
-        """Whatever else TensorBoard's writer has (histograms, flush, close)."""
+        """Whatever else TensorBoard's writer has (the run's arguments as text, histograms, flush, close)."""
         if self._tensorboard is None:
             return lambda *args, **kwargs: None
         return getattr(self._tensorboard, name)

@@ -9,7 +9,6 @@ from megatron_mixtral.config import MixtralConfig, ParallelLayout, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RunShape, cli
 from megatron_mixtral.planning.memory import stage_memory
-from megatron_mixtral.planning.parameters import stage_parameters
 from megatron_mixtral.planning.search import Question, plan
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate, predicted_step
 
@@ -30,7 +29,7 @@ def test_parameters_of_all_shards_are_the_model(sizes: dict[str, int], tied: boo
     run = RunShape(model, layout, 4096, 1, 256)
     whole = 0
     for stage in range(layout.pp):
-        found = stage_parameters(run, stage)
+        found = run.parameters_of_stage(stage)
         replicated = run.layers_of_stage(stage) * model.hidden_size * (model.num_local_experts + 2)
         replicated += model.hidden_size * (stage == layout.pp - 1)
         whole += found.dense * layout.tp - replicated * (layout.tp - 1) + found.expert * layout.ep * layout.etp
@@ -54,7 +53,7 @@ def test_memory_by_kind_of_a_bf16_run() -> None:
     memory, parameters = stage_memory(run, 0), MIXTRAL.total_parameters
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
     sharded = RunShape(MIXTRAL, ParallelLayout(ep=8, world=64), 4096, 1, 64)
-    found = stage_parameters(sharded, 0)
+    found = sharded.parameters_of_stage(0)
     assert stage_memory(sharded, 0).optimizer == 12 * (found.dense / 64 + found.expert / 8)
 
 

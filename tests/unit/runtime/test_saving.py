@@ -17,13 +17,13 @@ def _cannot_write(rank: int, directory: str) -> tuple[list[str], list[str]]:
     from megatron_mixtral.runtime.replacements import Replacements
 
     heard: list[str] = []
-    saves = saving._Saves(Namespace(end=lambda iteration, folder, problem, background: heard.append(problem)))
+    seams = saving.Seams(Namespace(end=lambda iteration, folder, problem, background: heard.append(problem)))
     replacements = Replacements()
-    saving._take_down_failures(replacements, saves)
+    seams.take_down_failures(replacements)
     serialization.save_config(CheckpointingConfig("torch_dist"), directory)
     FileSystemWriterAsync(directory).finish(Metadata({}), [])
-    problems = list(saves.problems)
-    saves.end(1, Path(directory), None, background=False)
+    problems = list(seams.problems)
+    seams.end(1, Path(directory), None, background=False)
     replacements.undo()
     return problems, heard
 

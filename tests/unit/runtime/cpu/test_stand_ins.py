@@ -22,7 +22,7 @@ def test_stand_in_refuses_to_hide_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     replacements = Replacements()
     with pytest.raises(ConfigError, match="would hide a visible GPU"):
         cpu.enable(replacements)
-    assert len(replacements) == 0
+    assert replacements._saved == []
 
 
 @cache

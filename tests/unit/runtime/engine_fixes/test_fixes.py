@@ -1,6 +1,6 @@
 """Each repair of the engine says what it is for, and is still needed."""
 
-from helpers.ranks import run_ranks
+from helpers.ranks import run_ranks, undo_ready
 
 
 def _still_needed(rank: int) -> dict[str, bool]:
@@ -8,7 +8,7 @@ def _still_needed(rank: int) -> dict[str, bool]:
     from megatron_mixtral.runtime import environment
     from megatron_mixtral.runtime.engine_fixes import FIXES, TRAINING_FIXES
 
-    environment.undo()
+    undo_ready()
     try:
         return {fix.name: fix.needed() for fix in (*FIXES, *TRAINING_FIXES)}
     finally:
