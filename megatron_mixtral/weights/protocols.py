@@ -14,7 +14,7 @@ import numpy
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files import file_layout
+from megatron_mixtral.weights.files import MappedFiles, file_layout
 from megatron_mixtral.weights.plan import check_tiling
 from megatron_mixtral.weights.rules import HFTensor
 
@@ -40,6 +40,8 @@ class TensorSource(Protocol):
     config: MixtralConfig
     where: Path
     left_behind: list[str]  # what it also holds and no conversion carries (optimizer state), named for the report
+    companions: list[Path]  # tokenizer and generation files that belong to the model
+    mapped: MappedFiles  # what it reads from
 
     def check(self) -> None:
         """Raise `CheckpointError` unless every expected tensor is there, whole, of its shape, and nothing else is."""
@@ -49,12 +51,6 @@ class TensorSource(Protocol):
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """Fragments that tile the tensor exactly, sorted by start."""
-
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files that belong to the model."""
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
 
 
 @dataclass(frozen=True)

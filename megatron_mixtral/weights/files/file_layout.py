@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Buffer, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 from megatron_mixtral.weights.dtypes import FLOATS
@@ -31,10 +32,6 @@ _LOCATOR64 = struct.Struct("<4sIQI")
 _FLAGS = 0x0808  # sizes and CRC follow the data; names are UTF-8
 _DATE = (1 << 5) | 1  # 1980-01-01: the same weights give the same file
 _MOST32, _MOST16 = 0xFFFFFFFF, 0xFFFF
-
-
-def _nothing(crc: int) -> bytes:
-    return b""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Placed:
     payload: Payload
     offset: int
     before: bytes = b""
-    after: Callable[[int], bytes] = _nothing
+    after: Callable[[int], bytes] = lambda crc: b""
 
 
 @dataclass(frozen=True)
@@ -119,13 +116,11 @@ class _Entry:
 
 def _reference(key: int, tensor: Payload) -> Call:
     """What stands for a tensor in the pickle of an archive: storage `key`, contiguous, of the tensor's shape."""
-    count, strides = 1, []
-    for size in reversed(tensor.shape):
-        strides.insert(0, count)
-        count *= size
-    storage = Persistent(("storage", Global("torch", FLOATS[tensor.dtype].storage), str(key), "cpu", count))
+    storage = Persistent(("storage", Global("torch", FLOATS[tensor.dtype].storage), str(key), "cpu",
+                          prod(tensor.shape)))
+    strides = tuple(prod(tensor.shape[dim + 1:]) for dim in range(len(tensor.shape)))
     return Call(Global("torch._utils", "_rebuild_tensor_v2"),
-                (storage, 0, tensor.shape, tuple(strides), False, Call(Global("collections", "OrderedDict"))))
+                (storage, 0, tensor.shape, strides, False, Call(Global("collections", "OrderedDict"))))
 
 
 def _referred(value: Any, found: list[Payload]) -> Any:

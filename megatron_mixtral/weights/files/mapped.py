@@ -73,7 +73,15 @@ class MappedFile:
         steps = None if strides is None else tuple(step * carrier.itemsize for step in strides)
         return numpy.ndarray(shape, carrier, self.bytes, offset, steps)
 
+
+class MappedFiles(dict[Path, MappedFile]):
+    """Files by path, each mapped when it is first asked for."""
+
+    def __missing__(self, path: Path) -> MappedFile:
+        return self.setdefault(path, MappedFile(path))
+
     def release(self) -> None:
         """Give the mapped pages back to the system; they come again when touched."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self.bytes.madvise(mmap.MADV_DONTNEED)
+            for file in list(self.values()):  # other threads map more
+                file.bytes.madvise(mmap.MADV_DONTNEED)

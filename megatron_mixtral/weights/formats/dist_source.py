@@ -18,12 +18,12 @@ import numpy
 from megatron_mixtral.config import MixtralConfig, engine
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.files import MappedFile, Stored, file_layout, load_torch
+from megatron_mixtral.weights.files import MappedFiles, Stored, file_layout, load_torch
 from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
 from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
 from megatron_mixtral.weights.formats.saved_args import common_state
 from megatron_mixtral.weights.plan import check_tiling
-from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
+from megatron_mixtral.weights.protocols import Fragment, TensorSource, narrow, tiled
 from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
 
 STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
@@ -101,13 +101,12 @@ def state_names(keys: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-class DistSource:
+class DistSource(TensorSource):
     """A distributed checkpoint. Raises `CheckpointError` naming tensor and file."""
 
     def __init__(self, directory: str | Path) -> None:
         self.root, self.where = iteration_directory(Path(directory))
-        self.contents = read_contents(self.where)
-        self._maps: dict[Path, MappedFile] = {}
+        self.contents, self.companions, self.mapped = read_contents(self.where), companions_of(self.root), MappedFiles()
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         common, where = common_state(self.where, self.contents)
         self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)
@@ -198,7 +197,6 @@ class DistSource:
     # -- Reading -----------------------------------------------------------------------------------------
 
     def dtype(self, tensor: HFTensor) -> str:
-        """The name of the type a tensor is stored in."""
         self.check()
         return self.contents.tensors[self._places[tensor.name][0].key].dtype
 
@@ -223,10 +221,7 @@ class DistSource:
             stored = self.contents.tensors[key]
             chunk = stored.chunks[number]
             where = f"{chunk.region.file} ({key} at {chunk.offsets})"
-            path = chunk.region.file
-            if path not in self._maps:
-                self._maps[path] = MappedFile(path)
-            found = load_torch(self._maps[path], where, chunk.region.offset, chunk.region.length,
+            found = load_torch(self.mapped[chunk.region.file], where, chunk.region.offset, chunk.region.length,
                                file_layout.label_of(key, chunk.offsets))
             if not isinstance(found, Stored) or found.data is None or found.shape != chunk.sizes \
                     or found.dtype != stored.dtype or not found.data.flags.c_contiguous:
@@ -234,12 +229,3 @@ class DistSource:
                                       "says")
             self._chunks[key, number] = found.data
         return self._chunks[key, number]
-
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files beside the weights."""
-        return companions_of(self.root)
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
-        for file in self._maps.values():
-            file.release()

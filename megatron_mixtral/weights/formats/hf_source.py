@@ -13,9 +13,9 @@ import numpy
 from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.files import MappedFile, Stored, load_torch, safetensors
+from megatron_mixtral.weights.files import MappedFiles, Stored, load_torch, safetensors
 from megatron_mixtral.weights.formats.directory import companions_of, file_beside
-from megatron_mixtral.weights.protocols import Fragment, tiled
+from megatron_mixtral.weights.protocols import Fragment, TensorSource, tiled
 from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, Shape, hf_tensors
 
 SINGLE_FILE = "model.safetensors"
@@ -25,7 +25,7 @@ WEIGHT_FILES = (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE)
 TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
 
 
-class HFSource:
+class HFSource(TensorSource):
     """A Hugging Face Mixtral directory. `config.json` says what must be in it; `check` compares.
 
     Raises `ConfigError` for a config.json this library cannot compute, `CheckpointError` for unreadable files.
@@ -34,8 +34,7 @@ class HFSource:
     def __init__(self, directory: str | Path, config: MixtralConfig | None = None) -> None:
         self.where = Path(directory)
         self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
-        self.left_behind: list[str] = []
-        self._maps: list[MappedFile] = []
+        self.left_behind, self.companions, self.mapped = list[str](), companions_of(self.where), MappedFiles()
         self._files: dict[str, str] = {}  # by tensor
         self._tensors: dict[str, Stored] = {}
         self._open_all()
@@ -75,14 +74,13 @@ class HFSource:
 
     def _open(self, file: str) -> set[str]:
         """Map a file; the names of its tensors."""
-        mapped = MappedFile(self.where / file)
+        mapped = self.mapped[self.where / file]
         if file.endswith(".bin"):
             tensors = load_torch(mapped, str(mapped.path))
             if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
                 raise CheckpointError(f"{mapped.path}: expected a dictionary of tensors")
         else:
             tensors = safetensors.load_safetensors(mapped)
-        self._maps.append(mapped)
         self._tensors |= tensors
         self._files |= dict.fromkeys(tensors, file)
         return set(tensors)
@@ -142,7 +140,6 @@ class HFSource:
         return found
 
     def dtype(self, tensor: HFTensor) -> str:
-        """The name of the type a tensor is stored in."""
         return self._read(self._locate(tensor)[0]).dtype
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
@@ -158,12 +155,3 @@ class HFSource:
             data = data[tensor.expert, fused.part * rows:(fused.part + 1) * rows]
         length = tensor.view[tensor.rule.shard_dim]
         return tiled(tensor, [Fragment(0, length, data.reshape(tensor.view), found.dtype, where)])
-
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files of the directory."""
-        return companions_of(self.where)
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
-        for file in self._maps:
-            file.release()

@@ -15,11 +15,11 @@ import numpy
 
 from megatron_mixtral.config import Coord, ParallelLayout, engine
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.files import MappedFile, Stored, load_torch
+from megatron_mixtral.weights.files import MappedFiles, Stored, load_torch
 from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
 from megatron_mixtral.weights.formats.legacy_names import today
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete
-from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
+from megatron_mixtral.weights.protocols import Fragment, TensorSource, narrow, tiled
 from megatron_mixtral.weights.rules import EMBEDDING, HFTensor, Shape, collapse
 
 FILE_NAME = "model_optim_rng.pt"
@@ -48,7 +48,7 @@ def rank_names(layout: ParallelLayout) -> dict[Coord, str]:
     return names
 
 
-class RankDirSource:
+class RankDirSource(TensorSource):
     """A checkpoint in rank directories, of any layout that `ParallelLayout` can say.
 
     `compare_copies` compares every tensor that several ranks hold (norms, the router, dense weights under expert
@@ -57,8 +57,7 @@ class RankDirSource:
 
     def __init__(self, directory: str | Path, *, compare_copies: bool = True) -> None:
         self.root, self.where = iteration_directory(Path(directory))
-        self.compare_copies = compare_copies
-        self._maps: list[MappedFile] = []
+        self.companions, self.mapped, self.compare_copies = companions_of(self.root), MappedFiles(), compare_copies
         first = self._first_file()
         contents = self._load(first)
         args = contents.get("args")
@@ -96,8 +95,7 @@ class RankDirSource:
     def _load(self, path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
-        self._maps.append(MappedFile(path))
-        contents = load_torch(self._maps[-1], str(path))
+        contents = load_torch(self.mapped[path], str(path))
         if not isinstance(contents, dict):
             raise CheckpointError(f"{path}: expected a dictionary, found {type(contents).__name__}")
         return contents
@@ -213,15 +211,6 @@ class RankDirSource:
             found.append(one)
         self._compared.add(tensor.name)
         return tiled(tensor, found)
-
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files that a conversion put beside the weights."""
-        return companions_of(self.root)
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
-        for file in self._maps:
-            file.release()
 
 
 def _narrowed(view: Shape, dim: int, length: int) -> Shape:
