@@ -4,7 +4,7 @@
 up in it, `--dry-run` prints it, and tests compare it with the engine's own model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -40,16 +40,6 @@ class TensorSlice:
     def elements(self) -> int:
         """How many numbers it has."""
         return prod(self.view)
-
-    def piece_spans(self) -> Iterator[tuple[HFTensor, int, int]]:
-        """Each piece with the interval (start, length) it takes along the join dim of `view`."""
-        if len(self.pieces) == 1:
-            yield self.pieces[0], 0, self.view[self.rule.join_dim]
-            return
-        at = 0
-        for piece in self.pieces:
-            yield piece, at, piece.view[self.rule.join_dim]
-            at += piece.view[self.rule.join_dim]
 
 
 def whole(tensor: HFTensor) -> TensorSlice:
@@ -126,18 +116,18 @@ class ShardPlan:
         assert total % ways == 0, f"{rule.name}: {total} over {rule.axis} {ways}; was the layout validated?"
         length = total // ways
         start = index * length
-        view = list(rule.joined_view(self.config))
-        view[rule.shard_dim] = length
         names = (rule.megatron, *rule.megatron_aliases)
         name, *aliases = (text.format(layer=local[0], expert=local[1]) for text in names)
-        return TensorSlice(name, rule, pieces, start, length, tuple(view),
+        return TensorSlice(name, rule, pieces, start, length, rule.joined_view(self.config, length),
                            padding=min(length, max(0, start + length - size)), aliases=tuple(aliases))
 
 
 def all_plans(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int | None = None) -> list[ShardPlan]:
-    """A plan for every coordinate and chunk of a layout."""
-    return [ShardPlan(config, layout, coord, chunk, padded_vocab)
-            for coord in layout.coords() for chunk in range(layout.vpp)]
+    """A plan for every coordinate and chunk of a layout; together they are complete."""
+    plans = [ShardPlan(config, layout, coord, chunk, padded_vocab)
+             for coord in layout.coords() for chunk in range(layout.vpp)]
+    check_complete(plans, config)
+    return plans
 
 
 def check_tiling(tensor: HFTensor, intervals: Iterable[tuple[int, int]], what: str) -> None:

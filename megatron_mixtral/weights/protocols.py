@@ -16,7 +16,7 @@ from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.files import MappedFiles, file_layout
 from megatron_mixtral.weights.plan import check_tiling
-from megatron_mixtral.weights.rules import HFTensor
+from megatron_mixtral.weights.rules import HFTensor, narrowed
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,10 @@ def tiled(tensor: HFTensor, fragments: Iterable[Fragment]) -> list[Fragment]:
     """Sort fragments by start; raise `CheckpointError` unless they tile the tensor and agree in dtype and shape."""
     found = sorted(fragments, key=lambda fragment: fragment.start)
     for fragment in found:
-        expected = list(tensor.view)
-        expected[tensor.rule.shard_dim] = fragment.length
-        if list(fragment.data.shape) != expected:
-            raise CheckpointError(f"{fragment.where}: {tensor.name} has view {tuple(fragment.data.shape)}, "
-                                  f"expected {tuple(expected)}")
+        expected = narrowed(tensor.view, tensor.rule.shard_dim, fragment.length)
+        if fragment.data.shape != expected:
+            raise CheckpointError(f"{fragment.where}: {tensor.name} has view {fragment.data.shape}, expected "
+                                  f"{expected}")
         if fragment.dtype != found[0].dtype:
             raise CheckpointError(f"{fragment.where}: {tensor.name} is {fragment.dtype}, "
                                   f"but {found[0].dtype} in {found[0].where}")

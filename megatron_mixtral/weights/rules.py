@@ -33,6 +33,11 @@ def collapse(view: Shape) -> Shape:
     return view if len(view) < 2 else (prod(view[:-1]), view[-1])
 
 
+def narrowed(view: Shape, dim: int, length: int) -> Shape:
+    """A view with `length` units in one dim."""
+    return (*view[:dim], length, *view[dim + 1:])
+
+
 @dataclass(frozen=True)
 class Fused:
     """Where a piece lies in a tensor over all experts: `tensor[expert]`, rows `part` of `parts` equal parts."""
@@ -79,12 +84,11 @@ class WeightRule:
         """Whether there is one such tensor for each expert of a layer."""
         return "{expert}" in self.megatron
 
-    def joined_view(self, config: MixtralConfig) -> Shape:
-        """The view of all pieces joined, unsharded and unpadded."""
+    def joined_view(self, config: MixtralConfig, length: int | None = None) -> Shape:
+        """The view of all pieces joined: of `length` units along `shard_dim`, or (None) unsharded and unpadded."""
         views = [piece.view(config) for piece in self.pieces]
-        joined = list(views[0])
-        joined[self.join_dim] = sum(view[self.join_dim] for view in views) if len(views) > 1 else joined[self.join_dim]
-        return tuple(joined)
+        whole = narrowed(views[0], self.join_dim, sum(view[self.join_dim] for view in views))
+        return whole if length is None else narrowed(whole, self.shard_dim, length)
 
     def shard_size(self, config: MixtralConfig) -> int:
         """Units along `shard_dim` (query groups, ffn rows, vocabulary rows, ...), unpadded."""
@@ -178,7 +182,6 @@ OUTPUT = WeightRule(
 
 RULES: tuple[WeightRule, ...] = (
     EMBEDDING, INPUT_NORM, QKV, PROJ, PRE_MLP_NORM, ROUTER, FC1, FC2, FINAL_NORM, OUTPUT)
-
 
 
 def dist_names(key: str) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ def blocks(target: TensorSlice, source: TensorSource, dtype: str | None = None) 
 
     None keeps the source's type, which all pieces must share (`payload` sees to it).
     """
-    parts = [source.fragments(piece) for piece, _, _ in target.piece_spans()]
+    parts = [source.fragments(piece) for piece in target.pieces]
     for run, kind in _runs(target, parts):
         for block in _cut(run):
             yield block if dtype in (None, kind) else cast(block, kind, dtype)

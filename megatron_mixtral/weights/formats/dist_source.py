@@ -23,7 +23,7 @@ from megatron_mixtral.weights.formats.directory import companions_of, iteration_
 from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
 from megatron_mixtral.weights.formats.saved_args import common_state
 from megatron_mixtral.weights.plan import check_tiling
-from megatron_mixtral.weights.protocols import Fragment, TensorSource, narrow, tiled
+from megatron_mixtral.weights.protocols import Fragment, TensorSource, tiled
 from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
 
 STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
@@ -34,17 +34,14 @@ _LAYERS = "decoder.layers."
 class Span:
     """What one chunk holds of one piece: units [start, start + length) of its shard dim.
 
-    In the chunk seen as `view`, the piece is [at, at + size) of the rule's join dim (of any, where it has one piece)
-    and the units begin at `skip` of the shard dim.
+    They are `part` of the chunk seen as `view`.
     """
 
     piece: int
     start: int
     length: int
     view: Shape
-    at: int
-    size: int
-    skip: int
+    part: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def spans(rule: WeightRule, config: MixtralConfig, offset: Shape, sizes: Shape) 
         if any((o, s) != (0, n) for d, (o, s, n) in enumerate(zip(offset, sizes, view, strict=True)) if d != dim):
             return None
         length = min(sizes[dim], units - offset[dim])  # padded rows beyond the vocabulary are dropped
-        return [Span(0, offset[dim], length, sizes, 0, sizes[rule.join_dim], 0)] if length > 0 else []
+        return [Span(0, offset[dim], length, sizes, (*[slice(None)] * dim, slice(length)))] if length > 0 else []
     if (offset[1], sizes[1]) != (0, view[2]):
         return None
     row, rows, width = offset[0], sizes[0], view[1]
@@ -78,15 +75,17 @@ def spans(rule: WeightRule, config: MixtralConfig, offset: Shape, sizes: Shape) 
             return None
         found, at = [], 0
         for index, piece in enumerate(rule.pieces):
-            size = piece.view(config)[rule.join_dim]
-            found.append(Span(index, row // width, rows // width, (rows // width, *view[1:]), at, size, 0))
-            at += size
+            end = at + piece.view(config)[rule.join_dim]
+            found.append(Span(index, row // width, rows // width, (rows // width, *view[1:]),
+                              (slice(None), slice(at, end))))
+            at = end
         return found
     found = []
     for index in range(len(rule.pieces)):  # pieces one below the other, `width` rows each
         low, high = max(row, index * width), min(row + rows, (index + 1) * width)
         if low < high:
-            found.append(Span(index, low - index * width, high - low, (1, rows, view[2]), 0, 1, low - row))
+            found.append(Span(index, low - index * width, high - low, (1, rows, view[2]),
+                              (slice(None), slice(low - row, high - row))))
     return found
 
 
@@ -142,12 +141,11 @@ class DistSource(TensorSource):
         stacked = [key for key in rule.dist_keys if key in self.contents.tensors]
         if len({self.contents.tensors[key] for key in stacked}) > 1:  # two names of the same bytes are one tensor
             raise CheckpointError(f"{self.where}: {rule.name} is stored twice, as {' and '.join(stacked)}")
-        if stacked or rule.owner != "layer":
-            if not stacked:
-                raise CheckpointError(f"{self.where / METADATA_FILE}: {rule.dist_keys[0]} is missing")
+        if stacked:
             return {stacked[0]: None}
         found: dict[str, int | None] = {}
-        for layer in range(self.config.num_hidden_layers):  # models of unlike layers are stored layer by layer
+        # Models of unlike layers are stored layer by layer.
+        for layer in range(self.config.num_hidden_layers if rule.owner == "layer" else 1):
             single = [key.replace(_LAYERS, f"{_LAYERS}{layer}.", 1) for key in rule.dist_keys]
             key = next((key for key in single if key in self.contents.tensors), None)
             if key is None:
@@ -205,12 +203,8 @@ class DistSource(TensorSource):
         self.check()
         found = []
         for place in self._places[tensor.name]:
-            span, rule = place.span, tensor.rule
-            data = self._read(place.key, place.chunk)[place.lead].reshape(span.view)
-            if len(rule.pieces) > 1:
-                data = narrow(data, rule.join_dim, span.at, span.size)
-            data = narrow(data, rule.shard_dim, span.skip, span.length)
-            stored = self.contents.tensors[place.key]
+            span, stored = place.span, self.contents.tensors[place.key]
+            data = self._read(place.key, place.chunk)[place.lead].reshape(span.view)[span.part]
             where = stored.chunks[place.chunk].region.file
             found.append(Fragment(span.start, span.length, data, stored.dtype, f"{where} ({place.key})"))
         return tiled(tensor, found)

@@ -45,9 +45,8 @@ def saved_arguments(directory: Path, run: Namespace) -> Namespace | None:
             "layout that they were written for. Give its sizes, or write them anew for this one with "
             "tools/checkpoint/util.py (weights only; a distributed checkpoint, --ckpt-format torch_dist, goes on in "
             "any layout)")
-    for path in source.files():
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
+    for coord in layout.coords():
+        source.file(coord)
     return _of_the_model(source.args, run, str(directory))
 
 
