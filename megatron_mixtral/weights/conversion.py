@@ -73,8 +73,7 @@ class Report:
 
     def to_json(self) -> str:
         """Contents of `conversion.json`."""
-        values = asdict(self) | {"source": str(self.source), "target": str(self.target)}
-        return json.dumps(values, indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, default=str) + "\n"
 
 
 def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, companions: Iterable[Path] = (),

@@ -11,7 +11,7 @@ from math import prod
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.rules import EMBEDDING, OUTPUT, RULES, HFTensor, Shape, WeightRule, collapse, hf_tensors
+from megatron_mixtral.weights.rules import EMBEDDING, OUTPUT, HFTensor, Shape, WeightRule, collapse, hf_tensors, walk
 
 
 @dataclass(frozen=True)
@@ -77,26 +77,12 @@ class ShardPlan:
         first = self.layout.is_first(self.coord.pp, self.chunk)
         last = self.layout.is_last(self.coord.pp, self.chunk)
         tensors = hf_tensors(self.config)
-        found: list[TensorSlice] = []
-
-        def add(rule: WeightRule, number: tuple[int, int] = (0, 0), local: tuple[int, int] = (0, 0)) -> None:
-            found.append(self._slice(rule, tensors, number, local))
-
-        if first:
-            add(EMBEDDING)
         layers = self.layout.layers_of(self.coord.pp, self.config.num_hidden_layers, self.chunk)
         experts = self.layout.experts_of(self.coord.ep, self.config.num_local_experts)
-        for local_layer, layer in enumerate(layers):
-            for rule in RULES:
-                if rule.owner == "layer":
-                    for local_expert, expert in enumerate(experts) if rule.per_expert else ((0, 0),):
-                        add(rule, (layer, expert), (local_layer, local_expert))
-        if last:
-            for rule in RULES:
-                # Tied: one stage needs no output layer; a last stage of its own keeps a copy of the embedding there.
-                if rule.owner == "last" and not (rule is OUTPUT and self.config.tie_word_embeddings and first):
-                    add(rule)
-        return found
+        # Tied: one stage needs no output layer; a last stage of its own keeps a copy of the embedding there.
+        return [self._slice(rule, tensors, (layer, expert), (layer - layers.start, expert - experts.start))
+                for rule, layer, expert in walk(layers, experts, first, last)
+                if not (rule is OUTPUT and self.config.tie_word_embeddings and first)]
 
     def extra_states(self) -> list[str]:
         """Names of the engine's `_extra_state` entries, which are None in the local spec."""

@@ -13,7 +13,7 @@ Sources of the formats: Hugging Face, `block_sparse_moe` as every published Mixt
 that transformers 5 uses in memory; Megatron, `GPTModel.state_dict()` and `sharded_state_dict()` of megatron-core 0.19.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -227,24 +227,22 @@ class HFTensor:
         return None if fused is None else Fused(fused.name.format(layer=self.layer), fused.part, fused.parts)
 
 
+def walk(layers: range, experts: range, first: bool = True, last: bool = True) -> Iterator[tuple[WeightRule, int, int]]:
+    """Rules in the model's order, each with its layer and expert, for some layers and experts, and the model's ends."""
+    yield from ((rule, 0, 0) for rule in RULES if first and rule.owner == "first")
+    for layer in layers:
+        for rule in RULES:
+            if rule.owner == "layer":
+                yield from ((rule, layer, expert) for expert in (experts if rule.per_expert else (0,)))
+    yield from ((rule, 0, 0) for rule in RULES if last and rule.owner == "last")
+
+
 def hf_tensors(config: MixtralConfig) -> dict[str, HFTensor]:
     """Every Hugging Face tensor of an architecture by canonical name, in the model's order.
 
     With tied embeddings there is no `lm_head.weight`: the output layer *is* the embedding.
     """
-    found: dict[str, HFTensor] = {}
-
-    def add(rule: WeightRule, layer: int = 0, expert: int = 0) -> None:
-        for index, name in enumerate(rule.hf_names(layer, expert)):
-            found[name] = HFTensor(name, rule, index, layer, expert, rule.pieces[index].view(config))
-
-    add(EMBEDDING)
-    for layer in range(config.num_hidden_layers):
-        for rule in RULES:
-            if rule.owner == "layer":
-                for expert in range(config.num_local_experts) if rule.per_expert else (0,):
-                    add(rule, layer, expert)
-    add(FINAL_NORM)
-    if not config.tie_word_embeddings:
-        add(OUTPUT)
-    return found
+    return {name: HFTensor(name, rule, index, layer, expert, rule.pieces[index].view(config))
+            for rule, layer, expert in walk(range(config.num_hidden_layers), range(config.num_local_experts))
+            if not (rule is OUTPUT and config.tie_word_embeddings)
+            for index, name in enumerate(rule.hf_names(layer, expert))}

@@ -15,8 +15,8 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import MappedFiles, Stored, load_torch, safetensors
 from megatron_mixtral.weights.formats.directory import companions_of, file_beside
-from megatron_mixtral.weights.protocols import Fragment, TensorSource, tiled
-from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, Shape, hf_tensors
+from megatron_mixtral.weights.protocols import Fragment, TensorSource
+from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, hf_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -87,14 +87,7 @@ class HFSource(TensorSource):
 
     def check(self) -> None:
         """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
-        used: set[str] = set()
-        for tensor in self._stored():
-            name, expected = self._locate(tensor)
-            used.add(name)
-            found = self._read(name).shape
-            if found != expected:
-                raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found}, expected "
-                                      f"{expected} by config.json")
+        used = {self._locate(tensor) for tensor in self._stored()}
         self._check_tied_copy(used)
         extra = [n for n in self._files if n not in used and not n.endswith(IGNORABLE_HF_SUFFIXES)]
         if extra:
@@ -113,20 +106,25 @@ class HFSource(TensorSource):
                                       f"{TIED_ORIGINAL}, though config.json says tie_word_embeddings")
             used.add(TIED_COPY)
 
-    def _locate(self, tensor: HFTensor) -> tuple[str, Shape]:
-        """The stored name that holds a tensor, and the shape that stored tensor must have."""
+    def _locate(self, tensor: HFTensor) -> str:
+        """The name of what holds a tensor, which is of the shape that config.json gives it."""
         fused = tensor.fused()
         found = [name for name in tensor.names() if name in self._files]
         whole = fused.name if fused is not None and fused.name in self._files else None
         if len(found) + (whole is not None) > 1:
             raise CheckpointError(f"{self.where}: {tensor.name} is stored twice, as {', '.join([*found, whole or ''])}")
+        expected = tensor.shape
         if whole is not None:
             rows, columns = tensor.shape
-            return whole, (self.config.num_local_experts, fused.parts * rows, columns)
+            found, expected = [whole], (self.config.num_local_experts, fused.parts * rows, columns)
         if not found:
             files = ", ".join(sorted(set(self._files.values())))
             raise CheckpointError(f"{self.where}: {tensor.name} is missing from {files}")
-        return found[0], tensor.shape
+        shape = self._read(found[0]).shape
+        if shape != expected:
+            raise CheckpointError(f"{self.where / self._files[found[0]]}: {found[0]} has shape {shape}, expected "
+                                  f"{expected} by config.json")
+        return found[0]
 
     # -- Reading -----------------------------------------------------------------------------------------
 
@@ -140,18 +138,15 @@ class HFSource(TensorSource):
         return found
 
     def dtype(self, tensor: HFTensor) -> str:
-        return self._read(self._locate(tensor)[0]).dtype
+        return self._read(self._locate(tensor)).dtype
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """The whole tensor as one memory-mapped fragment."""
-        name, expected = self._locate(tensor)
-        where, found = f"{self.where / self._files[name]} ({name})", self._read(name)
-        if found.shape != expected:
-            raise CheckpointError(f"{where} has shape {found.shape}, expected {expected}")
+        name = self._locate(tensor)
+        found = self._read(name)
         data = found.data
         if name not in tensor.names():
-            fused = tensor.fused()
-            rows = tensor.shape[0]
+            fused, rows = tensor.fused(), tensor.shape[0]
             data = data[tensor.expert, fused.part * rows:(fused.part + 1) * rows]
-        length = tensor.view[tensor.rule.shard_dim]
-        return tiled(tensor, [Fragment(0, length, data.reshape(tensor.view), found.dtype, where)])
+        return [Fragment(0, tensor.view[tensor.rule.shard_dim], data.reshape(tensor.view), found.dtype,
+                         f"{self.where / self._files[name]} ({name})")]

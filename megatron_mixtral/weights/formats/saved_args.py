@@ -37,21 +37,18 @@ def saved_arguments(directory: Path, run: Namespace) -> Namespace | None:
     """
     if (directory / METADATA_FILE).is_file():
         common, where = common_state(directory, read_contents(directory))
-        return _of_the_model(common.get("args"), run, where)
-    source, layout = RankDirSource(directory), engine.layout_from_args(run, "this run")
-    if source.layout != layout:
-        raise CheckpointError(
-            f"{directory} holds rank directories of layout {source.layout}, the run is {layout}: they are read by the "
-            "layout that they were written for. Give its sizes, or write them anew for this one with "
-            "tools/checkpoint/util.py (weights only; a distributed checkpoint, --ckpt-format torch_dist, goes on in "
-            "any layout)")
-    for coord in layout.coords():
-        source.file(coord)
-    return _of_the_model(source.args, run, str(directory))
-
-
-def _of_the_model(saved: Namespace | None, run: Namespace, where: str) -> Namespace | None:
-    """`saved`, if it is of the run's model."""
+        saved = common.get("args")
+    else:
+        source, layout = RankDirSource(directory), engine.layout_from_args(run, "this run")
+        if source.layout != layout:
+            raise CheckpointError(
+                f"{directory} holds rank directories of layout {source.layout}, the run is {layout}: they are read by "
+                "the layout that they were written for. Give its sizes, or write them anew for this one with "
+                "tools/checkpoint/util.py (weights only; a distributed checkpoint, --ckpt-format torch_dist, goes on "
+                "in any layout)")
+        for coord in layout.coords():
+            source.file(coord)
+        saved, where = source.args, str(directory)
     if saved is not None:
         engine.check_saved(saved, engine.config_from_args(run, "this run"), where, "the run")
     return saved
