@@ -6,6 +6,7 @@ architecture from it (`--use-checkpoint-args`); see `check_checkpoint_args` and 
 """
 
 import argparse
+from typing import Any
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout, engine
 from megatron_mixtral.weights.files import pickle_writer
@@ -28,3 +29,15 @@ def make_args(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, 
         ckpt_format=ckpt_format, params_dtype=pickle_writer.Global("torch", dtype), bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
         iteration=0, consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)
+
+
+def release_state(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int, divisible_by: int,
+                  dtypes: dict[str, str], ckpt_format: str) -> dict[str, Any]:
+    """What a converted checkpoint has beside the model, as `generate_state_dict` of the engine names it.
+
+    `params_dtype` is the type of most tensors; `dtypes` has all.
+    """
+    kinds = list(dtypes.values())
+    dtype = max(sorted(set(kinds)), key=kinds.count)
+    return {"args": make_args(config, layout, padded_vocab, divisible_by, dtype, ckpt_format),
+            "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}

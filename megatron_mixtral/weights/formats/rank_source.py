@@ -107,7 +107,7 @@ class RankDirSource(TensorSource):
 
     def _padded_vocab(self, contents: dict[str, Any], first: Path) -> int:
         name = EMBEDDING.megatron
-        weight = self._model(contents, Coord(), 0, first).get(name)
+        weight = self._model(contents, 0, first).get(name)
         if not isinstance(weight, Stored) or len(weight.shape) != 2:
             raise CheckpointError(f"{first}: {name} is missing")
         rows = weight.shape[0] * self.layout.tp
@@ -116,12 +116,12 @@ class RankDirSource(TensorSource):
                                   f"than the vocabulary of {self.config.vocab_size}")
         return rows
 
-    def _model(self, contents: dict[str, Any], coord: Coord, chunk: int, path: Path) -> dict[str, Any]:
+    def _model(self, contents: dict[str, Any], chunk: int, path: Path) -> dict[str, Any]:
         """The state dict of a model chunk, under the names of the local specification."""
         key = f"model{chunk}" if self.layout.vpp > 1 else "model"
         if not isinstance(contents.get(key), dict):
             raise CheckpointError(f"{path}: has no {key}")
-        experts = len(self.layout.experts_of(coord.ep, self.config.num_local_experts))
+        experts = self.config.num_local_experts // self.layout.ep
         return today(contents[key], experts, contents.get("checkpoint_version"), str(path))
 
     # -- What is there -----------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class RankDirSource(TensorSource):
             if plan.chunk == 0:
                 contents = self._load(path)
                 self._check_label(contents, plan.coord, path)
-            self._take(plan, self._model(contents, plan.coord, plan.chunk, path), path)
+            self._take(plan, self._model(contents, plan.chunk, path), path)
 
     def _check_label(self, contents: dict[str, Any], coord: Coord, path: Path) -> None:
         """A shard under another shard's name loads without complaint, so each of ours says which it is."""
