@@ -15,6 +15,7 @@ from collections.abc import Buffer, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.weights.dtypes import FLOATS
@@ -174,12 +175,11 @@ def torch_archive(contents: Any, base: int = 0, label: str = "archive") -> FileL
 class Joined:
     """A file of archives of one tensor or none, and of copied ones, each behind the other on a multiple of 64 bytes."""
 
-    def __init__(self) -> None:
-        self._placed: list[Placed] = []
-        self._size = 0
+    def __init__(self, path: Path) -> None:
+        self._path, self._size, self._placed = path, 0, list[Placed]()
 
-    def archive(self, contents: Any, label: str) -> tuple[int, int]:
-        """Add the archive of `contents`; returns its offset and length in the file."""
+    def archive(self, contents: Any, label: str) -> Region:
+        """Add the archive of `contents`; returns where it will be."""
         at = self._next()
         part = torch_archive(contents, at, label)
         if part.placed:
@@ -188,14 +188,14 @@ class Joined:
         else:
             self._placed.append(Placed(Payload(label, 0, tuple), at + part.size, part.end([])))
         self._size = at + part.size
-        return at, part.size
+        return Region(self._path, at, part.size)
 
-    def copy(self, name: str, region: Region) -> tuple[int, int]:
-        """Add an archive of another file as it is; returns its offset and length in the file."""
+    def copy(self, name: str, region: Region) -> Region:
+        """Add an archive of another file as it is; returns where it will be."""
         at = self._next()
         self._placed.append(Placed(Payload(name, region.length, region.blocks), at))
         self._size = at + region.length + -region.length % ALIGNMENT
-        return at, region.length
+        return Region(self._path, at, region.length)
 
     def _next(self) -> int:
         return self._size + -self._size % ALIGNMENT

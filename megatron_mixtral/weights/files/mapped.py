@@ -57,9 +57,6 @@ class MappedFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
 
-    def __len__(self) -> int:
-        return len(self.bytes)
-
     def array(self, carrier: numpy.dtype, shape: tuple[int, ...], offset: int,
               strides: tuple[int, ...] | None = None) -> numpy.ndarray:
         """The array of `shape` whose first element is at byte `offset`; strides in elements, None: contiguous."""

@@ -128,7 +128,7 @@ def load_torch(file: MappedFile, where: str, offset: int = 0, length: int | None
     With `label`, an archive that is labelled (`LABEL`) must be labelled so.
     Raises `CheckpointError` that begins with `where`.
     """
-    length = len(file) - offset if length is None else length
+    length = len(file.bytes) - offset if length is None else length
     if file.bytes[offset:offset + len(_ZIP)] != _ZIP:
         raise CheckpointError(f"{where} is not a whole torch file: it does not begin as an archive")
     try:

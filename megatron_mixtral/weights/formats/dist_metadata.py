@@ -47,6 +47,11 @@ class Contents:
     tensors: dict[str, StoredTensor]
     objects: dict[str, Region]
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of both."""
+        return (*self.tensors, *self.objects)
+
 
 def read_contents(directory: Path) -> Contents:
     """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""

@@ -23,7 +23,7 @@ from typing import Any
 from megatron_mixtral.config import TARGET_FLAGS, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.engine_args import release_state
-from megatron_mixtral.weights.files import Region, file_layout
+from megatron_mixtral.weights.files import file_layout
 from megatron_mixtral.weights.formats.directory import identity_files, iteration_of, name_of
 from megatron_mixtral.weights.formats.dist_metadata import (
     COMMON,
@@ -85,7 +85,7 @@ class DistSink:
                   f"{folder}/metadata.json": json.dumps(CONFIG).encode(), **identity_files(config, run.iteration)}
         if run.common_file is not None:
             beside[f"{folder}/{COMMON_FILE}"] = run.common_file.read_bytes()
-        return Output(files, beside, carried=run.names)
+        return Output(files, beside, carried=tuple(state_names(run.contents)))
 
     def _check_unchanged(self, source: TensorSource, dtypes: dict[str, str], run: "RunState", rows: int) -> None:
         """Raise `ConfigError` for a cast or a padding that the optimizer's state would not go with."""
@@ -100,35 +100,30 @@ class DistSink:
 def _weights(written: Contents, path: Path, tensors: Sequence[tuple[TensorSlice, file_layout.Payload]],
              config: MixtralConfig, common: dict[str, Any] | None) -> file_layout.FileLayout:
     """A .distcp file of weights, with the common state behind them where it is given; noted in `written`."""
-    file = file_layout.Joined()
-
-    def add(contents: Any, key: str, offsets: Shape) -> Region:
-        return Region(path, *file.archive(contents, file_layout.label_of(key, offsets)))
-
+    file = file_layout.Joined(path)
     for tensor, one in tensors:
         key = tensor.rule.dist_keys[0]
         offsets, sizes, whole = _box(tensor, config)
         before = written.tensors.get(key, StoredTensor(whole, one.dtype, ()))
-        chunk = StoredChunk(offsets, sizes, add(one, key, offsets))
+        chunk = StoredChunk(offsets, sizes, file.archive(one, file_layout.label_of(key, offsets)))
         written.tensors[key] = replace(before, chunks=(*before.chunks, chunk))
         if tensor.rule.owner == "layer" and tensor.rule.extra_state:
             empty = _extra_state(key, offsets, whole)
-            written.objects[empty] = add([None], empty, ())
+            written.objects[empty] = file.archive([None], file_layout.label_of(empty, ()))
     if common is not None:
-        written.objects[COMMON] = add([common], COMMON, ())
+        written.objects[COMMON] = file.archive([common], file_layout.label_of(COMMON, ()))
     return file.layout()
 
 
 def _copies(written: Contents, path: Path, state: Contents, keys: Sequence[str]) -> file_layout.FileLayout:
     """A .distcp file of what is taken over: the archives of the source, one behind the other; noted in `written`."""
-    file = file_layout.Joined()
+    file = file_layout.Joined(path)
     for key in keys:
         if key in state.objects:
-            written.objects[key] = Region(path, *file.copy(key, state.objects[key]))
+            written.objects[key] = file.copy(key, state.objects[key])
         else:
             written.tensors[key] = replace(state.tensors[key], chunks=tuple(
-                replace(chunk, region=Region(path, *file.copy(key, chunk.region)))
-                for chunk in state.tensors[key].chunks))
+                replace(chunk, region=file.copy(key, chunk.region)) for chunk in state.tensors[key].chunks))
     return file.layout()
 
 
@@ -156,11 +151,6 @@ class RunState:
     common_file: Path | None  # where older engines put the common state
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What it holds, for the report."""
-        return tuple(state_names((*self.contents.tensors, *self.contents.objects)))
-
-    @property
     def vocab_rows(self) -> int:
         """Rows of the embedding, padding included."""
         return self.contents.tensors[EMBEDDING.dist_keys[0]].size[0]
@@ -181,7 +171,7 @@ def run_state(source: DistSource) -> RunState:
     Raises `CheckpointError` where it cannot be taken over.
     """
     contents = source.contents
-    if not any(key.startswith(OPTIMIZER_PREFIXES) for key in (*contents.tensors, *contents.objects)):
+    if not any(key.startswith(OPTIMIZER_PREFIXES) for key in contents.keys):
         return NO_RUN
     iteration = iteration_of(source.where.name)
     common_file = source.where / COMMON_FILE

@@ -9,7 +9,6 @@ Format: `torch.distributed.checkpoint` and `megatron.core.dist_checkpointing` of
 """
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import MappedFiles, Stored, file_layout, load_torch
 from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
-from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
+from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, Contents, StoredTensor, read_contents
 from megatron_mixtral.weights.formats.saved_args import common_state
 from megatron_mixtral.weights.plan import check_tiling
 from megatron_mixtral.weights.protocols import Fragment, TensorSource, tiled
@@ -89,10 +88,10 @@ def spans(rule: WeightRule, config: MixtralConfig, offset: Shape, sizes: Shape) 
     return found
 
 
-def state_names(keys: Iterable[str]) -> list[str]:
-    """What keys hold beside weights, for a report: "optimizer.state.exp_avg" rather than each of its tensors."""
+def state_names(contents: Contents) -> list[str]:
+    """What is there beside weights, for a report: "optimizer.state.exp_avg" rather than each of its tensors."""
     found = set()
-    for key in keys:
+    for key in contents.keys:
         if key.startswith(STATE_PREFIXES) and not key.startswith("common_state"):
             parts = key.split("/")[0].split(".")
             model = [parts.index(part) for part in ("embedding", "decoder", "output_layer") if part in parts]
@@ -110,7 +109,7 @@ class DistSource(TensorSource):
         common, where = common_state(self.where, self.contents)
         self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)
         self._places: dict[str, list[_Place]] = {}
-        self.left_behind = state_names((*self.contents.tensors, *self.contents.objects))
+        self.left_behind = state_names(self.contents)
 
     @staticmethod
     def found_in(iteration: Path) -> bool:
@@ -185,9 +184,8 @@ class DistSource(TensorSource):
         return len(lead)
 
     def _check_left_over(self, used: set[str]) -> None:
-        keys = (*self.contents.tensors, *self.contents.objects)
-        extra = [key for key in keys if key not in used and "_extra_state" not in key
-                 and not key.startswith(STATE_PREFIXES)]
+        extra = [key for key in self.contents.keys
+                 if key not in used and "_extra_state" not in key and not key.startswith(STATE_PREFIXES)]
         if extra:
             raise CheckpointError(f"{self.where / METADATA_FILE}: {len(extra)} entries that a Mixtral does not have, "
                                   f"first {min(extra)}")

@@ -68,9 +68,8 @@ class HFSource(TensorSource):
             stored = self._open(file)
             listed = {name for name, where in weight_map.items() if where == file}
             for name in sorted(stored ^ listed):
-                lacking = f"{index.name} lists it there" if name in listed else f"{index.name} does not list it there"
-                present = "has no tensor" if name in listed else "has the tensor"
-                raise CheckpointError(f"{self.where / file} {present} {name}, but {lacking}")
+                has, lists = ("no", "lists") if name in listed else ("the", "does not list")
+                raise CheckpointError(f"{self.where / file} has {has} tensor {name}, but {index.name} {lists} it there")
 
     def _open(self, file: str) -> set[str]:
         """Map a file; the names of its tensors."""
