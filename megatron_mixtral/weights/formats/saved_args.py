@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_mixtral.config import engine
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files import MappedFile, load_torch
+from megatron_mixtral.weights.files import MappedFiles, load_torch
 from megatron_mixtral.weights.formats.dist_metadata import COMMON, COMMON_FILE, METADATA_FILE, Contents, read_contents
 from megatron_mixtral.weights.formats.rank_source import RankDirSource
 
@@ -18,10 +18,10 @@ def common_state(directory: Path, contents: Contents) -> tuple[dict[str, Any], s
     region, path = contents.objects.get(COMMON), directory / COMMON_FILE
     if region is not None:
         where = f"{region.file} ({COMMON})"
-        common = load_torch(MappedFile(region.file), where, region.offset, region.length)
+        common = load_torch(MappedFiles()[region.file], where, region.offset, region.length)
         common = common[0] if isinstance(common, list) and common else common
     elif path.is_file():
-        where, common = str(path), load_torch(MappedFile(path), str(path))
+        where, common = str(path), load_torch(MappedFiles()[path], str(path))
     else:
         where, common = str(directory), {}
     return (common if isinstance(common, dict) else {}), where
