@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.weights.protocols import Fragment, TensorSource, tiled
+from megatron_mixtral.weights.protocols import Fragment, TensorSource
 from megatron_mixtral.weights.rules import ROUTER, HFTensor, hf_tensors
 
 LOADS = "expert_load"  # the key of a step's loads in JSON lines
@@ -60,7 +60,7 @@ class SelectedExperts(TensorSource):
             return found
         rows = self.experts[tensor.layer]
         assert len(found) == 1, f"{tensor.name} is stored in {len(found)} parts; no layout cuts it"
-        return tiled(tensor, [dataclasses.replace(found[0], length=len(rows), data=found[0].data[rows])])
+        return [dataclasses.replace(found[0], length=len(rows), data=found[0].data[rows])]
 
 
 def busiest(path: Path, keep: int, config: MixtralConfig) -> list[list[int]]:

@@ -138,7 +138,7 @@ def torch_archive(contents: Any, base: int = 0, label: str = "archive") -> FileL
     """The archive of `contents`, a value whose tensors are `Payload`s, at byte `base` of a file.
 
     `label` is the folder in the archive, which no reader minds. The layout's size is that of the archive alone.
-    Raises `ValueError` for a tensor of 4 GiB or more.
+    Without tensors it has an empty payload. Raises `ValueError` for a tensor of 4 GiB or more.
     """
     assert base % ALIGNMENT == 0, f"archive at byte {base}"
     at = 0
@@ -159,17 +159,18 @@ def torch_archive(contents: Any, base: int = 0, label: str = "archive") -> FileL
     stored = [entry(f"data/{index}", tensor.size) for index, tensor in enumerate(tensors)]
     last = entry("version", 2, b"3\n")
     start = b"".join(one.whole() for one in first)
-    placed = tuple(Placed(tensor, base + one.start, (b"" if index else start) + one.before(), one.after)
-                   for index, (tensor, one) in enumerate(zip(tensors, stored, strict=True)))
+    placed = [Placed(tensor, base + one.start, (b"" if index else start) + one.before(), one.after)
+              for index, (tensor, one) in enumerate(zip(tensors, stored, strict=True))]
+    if not placed:
+        placed = [Placed(Payload(label, 0, tuple), base + last.header, start)]
     directory_at = at
 
     def end(crcs: Sequence[int]) -> bytes:
-        sums = [*(zlib.crc32(one.data) for one in first), *crcs, zlib.crc32(last.data)]
+        sums = [*(zlib.crc32(one.data) for one in first), *crcs[:len(stored)], zlib.crc32(last.data)]
         directory = b"".join(one.central(crc) for one, crc in zip([*first, *stored, last], sums, strict=True))
-        return (b"" if stored else start) + last.whole() + directory + _ending(len(sums), directory_at, len(directory))
+        return last.whole() + directory + _ending(len(sums), directory_at, len(directory))
 
-    end_at = last.header if stored else 0
-    return FileLayout(end_at + len(end([0] * len(stored))), placed, base + end_at, end)
+    return FileLayout(last.header + len(end([0] * len(stored))), tuple(placed), base + last.header, end)
 
 
 class Joined:
@@ -182,11 +183,8 @@ class Joined:
         """Add the archive of `contents`; returns where it will be."""
         at = self._next()
         part = torch_archive(contents, at, label)
-        if part.placed:
-            (placed,) = part.placed
-            self._placed.append(replace(placed, after=partial(_seal, placed, part)))
-        else:
-            self._placed.append(Placed(Payload(label, 0, tuple), at + part.size, part.end([])))
+        (placed,) = part.placed
+        self._placed.append(replace(placed, after=partial(_seal, placed, part)))
         self._size = at + part.size
         return Region(self._path, at, part.size)
 
@@ -206,7 +204,7 @@ class Joined:
 
 
 def _seal(placed: Placed, archive: FileLayout, crc: int) -> bytes:
-    """What follows the only tensor of an archive."""
+    """What follows the only tensor of an archive, or the place of none."""
     return placed.after(crc) + archive.end([crc])
 
 

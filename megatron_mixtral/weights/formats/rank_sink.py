@@ -34,7 +34,7 @@ class RankDirSink:
         """One file for each shard, as `torch.save` would write it. Raises `ConfigError` for a layout that cannot be."""
         config, layout = source.config, self.layout.validate(source.config, TARGET_FLAGS)
         names, rows = rank_names(layout), padded_vocabulary(config, layout, self.divisible_by)
-        beside = release_state(config, layout, rows, self.divisible_by, dtypes, "torch")
+        beside = release_state(config, layout, rows, self.divisible_by, dtypes)
         contents: dict[str, dict[str, Any]] = {}
         for plan in all_plans(config, layout, rows):
             file = contents.setdefault(f"{RELEASE}/{names[plan.coord]}/{FILE_NAME}",

@@ -161,6 +161,7 @@ class RankDirSource(TensorSource):
             parts = group[name] if isinstance(group[name], tuple) else (group[name],)
             views = [planned.view] if len(parts) == 1 else [
                 narrowed(piece.view, planned.rule.shard_dim, planned.length) for piece in planned.pieces]
+            pieces = []
             for stored, view in zip(parts, views, strict=True):
                 shape = collapse(view)
                 if not isinstance(stored, Stored) or stored.shape != shape:
@@ -168,7 +169,7 @@ class RankDirSource(TensorSource):
                     raise CheckpointError(f"{path}: {name} has shape {found}, expected {shape} in layout {self.layout}")
                 if stored.data is None:
                     raise CheckpointError(f"{path}: {name} is {stored.dtype}, expected floating point weights")
-            pieces = [(stored.dtype, stored.data.reshape(view)) for stored, view in zip(parts, views, strict=True)]
+                pieces.append((stored.dtype, stored.data.reshape(view)))
             if len(parts) < len(planned.pieces):
                 (dtype, joined), dim = pieces[0], planned.rule.join_dim
                 ends = list(accumulate(piece.view[dim] for piece in planned.pieces))
