@@ -8,7 +8,7 @@ writes nothing itself; `streaming` makes their bytes from fragments. So any sour
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy
 
@@ -37,6 +37,7 @@ class Fragment:
 class TensorSource(Protocol):
     """A checkpoint that can be read by Hugging Face tensor name."""
 
+    signs: ClassVar[tuple[str, ...]]  # patterns of what only a directory of its format has
     config: MixtralConfig
     where: Path
     left_behind: list[str]  # what it also holds and no conversion carries (optimizer state), named for the report

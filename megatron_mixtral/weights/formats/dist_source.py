@@ -102,6 +102,8 @@ def state_names(contents: Contents) -> list[str]:
 class DistSource(TensorSource):
     """A distributed checkpoint. Raises `CheckpointError` naming tensor and file."""
 
+    signs = (METADATA_FILE,)
+
     def __init__(self, directory: str | Path) -> None:
         self.root, self.where = iteration_directory(Path(directory))
         self.contents, self.companions, self.mapped = read_contents(self.where), companions_of(self.root), MappedFiles()
@@ -110,11 +112,6 @@ class DistSource(TensorSource):
         self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)
         self._places: dict[str, list[_Place]] = {}
         self.left_behind = state_names(self.contents)
-
-    @staticmethod
-    def found_in(iteration: Path) -> bool:
-        """Whether an iteration's directory holds a distributed checkpoint."""
-        return (iteration / METADATA_FILE).exists()
 
     # -- What is there -----------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ class HFSource(TensorSource):
     Raises `ConfigError` for a config.json this library cannot compute, `CheckpointError` for unreadable files.
     """
 
+    signs = WEIGHT_FILES
+
     def __init__(self, directory: str | Path, config: MixtralConfig | None = None) -> None:
         self.where = Path(directory)
         self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
@@ -38,11 +40,6 @@ class HFSource(TensorSource):
         self._files: dict[str, str] = {}  # by tensor
         self._tensors: dict[str, Stored] = {}
         self._open_all()
-
-    @staticmethod
-    def found_in(directory: Path) -> bool:
-        """Whether there are weights under Hugging Face's file names."""
-        return any((directory / name).exists() for name in WEIGHT_FILES)
 
     # -- What is there -----------------------------------------------------------------------------------
 

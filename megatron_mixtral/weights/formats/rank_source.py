@@ -56,6 +56,8 @@ class RankDirSource(TensorSource):
     parallelism) and refuses contradicting copies. Raises `CheckpointError`.
     """
 
+    signs = ("mp_rank_*",)
+
     def __init__(self, directory: str | Path, *, compare_copies: bool = True) -> None:
         self.root, self.where = iteration_directory(Path(directory))
         self.companions, self.mapped, self.compare_copies = companions_of(self.root), MappedFiles(), compare_copies
@@ -78,19 +80,14 @@ class RankDirSource(TensorSource):
         if (first.parent / OPTIMIZER_FILE).exists():
             self.left_behind.append(OPTIMIZER_FILE)
 
-    @staticmethod
-    def found_in(iteration: Path) -> bool:
-        """Whether an iteration's directory holds rank directories."""
-        return any(iteration.glob("mp_rank_*"))
-
     def _first_file(self) -> Path:
         found = [self.where / rank_name(Coord(), pipeline, expert) / FILE_NAME
                  for pipeline in (False, True) for expert in (False, True)]
-        existing = [path for path in found if path.is_file()]
-        if not existing:
-            looked = ", ".join(path.parent.name for path in found)
-            raise CheckpointError(f"{self.where}: no shard of rank 0; looked for {FILE_NAME} in {looked}")
-        return existing[0]
+        for path in found:
+            if path.is_file():
+                return path
+        raise CheckpointError(f"{self.where}: no shard of rank 0; looked for {FILE_NAME} in "
+                              f"{', '.join(path.parent.name for path in found)}")
 
     def file(self, coord: Coord) -> Path:
         """The file of a shard. Raises `CheckpointError` where there is none."""
