@@ -33,12 +33,10 @@ class TensorSlice:
 
     @property
     def shape(self) -> Shape:
-        """The stored shape."""
         return collapse(self.view)
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
         return prod(self.view)
 
 

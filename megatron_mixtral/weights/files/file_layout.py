@@ -76,12 +76,10 @@ class FileLayout:
 
     @property
     def moved(self) -> int:
-        """Bytes of the payloads."""
         return sum(placed.payload.size for placed in self.placed)
 
     @property
     def tensors(self) -> int:
-        """How many tensors are in it."""
         return sum(placed.payload.dtype is not None for placed in self.placed)
 
 
@@ -199,7 +197,6 @@ class Joined:
         return self._size + -self._size % ALIGNMENT
 
     def layout(self) -> FileLayout:
-        """The file."""
         return FileLayout(self._size, tuple(self._placed))
 
 
