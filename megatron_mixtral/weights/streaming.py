@@ -41,36 +41,35 @@ def _runs(target: TensorSlice, parts: list[list[Fragment]]) -> Iterator[tuple[nu
     """Arrays that are `target` when laid one behind the other, each with its type. Padding is not among them."""
     dim = target.rule.shard_dim
     inside = [_inside(target, fragments) for fragments in parts]
-    kinds = [fragments[0].dtype for fragments in parts]
     if dim == len(target.view) - 1 and dim > 0:
-        yield from ((block, kinds[0]) for block in _columns(inside[0]))
+        yield from _columns(inside[0])
     elif len(parts) > 1 and target.rule.join_dim > dim:  # pieces alternate, unit by unit
         assert dim == 0, f"{target.rule.name}: joined inside of dim {dim}"
-        for units in zip(*(chain.from_iterable(arrays) for arrays in inside), strict=True):
-            yield from zip(units, kinds, strict=True)
+        units = [[(unit, kind) for array, kind in runs for unit in array] for runs in inside]
+        yield from chain.from_iterable(zip(*units, strict=True))
     else:
-        for arrays, kind in zip(inside, kinds, strict=True):
-            yield from ((array, kind) for array in arrays)
+        yield from chain.from_iterable(inside)
 
 
-def _inside(target: TensorSlice, fragments: list[Fragment]) -> list[numpy.ndarray]:
-    """What of a piece's fragments lies in a slice, in order."""
+def _inside(target: TensorSlice, fragments: list[Fragment]) -> list[tuple[numpy.ndarray, str]]:
+    """What of a piece's fragments lies in a slice, in order, each with its type."""
     end, found = target.start + target.length - target.padding, []
     for part in fragments:
         low, high = max(target.start, part.start), min(end, part.start + part.length)
         if low < high:
-            found.append(narrow(part.data, target.rule.shard_dim, low - part.start, high - low))
+            found.append((narrow(part.data, target.rule.shard_dim, low - part.start, high - low), part.dtype))
     return found
 
 
-def _columns(arrays: list[numpy.ndarray]) -> Iterator[numpy.ndarray]:
+def _columns(runs: list[tuple[numpy.ndarray, str]]) -> Iterator[tuple[numpy.ndarray, str]]:
     """The rows of columns that lie side by side, a block at a time."""
+    arrays, kind = [array for array, _ in runs], runs[0][1]
     if len(arrays) == 1 and arrays[0].flags.c_contiguous:
-        yield arrays[0]
+        yield arrays[0], kind
         return
     step = max(1, BLOCK // sum(array[:1].nbytes for array in arrays))
     for row in range(0, len(arrays[0]), step):
-        yield numpy.hstack([array[row:row + step] for array in arrays])
+        yield numpy.hstack([array[row:row + step] for array in arrays]), kind
 
 
 def _cut(run: numpy.ndarray) -> Iterator[numpy.ndarray]:
