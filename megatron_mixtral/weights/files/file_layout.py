@@ -175,7 +175,8 @@ class Joined:
     """A file of archives of one tensor or none, and of copied ones, each behind the other on a multiple of 64 bytes."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._size, self._placed = path, 0, list[Placed]()
+        self._path, self._size = path, 0
+        self._placed: list[Placed] = []
 
     def archive(self, contents: Any, label: str) -> Region:
         """Add the archive of `contents`; returns where it will be."""

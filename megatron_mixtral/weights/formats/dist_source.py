@@ -106,7 +106,8 @@ class DistSource(TensorSource):
 
     def __init__(self, directory: str | Path) -> None:
         self.root, self.where = iteration_directory(Path(directory))
-        self.contents, self.companions, self.mapped = read_contents(self.where), companions_of(self.root), MappedFiles()
+        self.contents = read_contents(self.where)
+        self.companions, self.mapped = companions_of(self.root), MappedFiles()
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         common, where = common_state(self.where, self.contents)
         self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)

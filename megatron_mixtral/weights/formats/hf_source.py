@@ -36,7 +36,8 @@ class HFSource(TensorSource):
     def __init__(self, directory: str | Path, config: MixtralConfig | None = None) -> None:
         self.where = Path(directory)
         self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
-        self.left_behind, self.companions, self.mapped = list[str](), companions_of(self.where), MappedFiles()
+        self.left_behind: list[str] = []
+        self.companions, self.mapped = companions_of(self.where), MappedFiles()
         self._files: dict[str, str] = {}  # by tensor
         self._tensors: dict[str, Stored] = {}
         self._open_all()

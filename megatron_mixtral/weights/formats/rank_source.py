@@ -60,7 +60,8 @@ class RankDirSource(TensorSource):
 
     def __init__(self, directory: str | Path, *, compare_copies: bool = True) -> None:
         self.root, self.where = iteration_directory(Path(directory))
-        self.companions, self.mapped, self.compare_copies = companions_of(self.root), MappedFiles(), compare_copies
+        self.compare_copies = compare_copies
+        self.companions, self.mapped = companions_of(self.root), MappedFiles()
         first = self._first_file()
         contents = self._load(first)
         args = contents.get("args")
