@@ -84,7 +84,7 @@ class HFSource(TensorSource):
 
     def check(self) -> None:
         """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
-        used = {self._locate(tensor) for tensor in self._stored()}
+        used = {self._locate(tensor)[0] for tensor in self._stored()}
         self._check_tied_copy(used)
         extra = [n for n in self._files if n not in used and not n.endswith(IGNORABLE_HF_SUFFIXES)]
         if extra:
@@ -103,25 +103,23 @@ class HFSource(TensorSource):
                                       f"{TIED_ORIGINAL}, though config.json says tie_word_embeddings")
             used.add(TIED_COPY)
 
-    def _locate(self, tensor: HFTensor) -> str:
-        """The name of what holds a tensor, which is of the shape that config.json gives it."""
-        fused = tensor.fused()
-        found = [name for name in tensor.names() if name in self._files]
-        whole = fused.name if fused is not None and fused.name in self._files else None
-        if len(found) + (whole is not None) > 1:
-            raise CheckpointError(f"{self.where}: {tensor.name} is stored twice, as {', '.join([*found, whole or ''])}")
-        expected = tensor.shape
-        if whole is not None:
+    def _locate(self, tensor: HFTensor) -> tuple[str, Stored]:
+        """What holds a tensor, and its name. It is of the shape that config.json gives it."""
+        shapes, fused = dict.fromkeys(tensor.names(), tensor.shape), tensor.fused()
+        if fused is not None:
             rows, columns = tensor.shape
-            found, expected = [whole], (self.config.num_local_experts, fused.parts * rows, columns)
-        if not found:
+            shapes[fused.name] = (self.config.num_local_experts, fused.parts * rows, columns)
+        names = [name for name in shapes if name in self._files]
+        if len(names) > 1:
+            raise CheckpointError(f"{self.where}: {tensor.name} is stored twice, as {', '.join(names)}")
+        if not names:
             files = ", ".join(sorted(set(self._files.values())))
             raise CheckpointError(f"{self.where}: {tensor.name} is missing from {files}")
-        shape = self._read(found[0]).shape
-        if shape != expected:
-            raise CheckpointError(f"{self.where / self._files[found[0]]}: {found[0]} has shape {shape}, expected "
-                                  f"{expected} by config.json")
-        return found[0]
+        name, found = names[0], self._read(names[0])
+        if found.shape != shapes[name]:
+            raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found.shape}, expected "
+                                  f"{shapes[name]} by config.json")
+        return name, found
 
     # -- Reading -----------------------------------------------------------------------------------------
 
@@ -135,15 +133,14 @@ class HFSource(TensorSource):
         return found
 
     def dtype(self, tensor: HFTensor) -> str:
-        return self._read(self._locate(tensor)).dtype
+        return self._locate(tensor)[1].dtype
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """The whole tensor as one memory-mapped fragment."""
-        name = self._locate(tensor)
-        found = self._read(name)
-        data = found.data
-        if name not in tensor.names():
-            fused, rows = tensor.fused(), tensor.shape[0]
+        name, found = self._locate(tensor)
+        data, fused = found.data, tensor.fused()
+        if fused is not None and name == fused.name:
+            rows = tensor.shape[0]
             data = data[tensor.expert, fused.part * rows:(fused.part + 1) * rows]
         return [Fragment(0, tensor.view[tensor.rule.shard_dim], data.reshape(tensor.view), found.dtype,
                          f"{self.where / self._files[name]} ({name})")]
