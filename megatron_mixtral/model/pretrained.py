@@ -109,7 +109,7 @@ def fill(model: "MixtralModel", source: Any, coord: Coord, layout: ParallelLayou
             parameter.copy_(assemble(tensor, source, parameter.dtype))
     if parameters:
         raise CheckpointError(f"{source.where} gives no value for {sorted(parameters)}")
-    source.release()
+    source.mapped.release()
     logger.info("loaded %s, stage %s", source.where, coord)
 
 

@@ -19,7 +19,7 @@ from megatron_mixtral.weights.edits import SelectedExperts, UpcycledSource, busi
 from megatron_mixtral.weights.files import atomic
 from megatron_mixtral.weights.formats import HFSource, directory
 from megatron_mixtral.weights.opening import open_megatron, open_sink, open_source
-from megatron_mixtral.weights.plan import all_plans, check_complete, describe, padded_vocabulary
+from megatron_mixtral.weights.plan import all_plans, describe, padded_vocabulary
 from megatron_mixtral.weights.protocols import TensorSink, TensorSource
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,6 @@ def _shards(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namesp
     """What each shard of a layout will hold."""
     padded = padded_vocabulary(config, layout, args.make_vocab_size_divisible_by or 1)
     plans = all_plans(config, layout, padded)
-    check_complete(plans, config)
     size = 2 if args.params_dtype is None else FLOATS[type_name(args.params_dtype)].itemsize
     return (f"{config.total_parameters:,} parameters, layout {layout}, vocabulary {config.vocab_size} "
             f"padded to {padded}\n" + describe(plans, size))

@@ -73,8 +73,7 @@ class Report:
 
     def to_json(self) -> str:
         """Contents of `conversion.json`."""
-        values = asdict(self) | {"source": str(self.source), "target": str(self.target)}
-        return json.dumps(values, indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, default=str) + "\n"
 
 
 def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, companions: Iterable[Path] = (),
@@ -93,7 +92,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
         raise CheckpointError(f"{sink.target} holds the source {source.where}; choose another target")
     name = type_name(dtype)
     output = _plan(source, sink, name)
-    found = [*companions, *output.companions, *source.companions()]
+    found = [*companions, *output.companions, *source.companions]
     companions = list({path.name: path for path in reversed(found)}.values())  # the first of each name
     report = Report(source.where, sink.target, files=list(output.files), carried=list(output.carried),
                     tensors=sum(layout.tensors for layout in output.files.values()),
@@ -122,7 +121,7 @@ def preview(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     name = type_name(dtype)
     output = _plan(source, sink, name)
     tensors = sum(layout.tensors for layout in output.files.values())
-    copied = sum(path.stat().st_size for path in {*companions, *output.companions, *source.companions()})
+    copied = sum(path.stat().st_size for path in {*companions, *output.companions, *source.companions})
     threads = writer.workers(jobs, tensors)
     lines = [f"{source.where} -> {sink.target}"]
     lines += [f"{path}: {layout.tensors} tensors, {human_size(layout.size)}" for path, layout in output.files.items()]
@@ -156,7 +155,7 @@ def _write_all(stage: atomic.Stage, output: Output, source: TensorSource, report
     report.resumed = list(not_finite)
     due = {path: layout for path, layout in output.files.items() if path not in not_finite}
     total = sum(layout.moved for layout in due.values())
-    meter = writer.Meter(source.release, None if progress is None else lambda done: progress(done, total))
+    meter = writer.Meter(source.mapped.release, None if progress is None else lambda done: progress(done, total))
 
     def done(path: str, bad: list[str]) -> None:
         stage.note(path, bad)
@@ -180,7 +179,7 @@ def compare(source: TensorSource, written: TensorSource, dtype: str | None = Non
             jobs: int | None = None) -> dict[str, int]:
     """Checksums of every Hugging Face tensor, which must be the same in both. Raises `CheckpointError` naming one."""
     written.check()
-    meter = writer.Meter(lambda: (source.release(), written.release()) and None)
+    meter = writer.Meter(lambda: (source.mapped.release(), written.mapped.release()) and None)
     tensors = hf_tensors(source.config)
 
     def one(name: str) -> tuple[str, int]:

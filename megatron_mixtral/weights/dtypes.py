@@ -56,27 +56,18 @@ def type_name(dtype: Any) -> str | None:
 
 def cast(block: numpy.ndarray, old: str, new: str) -> numpy.ndarray:
     """Bit patterns of type `old` as those of type `new`, rounded as torch rounds."""
-    return carried(as_torch(block, old).to(getattr(_torch(), new)))
+    import torch
+
+    kind, tensor = FLOATS[new], as_torch(block, old).to(getattr(torch, new))
+    return tensor.view(getattr(torch, f"int{8 * kind.itemsize}")).numpy().view(kind.carrier)
 
 
 def as_torch(block: numpy.ndarray, name: str) -> Any:
     """A torch tensor of type `name` over a carrier array, sharing its memory where that is writable."""
-    torch = _torch()
-    block = block if block.flags.writeable and block.flags.c_contiguous else block.copy()
-    return torch.from_numpy(block.view(f"<i{block.itemsize}")).view(getattr(torch, name))
-
-
-def carried(tensor: Any) -> numpy.ndarray:
-    """The carrier array of a contiguous CPU tensor, sharing its memory."""
-    torch = _torch()
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
-    return tensor.view(bits).numpy().view(f"<u{tensor.itemsize}")
-
-
-def _torch() -> Any:
     import torch
 
-    return torch
+    block = block if block.flags.writeable and block.flags.c_contiguous else block.copy()
+    return torch.from_numpy(block.view(f"<i{block.itemsize}")).view(getattr(torch, name))
 
 
 def finite(block: numpy.ndarray, name: str) -> bool:

@@ -1,12 +1,13 @@
 """What a directory is: its format, layout, architecture, tensors, types, sizes, iteration, and whether it is whole.
 
-Called by `cli`. A directory is whole when `check` of its source finds nothing to
-refuse and it carries no mark of an unfinished conversion; with `deep`, every byte of every tensor is read, too.
+A directory is whole when `check` of its source finds nothing to refuse and it carries no mark of an unfinished
+conversion; with `deep`, every byte of every tensor is read, too.
 """
 
 import collections
 import json
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,8 @@ def _look(found: Findings, deep: bool) -> None:
     kinds: collections.Counter[str] = collections.Counter()
     for tensor in hf_tensors(config).values():
         kind = source.dtype(tensor)
-        size = FLOATS[kind].itemsize
-        for dim in tensor.shape:
-            size *= dim
         kinds[kind] += 1
-        found.bytes += size
+        found.bytes += prod(tensor.shape) * FLOATS[kind].itemsize
     found.types, found.tensors = dict(kinds), sum(kinds.values())
     if deep:
         sums = compare(source, source)

@@ -25,16 +25,16 @@ def open_source(path: str | Path, *, compare_copies: bool = True) -> TensorSourc
     Raises `CheckpointError` or `ConfigError` for a directory that is none, or cannot be read.
     """
     path = _directory(path)
-    return HFSource(path) if HFSource.found_in(path) else open_megatron(path, compare_copies=compare_copies)
+    return HFSource(path) if _has_signs(path, HFSource) else open_megatron(path, compare_copies=compare_copies)
 
 
 def open_megatron(path: str | Path, *, compare_copies: bool = True) -> RankDirSource | DistSource:
     """The source for a Megatron checkpoint directory: rank directories or a distributed checkpoint. Raises as above."""
     path = _directory(path)
     _, iteration = directory.iteration_directory(path)
-    if DistSource.found_in(iteration):
+    if _has_signs(iteration, DistSource):
         return DistSource(path)
-    if RankDirSource.found_in(iteration):
+    if _has_signs(iteration, RankDirSource):
         return RankDirSource(path, compare_copies=compare_copies)
     raise CheckpointError(f"{path} is not a Megatron checkpoint: no {directory.TRACKER}, no mp_rank_* directories and "
                           "no metadata of a distributed one")
@@ -62,3 +62,7 @@ def _directory(path: str | Path) -> Path:
     if not Path(path).is_dir():
         raise CheckpointError(f"{path} does not exist or is not a directory")
     return Path(path)
+
+
+def _has_signs(directory: Path, source: type[TensorSource]) -> bool:
+    return any(any(directory.glob(pattern)) for pattern in source.signs)

@@ -4,14 +4,14 @@
 up in it, `--dry-run` prints it, and tests compare it with the engine's own model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.rules import EMBEDDING, OUTPUT, RULES, HFTensor, Shape, WeightRule, collapse, hf_tensors
+from megatron_mixtral.weights.rules import EMBEDDING, OUTPUT, HFTensor, Shape, WeightRule, collapse, hf_tensors, walk
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,11 @@ class TensorSlice:
 
     @property
     def shape(self) -> Shape:
-        """The stored shape."""
         return collapse(self.view)
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
         return prod(self.view)
-
-    def piece_spans(self) -> Iterator[tuple[HFTensor, int, int]]:
-        """Each piece with the interval (start, length) it takes along the join dim of `view`."""
-        if len(self.pieces) == 1:
-            yield self.pieces[0], 0, self.view[self.rule.join_dim]
-            return
-        at = 0
-        for piece in self.pieces:
-            yield piece, at, piece.view[self.rule.join_dim]
-            at += piece.view[self.rule.join_dim]
 
 
 def whole(tensor: HFTensor) -> TensorSlice:
@@ -87,26 +75,12 @@ class ShardPlan:
         first = self.layout.is_first(self.coord.pp, self.chunk)
         last = self.layout.is_last(self.coord.pp, self.chunk)
         tensors = hf_tensors(self.config)
-        found: list[TensorSlice] = []
-
-        def add(rule: WeightRule, number: tuple[int, int] = (0, 0), local: tuple[int, int] = (0, 0)) -> None:
-            found.append(self._slice(rule, tensors, number, local))
-
-        if first:
-            add(EMBEDDING)
         layers = self.layout.layers_of(self.coord.pp, self.config.num_hidden_layers, self.chunk)
         experts = self.layout.experts_of(self.coord.ep, self.config.num_local_experts)
-        for local_layer, layer in enumerate(layers):
-            for rule in RULES:
-                if rule.owner == "layer":
-                    for local_expert, expert in enumerate(experts) if rule.per_expert else ((0, 0),):
-                        add(rule, (layer, expert), (local_layer, local_expert))
-        if last:
-            for rule in RULES:
-                # Tied: one stage needs no output layer; a last stage of its own keeps a copy of the embedding there.
-                if rule.owner == "last" and not (rule is OUTPUT and self.config.tie_word_embeddings and first):
-                    add(rule)
-        return found
+        # Tied: one stage needs no output layer; a last stage of its own keeps a copy of the embedding there.
+        return [self._slice(rule, tensors, (layer, expert), (layer - layers.start, expert - experts.start))
+                for rule, layer, expert in walk(layers, experts, first, last)
+                if not (rule is OUTPUT and self.config.tie_word_embeddings and first)]
 
     def extra_states(self) -> list[str]:
         """Names of the engine's `_extra_state` entries, which are None in the local spec."""
@@ -126,18 +100,18 @@ class ShardPlan:
         assert total % ways == 0, f"{rule.name}: {total} over {rule.axis} {ways}; was the layout validated?"
         length = total // ways
         start = index * length
-        view = list(rule.joined_view(self.config))
-        view[rule.shard_dim] = length
         names = (rule.megatron, *rule.megatron_aliases)
         name, *aliases = (text.format(layer=local[0], expert=local[1]) for text in names)
-        return TensorSlice(name, rule, pieces, start, length, tuple(view),
+        return TensorSlice(name, rule, pieces, start, length, rule.joined_view(self.config, length),
                            padding=min(length, max(0, start + length - size)), aliases=tuple(aliases))
 
 
 def all_plans(config: MixtralConfig, layout: ParallelLayout, padded_vocab: int | None = None) -> list[ShardPlan]:
-    """A plan for every coordinate and chunk of a layout."""
-    return [ShardPlan(config, layout, coord, chunk, padded_vocab)
-            for coord in layout.coords() for chunk in range(layout.vpp)]
+    """A plan for every coordinate and chunk of a layout; together they are complete."""
+    plans = [ShardPlan(config, layout, coord, chunk, padded_vocab)
+             for coord in layout.coords() for chunk in range(layout.vpp)]
+    check_complete(plans, config)
+    return plans
 
 
 def check_tiling(tensor: HFTensor, intervals: Iterable[tuple[int, int]], what: str) -> None:

@@ -8,15 +8,15 @@ writes nothing itself; `streaming` makes their bytes from fragments. So any sour
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files import file_layout
+from megatron_mixtral.weights.files import MappedFiles, file_layout
 from megatron_mixtral.weights.plan import check_tiling
-from megatron_mixtral.weights.rules import HFTensor
+from megatron_mixtral.weights.rules import HFTensor, narrowed
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ class Fragment:
 class TensorSource(Protocol):
     """A checkpoint that can be read by Hugging Face tensor name."""
 
+    signs: ClassVar[tuple[str, ...]]  # patterns of what only a directory of its format has
     config: MixtralConfig
     where: Path
     left_behind: list[str]  # what it also holds and no conversion carries (optimizer state), named for the report
+    companions: list[Path]  # tokenizer and generation files that belong to the model
+    mapped: MappedFiles  # what it reads from
 
     def check(self) -> None:
         """Raise `CheckpointError` unless every expected tensor is there, whole, of its shape, and nothing else is."""
@@ -49,12 +52,6 @@ class TensorSource(Protocol):
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """Fragments that tile the tensor exactly, sorted by start."""
-
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files that belong to the model."""
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +94,10 @@ def tiled(tensor: HFTensor, fragments: Iterable[Fragment]) -> list[Fragment]:
     """Sort fragments by start; raise `CheckpointError` unless they tile the tensor and agree in dtype and shape."""
     found = sorted(fragments, key=lambda fragment: fragment.start)
     for fragment in found:
-        expected = list(tensor.view)
-        expected[tensor.rule.shard_dim] = fragment.length
-        if list(fragment.data.shape) != expected:
-            raise CheckpointError(f"{fragment.where}: {tensor.name} has view {tuple(fragment.data.shape)}, "
-                                  f"expected {tuple(expected)}")
+        expected = narrowed(tensor.view, tensor.rule.shard_dim, fragment.length)
+        if fragment.data.shape != expected:
+            raise CheckpointError(f"{fragment.where}: {tensor.name} has view {fragment.data.shape}, expected "
+                                  f"{expected}")
         if fragment.dtype != found[0].dtype:
             raise CheckpointError(f"{fragment.where}: {tensor.name} is {fragment.dtype}, "
                                   f"but {found[0].dtype} in {found[0].where}")

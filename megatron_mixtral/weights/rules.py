@@ -13,7 +13,7 @@ Sources of the formats: Hugging Face, `block_sparse_moe` as every published Mixt
 that transformers 5 uses in memory; Megatron, `GPTModel.state_dict()` and `sharded_state_dict()` of megatron-core 0.19.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -31,6 +31,11 @@ _DIST = "decoder.layers."
 def collapse(view: Shape) -> Shape:
     """The stored shape of a view: all but the last dim multiplied together."""
     return view if len(view) < 2 else (prod(view[:-1]), view[-1])
+
+
+def narrowed(view: Shape, dim: int, length: int) -> Shape:
+    """A view with `length` units in one dim."""
+    return (*view[:dim], length, *view[dim + 1:])
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,11 @@ class WeightRule:
         """Whether there is one such tensor for each expert of a layer."""
         return "{expert}" in self.megatron
 
-    def joined_view(self, config: MixtralConfig) -> Shape:
-        """The view of all pieces joined, unsharded and unpadded."""
+    def joined_view(self, config: MixtralConfig, length: int | None = None) -> Shape:
+        """The view of all pieces joined: of `length` units along `shard_dim`, or (None) unsharded and unpadded."""
         views = [piece.view(config) for piece in self.pieces]
-        joined = list(views[0])
-        joined[self.join_dim] = sum(view[self.join_dim] for view in views) if len(views) > 1 else joined[self.join_dim]
-        return tuple(joined)
+        whole = narrowed(views[0], self.join_dim, sum(view[self.join_dim] for view in views))
+        return whole if length is None else narrowed(whole, self.shard_dim, length)
 
     def shard_size(self, config: MixtralConfig) -> int:
         """Units along `shard_dim` (query groups, ffn rows, vocabulary rows, ...), unpadded."""
@@ -180,7 +184,6 @@ RULES: tuple[WeightRule, ...] = (
     EMBEDDING, INPUT_NORM, QKV, PROJ, PRE_MLP_NORM, ROUTER, FC1, FC2, FINAL_NORM, OUTPUT)
 
 
-
 def dist_names(key: str) -> tuple[str, ...]:
     """The keys, ours first, under which layer specifications of the engine know the tensor of a distributed checkpoint.
 
@@ -224,24 +227,22 @@ class HFTensor:
         return None if fused is None else Fused(fused.name.format(layer=self.layer), fused.part, fused.parts)
 
 
+def walk(layers: range, experts: range, first: bool = True, last: bool = True) -> Iterator[tuple[WeightRule, int, int]]:
+    """Rules in the model's order, each with its layer and expert, for some layers and experts, and the model's ends."""
+    yield from ((rule, 0, 0) for rule in RULES if first and rule.owner == "first")
+    for layer in layers:
+        for rule in RULES:
+            if rule.owner == "layer":
+                yield from ((rule, layer, expert) for expert in (experts if rule.per_expert else (0,)))
+    yield from ((rule, 0, 0) for rule in RULES if last and rule.owner == "last")
+
+
 def hf_tensors(config: MixtralConfig) -> dict[str, HFTensor]:
     """Every Hugging Face tensor of an architecture by canonical name, in the model's order.
 
     With tied embeddings there is no `lm_head.weight`: the output layer *is* the embedding.
     """
-    found: dict[str, HFTensor] = {}
-
-    def add(rule: WeightRule, layer: int = 0, expert: int = 0) -> None:
-        for index, name in enumerate(rule.hf_names(layer, expert)):
-            found[name] = HFTensor(name, rule, index, layer, expert, rule.pieces[index].view(config))
-
-    add(EMBEDDING)
-    for layer in range(config.num_hidden_layers):
-        for rule in RULES:
-            if rule.owner == "layer":
-                for expert in range(config.num_local_experts) if rule.per_expert else (0,):
-                    add(rule, layer, expert)
-    add(FINAL_NORM)
-    if not config.tie_word_embeddings:
-        add(OUTPUT)
-    return found
+    return {name: HFTensor(name, rule, index, layer, expert, rule.pieces[index].view(config))
+            for rule, layer, expert in walk(range(config.num_hidden_layers), range(config.num_local_experts))
+            if not (rule is OUTPUT and config.tie_word_embeddings)
+            for index, name in enumerate(rule.hf_names(layer, expert))}

@@ -8,6 +8,7 @@ tensor of them.
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -27,7 +28,7 @@ def blocks(target: TensorSlice, source: TensorSource, dtype: str | None = None) 
 
     None keeps the source's type, which all pieces must share (`payload` sees to it).
     """
-    parts = [source.fragments(piece) for piece, _, _ in target.piece_spans()]
+    parts = [source.fragments(piece) for piece in target.pieces]
     for run, kind in _runs(target, parts):
         for block in _cut(run):
             yield block if dtype in (None, kind) else cast(block, kind, dtype)
@@ -38,39 +39,37 @@ def blocks(target: TensorSlice, source: TensorSource, dtype: str | None = None) 
 
 def _runs(target: TensorSlice, parts: list[list[Fragment]]) -> Iterator[tuple[numpy.ndarray, str]]:
     """Arrays that are `target` when laid one behind the other, each with its type. Padding is not among them."""
-    dim, start, end = target.rule.shard_dim, target.start, target.start + target.length - target.padding
+    dim = target.rule.shard_dim
+    inside = [_inside(target, fragments) for fragments in parts]
     if dim == len(target.view) - 1 and dim > 0:
-        yield from _columns(target, parts[0])
+        yield from _columns(inside[0])
     elif len(parts) > 1 and target.rule.join_dim > dim:  # pieces alternate, unit by unit
         assert dim == 0, f"{target.rule.name}: joined inside of dim {dim}"
-        for unit in range(start, end):
-            for fragments in parts:
-                part = next(f for f in fragments if f.start <= unit < f.start + f.length)
-                yield part.data[unit - part.start], part.dtype
+        units = [[(unit, kind) for array, kind in runs for unit in array] for runs in inside]
+        yield from chain.from_iterable(zip(*units, strict=True))
     else:
-        for fragments in parts:
-            for part in fragments:
-                low, high = max(start, part.start), min(end, part.start + part.length)
-                if low < high:
-                    yield narrow(part.data, dim, low - part.start, high - low), part.dtype
+        yield from chain.from_iterable(inside)
 
 
-def _columns(target: TensorSlice, fragments: list[Fragment]) -> Iterator[tuple[numpy.ndarray, str]]:
-    """The rows of a slice of columns, a block at a time."""
-    rows, width = target.view
-    kind = fragments[0].dtype
-    parts = [(max(target.start, f.start), min(target.start + target.length, f.start + f.length), f) for f in fragments]
-    parts = [(low, high, f) for low, high, f in parts if low < high]
-    if len(parts) == 1 and parts[0][2].length == width and parts[0][2].data.flags.c_contiguous:
-        yield parts[0][2].data, kind
+def _inside(target: TensorSlice, fragments: list[Fragment]) -> list[tuple[numpy.ndarray, str]]:
+    """What of a piece's fragments lies in a slice, in order, each with its type."""
+    end, found = target.start + target.length - target.padding, []
+    for part in fragments:
+        low, high = max(target.start, part.start), min(end, part.start + part.length)
+        if low < high:
+            found.append((narrow(part.data, target.rule.shard_dim, low - part.start, high - low), part.dtype))
+    return found
+
+
+def _columns(runs: list[tuple[numpy.ndarray, str]]) -> Iterator[tuple[numpy.ndarray, str]]:
+    """The rows of columns that lie side by side, a block at a time."""
+    arrays, kind = [array for array, _ in runs], runs[0][1]
+    if len(arrays) == 1 and arrays[0].flags.c_contiguous:
+        yield arrays[0], kind
         return
-    step = max(1, BLOCK // (width * FLOATS[kind].itemsize))
-    for row in range(0, rows, step):
-        block = numpy.empty((min(step, rows - row), width), FLOATS[kind].carrier)
-        for low, high, part in parts:
-            block[:, low - target.start:high - target.start] = \
-                part.data[row:row + step, low - part.start:high - part.start]
-        yield block, kind
+    step = max(1, BLOCK // sum(array[:1].nbytes for array in arrays))
+    for row in range(0, len(arrays[0]), step):
+        yield numpy.hstack([array[row:row + step] for array in arrays]), kind
 
 
 def _cut(run: numpy.ndarray) -> Iterator[numpy.ndarray]:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.weights.protocols import Fragment, TensorSource, tiled
+from megatron_mixtral.weights.protocols import Fragment, TensorSource
 from megatron_mixtral.weights.rules import ROUTER, HFTensor, hf_tensors
 
 LOADS = "expert_load"  # the key of a step's loads in JSON lines
 
 
-class SelectedExperts:
+class SelectedExperts(TensorSource):
     """The model with only the given experts of `source`, in that order, and the router's rows of these.
 
     The list is one for all layers, or one for each. Raises `ConfigError` for lists that cannot be.
@@ -25,8 +25,8 @@ class SelectedExperts:
 
     def __init__(self, source: TensorSource, experts: Sequence[int] | Sequence[Sequence[int]]) -> None:
         old = source.config
-        each = [layer if isinstance(layer, Sequence) else experts for layer in experts]
-        self.experts = [list(layer) for layer in (each if each[0] is not experts else each[:1] * old.num_hidden_layers)]
+        each = experts if isinstance(experts[0], Sequence) else [experts] * old.num_hidden_layers
+        self.experts = [list(layer) for layer in each]
         if len(self.experts) != old.num_hidden_layers:
             raise ConfigError(f"experts are listed for {len(self.experts)} layers, the model has "
                               f"{old.num_hidden_layers}")
@@ -39,7 +39,8 @@ class SelectedExperts:
                                   f"{old.num_local_experts - 1}")
         # At least one must be left to choose: the configuration refuses fewer experts than a token meets.
         self.config = dataclasses.replace(old, num_local_experts=counts.pop())
-        self.where, self.left_behind, self._source = source.where, list(source.left_behind), source
+        self._source, self.where, self.mapped = source, source.where, source.mapped
+        self.left_behind, self.companions = source.left_behind, source.companions
         self._tensors = hf_tensors(old)
 
     def _original(self, tensor: HFTensor) -> HFTensor:
@@ -47,11 +48,9 @@ class SelectedExperts:
         return self._tensors[tensor.rule.hf_names(tensor.layer, expert)[tensor.piece]]
 
     def check(self) -> None:
-        """As the source's."""
         self._source.check()
 
     def dtype(self, tensor: HFTensor) -> str:
-        """The name of the type a tensor is stored in."""
         return self._source.dtype(self._original(tensor))
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
@@ -61,15 +60,7 @@ class SelectedExperts:
             return found
         rows = self.experts[tensor.layer]
         assert len(found) == 1, f"{tensor.name} is stored in {len(found)} parts; no layout cuts it"
-        return tiled(tensor, [dataclasses.replace(found[0], length=len(rows), data=found[0].data[rows])])
-
-    def companions(self) -> list[Path]:
-        """As the source's."""
-        return self._source.companions()
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
-        self._source.release()
+        return [dataclasses.replace(found[0], length=len(rows), data=found[0].data[rows])]
 
 
 def busiest(path: Path, keep: int, config: MixtralConfig) -> list[list[int]]:

@@ -80,10 +80,6 @@ class Stage:
         """Note that a file is whole and on the disk. Under its name the note is whole, or not there."""
         write_whole(self._note(path), json.dumps(remarks))
 
-    def end(self) -> None:
-        """Remove the notes."""
-        shutil.rmtree(self._notes, ignore_errors=True)
-
 
 @contextlib.contextmanager
 def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterator[Stage]:
@@ -113,7 +109,7 @@ def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterato
             logger.info("removing what an unfinished conversion left in %s", partial)
             stage.begin("")
         yield stage
-        stage.end()
+        shutil.rmtree(partial / NOTES, ignore_errors=True)
         sync_tree(partial)
         if target.exists():
             target.rename(old)

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Buffer, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
+from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.weights.dtypes import FLOATS
@@ -31,10 +33,6 @@ _LOCATOR64 = struct.Struct("<4sIQI")
 _FLAGS = 0x0808  # sizes and CRC follow the data; names are UTF-8
 _DATE = (1 << 5) | 1  # 1980-01-01: the same weights give the same file
 _MOST32, _MOST16 = 0xFFFFFFFF, 0xFFFF
-
-
-def _nothing(crc: int) -> bytes:
-    return b""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Placed:
     payload: Payload
     offset: int
     before: bytes = b""
-    after: Callable[[int], bytes] = _nothing
+    after: Callable[[int], bytes] = lambda crc: b""
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,10 @@ class FileLayout:
 
     @property
     def moved(self) -> int:
-        """Bytes of the payloads."""
         return sum(placed.payload.size for placed in self.placed)
 
     @property
     def tensors(self) -> int:
-        """How many tensors are in it."""
         return sum(placed.payload.dtype is not None for placed in self.placed)
 
 
@@ -119,13 +115,11 @@ class _Entry:
 
 def _reference(key: int, tensor: Payload) -> Call:
     """What stands for a tensor in the pickle of an archive: storage `key`, contiguous, of the tensor's shape."""
-    count, strides = 1, []
-    for size in reversed(tensor.shape):
-        strides.insert(0, count)
-        count *= size
-    storage = Persistent(("storage", Global("torch", FLOATS[tensor.dtype].storage), str(key), "cpu", count))
+    storage = Persistent(("storage", Global("torch", FLOATS[tensor.dtype].storage), str(key), "cpu",
+                          prod(tensor.shape)))
+    strides = tuple(prod(tensor.shape[dim + 1:]) for dim in range(len(tensor.shape)))
     return Call(Global("torch._utils", "_rebuild_tensor_v2"),
-                (storage, 0, tensor.shape, tuple(strides), False, Call(Global("collections", "OrderedDict"))))
+                (storage, 0, tensor.shape, strides, False, Call(Global("collections", "OrderedDict"))))
 
 
 def _referred(value: Any, found: list[Payload]) -> Any:
@@ -142,7 +136,7 @@ def torch_archive(contents: Any, base: int = 0, label: str = "archive") -> FileL
     """The archive of `contents`, a value whose tensors are `Payload`s, at byte `base` of a file.
 
     `label` is the folder in the archive, which no reader minds. The layout's size is that of the archive alone.
-    Raises `ValueError` for a tensor of 4 GiB or more.
+    Without tensors it has an empty payload. Raises `ValueError` for a tensor of 4 GiB or more.
     """
     assert base % ALIGNMENT == 0, f"archive at byte {base}"
     at = 0
@@ -163,55 +157,52 @@ def torch_archive(contents: Any, base: int = 0, label: str = "archive") -> FileL
     stored = [entry(f"data/{index}", tensor.size) for index, tensor in enumerate(tensors)]
     last = entry("version", 2, b"3\n")
     start = b"".join(one.whole() for one in first)
-    placed = tuple(Placed(tensor, base + one.start, (b"" if index else start) + one.before(), one.after)
-                   for index, (tensor, one) in enumerate(zip(tensors, stored, strict=True)))
+    placed = [Placed(tensor, base + one.start, (b"" if index else start) + one.before(), one.after)
+              for index, (tensor, one) in enumerate(zip(tensors, stored, strict=True))]
+    if not placed:
+        placed = [Placed(Payload(label, 0, tuple), base + last.header, start)]
     directory_at = at
 
     def end(crcs: Sequence[int]) -> bytes:
-        sums = [*(zlib.crc32(one.data) for one in first), *crcs, zlib.crc32(last.data)]
+        sums = [*(zlib.crc32(one.data) for one in first), *crcs[:len(stored)], zlib.crc32(last.data)]
         directory = b"".join(one.central(crc) for one, crc in zip([*first, *stored, last], sums, strict=True))
-        return (b"" if stored else start) + last.whole() + directory + _ending(len(sums), directory_at, len(directory))
+        return last.whole() + directory + _ending(len(sums), directory_at, len(directory))
 
-    end_at = last.header if stored else 0
-    return FileLayout(end_at + len(end([0] * len(stored))), placed, base + end_at, end)
+    return FileLayout(last.header + len(end([0] * len(stored))), tuple(placed), base + last.header, end)
 
 
 class Joined:
     """A file of archives of one tensor or none, and of copied ones, each behind the other on a multiple of 64 bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path, self._size = path, 0
         self._placed: list[Placed] = []
-        self._size = 0
 
-    def archive(self, contents: Any, label: str) -> tuple[int, int]:
-        """Add the archive of `contents`; returns its offset and length in the file."""
+    def archive(self, contents: Any, label: str) -> Region:
+        """Add the archive of `contents`; returns where it will be."""
         at = self._next()
         part = torch_archive(contents, at, label)
-        if part.placed:
-            (placed,) = part.placed
-            self._placed.append(replace(placed, after=partial(_seal, placed, part)))
-        else:
-            self._placed.append(Placed(Payload(label, 0, tuple), at + part.size, part.end([])))
+        (placed,) = part.placed
+        self._placed.append(replace(placed, after=partial(_seal, placed, part)))
         self._size = at + part.size
-        return at, part.size
+        return Region(self._path, at, part.size)
 
-    def copy(self, name: str, region: Region) -> tuple[int, int]:
-        """Add an archive of another file as it is; returns its offset and length in the file."""
+    def copy(self, name: str, region: Region) -> Region:
+        """Add an archive of another file as it is; returns where it will be."""
         at = self._next()
         self._placed.append(Placed(Payload(name, region.length, region.blocks), at))
         self._size = at + region.length + -region.length % ALIGNMENT
-        return at, region.length
+        return Region(self._path, at, region.length)
 
     def _next(self) -> int:
         return self._size + -self._size % ALIGNMENT
 
     def layout(self) -> FileLayout:
-        """The file."""
         return FileLayout(self._size, tuple(self._placed))
 
 
 def _seal(placed: Placed, archive: FileLayout, crc: int) -> bytes:
-    """What follows the only tensor of an archive."""
+    """What follows the only tensor of an archive, or the place of none."""
     return placed.after(crc) + archive.end([crc])
 
 

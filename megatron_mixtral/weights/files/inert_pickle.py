@@ -73,12 +73,11 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, where: str, known: Mapping[tuple[str, str], Any],
                  persistent: Callable[[Any], Any] | None) -> None:
         super().__init__(io.BytesIO(data))
-        self.where, self.known, self.persistent = where, known, persistent
+        self.where, self.known, self.persistent = where, {**PLAIN, **known}, persistent
 
     def find_class(self, module: str, name: str) -> Any:
-        for table in (self.known, PLAIN):
-            if (module, name) in table:
-                return table[module, name]
+        if (module, name) in self.known:
+            return self.known[module, name]
         if name in RECORDS.get(module, ()):
             return Record
         raise CheckpointError(f"{self.where} wants the global {module}.{name}, which no checkpoint has a use for; it "

@@ -3,7 +3,6 @@
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy
@@ -58,22 +57,21 @@ class MappedFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
 
-    def __len__(self) -> int:
-        return len(self.bytes)
-
     def array(self, carrier: numpy.dtype, shape: tuple[int, ...], offset: int,
               strides: tuple[int, ...] | None = None) -> numpy.ndarray:
-        """The array of `shape` whose first element is at byte `offset`; strides in elements, None: contiguous.
-
-        Raises `ValueError` when it does not lie within the file.
-        """
-        reach = prod(shape) if strides is None else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if min((*shape, *(strides or (0,)), offset)) < 0 or offset + max(0, reach) * carrier.itemsize > len(self.bytes):
-            raise ValueError(f"lies outside of the file, which has {len(self.bytes)} bytes; is it truncated?")
+        """The array of `shape` whose first element is at byte `offset`; strides in elements, None: contiguous."""
         steps = None if strides is None else tuple(step * carrier.itemsize for step in strides)
         return numpy.ndarray(shape, carrier, self.bytes, offset, steps)
+
+
+class MappedFiles(dict[Path, MappedFile]):
+    """Files by path, each mapped when it is first asked for."""
+
+    def __missing__(self, path: Path) -> MappedFile:
+        return self.setdefault(path, MappedFile(path))
 
     def release(self) -> None:
         """Give the mapped pages back to the system; they come again when touched."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self.bytes.madvise(mmap.MADV_DONTNEED)
+            for file in list(self.values()):  # other threads map more
+                file.bytes.madvise(mmap.MADV_DONTNEED)

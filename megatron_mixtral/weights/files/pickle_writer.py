@@ -8,6 +8,7 @@ Format: the standard library's `pickletools`.
 import argparse
 import struct
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 
@@ -38,65 +39,43 @@ class Persistent:
 
 def dumps(value: Any) -> bytes:
     """The pickle of plain values, tuples, lists, dictionaries, `argparse.Namespace` and the classes above."""
-    out = bytearray(b"\x80\x02")
-    _save(out, value)
-    return bytes(out + b".")
+    return b"\x80\x02" + _saved(value) + b"."
 
 
-def _save(out: bytearray, value: Any) -> None:
-    if value is None:
-        out += b"N"
-    elif value is True or value is False:
-        out += b"\x88" if value else b"\x89"
-    elif isinstance(value, int):
-        _save_int(out, value)
-    elif isinstance(value, float):
-        out += b"G" + struct.pack(">d", value)
-    elif isinstance(value, str):
-        encoded = value.encode("utf-8")
-        out += b"X" + struct.pack("<I", len(encoded)) + encoded
-    elif isinstance(value, tuple):
-        out += b"("
-        for item in value:
-            _save(out, item)
-        out += b"t"
-    elif isinstance(value, list):
-        out += b"]("
-        for item in value:
-            _save(out, item)
-        out += b"e"
-    elif isinstance(value, dict):
-        out += b"}("
-        for key, item in value.items():
-            _save(out, key)
-            _save(out, item)
-        out += b"u"
-    else:
-        _save_object(out, value)
+def _saved(*values: Any) -> bytes:
+    """The instructions that put these values on the reader's stack, in order."""
+    return b"".join(map(_one, values))
 
 
-def _save_int(out: bytearray, value: int) -> None:
-    if -2**31 <= value < 2**31:
-        out += b"J" + struct.pack("<i", value)
-        return
-    encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    out += b"\x8a" + struct.pack("<B", len(encoded)) + encoded
-
-
-def _save_object(out: bytearray, value: Any) -> None:
-    if isinstance(value, Global):
-        out += f"c{value.module}\n{value.name}\n".encode("ascii")
-    elif isinstance(value, Persistent):
-        _save(out, value.pid)
-        out += b"Q"
-    elif isinstance(value, Call):
-        _save(out, value.function)
-        _save(out, value.arguments)
-        out += b"\x81" if value.new else b"R"
-        if value.state is not None:
-            _save(out, value.state)
-            out += b"b"
-    elif isinstance(value, argparse.Namespace):
-        _save(out, Call(Global("argparse", "Namespace"), (), vars(value), new=True))
-    else:
-        raise TypeError(f"no pickle for {type(value).__name__}")
+def _one(value: Any) -> bytes:
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int() if -2**31 <= value < 2**31:
+            return b"J" + struct.pack("<i", value)
+        case int():
+            encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            return b"\x8a" + struct.pack("<B", len(encoded)) + encoded
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            encoded = value.encode("utf-8")
+            return b"X" + struct.pack("<I", len(encoded)) + encoded
+        case tuple():
+            return b"(" + _saved(*value) + b"t"
+        case list():
+            return b"](" + _saved(*value) + b"e"
+        case dict():
+            return b"}(" + _saved(*chain.from_iterable(value.items())) + b"u"
+        case Global():
+            return f"c{value.module}\n{value.name}\n".encode("ascii")
+        case Persistent():
+            return _saved(value.pid) + b"Q"
+        case Call():
+            made = _saved(value.function, value.arguments) + (b"\x81" if value.new else b"R")
+            return made if value.state is None else made + _saved(value.state) + b"b"
+        case argparse.Namespace():
+            return _saved(Call(Global("argparse", "Namespace"), (), vars(value), new=True))
+    raise TypeError(f"no pickle for {type(value).__name__}")

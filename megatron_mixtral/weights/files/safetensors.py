@@ -38,8 +38,8 @@ def load_safetensors(file: MappedFile) -> dict[str, Stored]:
 def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
     """The entries of a header, checked, and where the data begin. Raises `ValueError` and what a wrong type raises."""
     length = int.from_bytes(file.bytes[:8], "little")
-    if len(file) < 8 or length > min(MOST_HEADER, len(file) - 8):
-        raise ValueError(f"its header should have {length} bytes, the file has {len(file)}")
+    if len(file.bytes) < 8 or length > min(MOST_HEADER, len(file.bytes) - 8):
+        raise ValueError(f"its header should have {length} bytes, the file has {len(file.bytes)}")
     entries = json.loads(file.bytes[8:8 + length], object_pairs_hook=_unique)
     if not isinstance(entries, dict):
         raise ValueError("its header is not a JSON object")
@@ -54,8 +54,8 @@ def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
         if begin != at or (size is not None and end - begin != prod(shape) * size):
             raise ValueError(f"{name} of {kind} {shape} should begin at {at} and not lie at {begin} to {end}")
         at = end
-    if at != len(file) - 8 - length:
-        raise ValueError(f"it should have {at} bytes of data, it has {len(file) - 8 - length}")
+    if at != len(file.bytes) - 8 - length:
+        raise ValueError(f"it should have {at} bytes of data, it has {len(file.bytes) - 8 - length}")
     return entries, 8 + length
 
 

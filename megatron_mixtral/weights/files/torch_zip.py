@@ -23,7 +23,7 @@ MOST_PICKLE = 1 << 28  # bytes of data.pkl; a checkpoint's has a few hundred tho
 STORAGES = {kind.storage: kind for kind in FLOATS.values()}
 
 
-class Window:
+class _Window:
     """A part of a memory-mapped file as a stream, for `zipfile`."""
 
     def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
@@ -57,50 +57,44 @@ class _Storage:
 class _Reader:
     def __init__(self, file: MappedFile, offset: int, length: int) -> None:
         self.file, self.base = file, offset
-        self.window = Window(file.bytes, offset, length)
-        with zipfile.ZipFile(self.window) as archive:
-            entries = archive.infolist()
-            names = [entry.filename for entry in entries]
+        with zipfile.ZipFile(_Window(file.bytes, offset, length)) as archive:
+            self.entries = {entry.filename: entry for entry in archive.infolist()}
             # Where each entry ends at the latest: nothing lies between entries.
-            self.ends = sorted([*(entry.header_offset for entry in entries), archive.start_dir])
+            self.ends = sorted([*(entry.header_offset for entry in archive.infolist()), archive.start_dir])
             if self.ends[0] != 0:
                 raise ValueError(f"its first entry is at byte {self.ends[0]} of it")
-            if len(set(names)) != len(names):
+            if len(self.entries) != len(archive.infolist()):
                 raise ValueError("has two entries of one name")
-            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > MOST_PICKLE:
+            pickles = [name for name in self.entries if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or self.entries[pickles[0]].file_size > MOST_PICKLE:
                 raise ValueError("has no data.pkl")
-            self.pickle = archive.read(pickles[0])
-            if f"{pickles[0].filename.removesuffix('data.pkl')}byteorder" in names and \
-                    archive.read(f"{pickles[0].filename.removesuffix('data.pkl')}byteorder") != b"little":
+            self.pickle, self.label = archive.read(pickles[0]), pickles[0].removesuffix("/data.pkl")
+            order = f"{self.label}/byteorder"
+            if order in self.entries and archive.read(order) != b"little":
                 raise ValueError("is of a big-endian machine")
-        self.label = pickles[0].filename.removesuffix("/data.pkl")
-        folder = f"{self.label}/data/"
-        self.entries = {entry.filename.removeprefix(folder): entry for entry in entries
-                        if entry.filename.startswith(folder)}
 
     def storage_offset(self, storage: _Storage, itemsize: int) -> int:
         """Where a storage's bytes begin in the file. Raises `ValueError`."""
-        entry = self.entries.get(str(storage.key))
+        entry = self.entries.get(f"{self.label}/data/{storage.key}")
         if entry is None:
             raise ValueError(f"has no storage {storage.key}")
         size = storage.count * itemsize
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
             raise ValueError(f"its storage {storage.key} has {entry.file_size} bytes, expected {size}, uncompressed")
-        self.window.seek(entry.header_offset)
-        header = self.window.read(_LOCAL_HEADER.size)
+        data, named = self.file.bytes, self.base + entry.header_offset + _LOCAL_HEADER.size
+        header = data[named - _LOCAL_HEADER.size:named]
         if len(header) != _LOCAL_HEADER.size:
             raise ValueError(f"its storage {storage.key} has no header")
         signature, flags, name, extra = _LOCAL_HEADER.unpack(header)
-        same = self.window.read(name) == entry.orig_filename.encode("utf-8")
-        start = entry.header_offset + _LOCAL_HEADER.size + name + extra
+        same = data[named:named + name] == entry.orig_filename.encode("utf-8")
+        start = named + name + extra
+        end = start + size
         # The header is not under any checksum, and a wrong length in it would move the data.
-        self.window.seek(start + size)
-        described = self.window.read(len(_DESCRIPTOR)) == _DESCRIPTOR
-        ends = described if flags & _DESCRIBED else start + size in self.ends
+        described = data[end:end + len(_DESCRIPTOR)] == _DESCRIPTOR
+        ends = described if flags & _DESCRIBED else end - self.base in self.ends
         if signature != _ZIP or not same or not ends:
             raise ValueError(f"its storage {storage.key} lies elsewhere than its header says")
-        return self.base + start
+        return start
 
     def rebuild(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
         """`torch._utils._rebuild_tensor_v2`."""
@@ -134,7 +128,7 @@ def load_torch(file: MappedFile, where: str, offset: int = 0, length: int | None
     With `label`, an archive that is labelled (`LABEL`) must be labelled so.
     Raises `CheckpointError` that begins with `where`.
     """
-    length = len(file) - offset if length is None else length
+    length = len(file.bytes) - offset if length is None else length
     if file.bytes[offset:offset + len(_ZIP)] != _ZIP:
         raise CheckpointError(f"{where} is not a whole torch file: it does not begin as an archive")
     try:

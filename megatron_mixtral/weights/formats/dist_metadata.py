@@ -47,6 +47,10 @@ class Contents:
     tensors: dict[str, StoredTensor]
     objects: dict[str, Region]
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*self.tensors, *self.objects)
+
 
 def read_contents(directory: Path) -> Contents:
     """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""
@@ -87,25 +91,21 @@ def _offset(index: Any) -> Shape | None:
 
 
 def _tensor(key: str, entry: Any, regions: dict[tuple[str, Shape | None], Any], directory: Path) -> StoredTensor:
-    chunks = []
+    chunks, whole = [], tuple(entry.size)
     for chunk in entry.chunks:
-        offsets = tuple(chunk.offsets)
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         if (key, offsets) not in regions:
             raise CheckpointError(f"{directory / METADATA_FILE}: the chunk of {key} at {offsets} is stored nowhere")
-        _check_inside(f"{directory / METADATA_FILE}: {key}", tuple(entry.size), offsets, tuple(chunk.sizes))
-        chunks.append(StoredChunk(offsets, tuple(chunk.sizes), _region(key, regions[key, offsets], directory)))
+        if not len(whole) == len(offsets) == len(sizes) or any(
+                not 0 <= at <= at + size <= end for at, size, end in zip(offsets, sizes, whole, strict=True)):
+            raise CheckpointError(f"{directory / METADATA_FILE}: {key} has shape {whole}, but a chunk of {sizes} at "
+                                  f"{offsets}, which is not within it")
+        chunks.append(StoredChunk(offsets, sizes, _region(key, regions[key, offsets], directory)))
     properties = entry.properties
     dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
     if not isinstance(dtype, inert_pickle.TypeRecord):
         raise CheckpointError(f"{directory / METADATA_FILE}: {key} has no type")
-    return StoredTensor(tuple(entry.size), str(dtype), tuple(chunks))
-
-
-def _check_inside(where: str, whole: Shape, offsets: Shape, sizes: Shape) -> None:
-    """Raise `CheckpointError` for a chunk that is not a box within its tensor."""
-    if not len(whole) == len(offsets) == len(sizes) or any(
-            not 0 <= at <= at + size <= end for at, size, end in zip(offsets, sizes, whole, strict=True)):
-        raise CheckpointError(f"{where} has shape {whole}, but a chunk of {sizes} at {offsets}, which is not within it")
+    return StoredTensor(whole, str(dtype), tuple(chunks))
 
 
 def _region(key: str, info: Any, directory: Path) -> Region:

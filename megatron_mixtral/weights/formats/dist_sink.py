@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import TARGET_FLAGS, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import TARGET_FLAGS, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.engine_args import make_args
-from megatron_mixtral.weights.files import Region, file_layout
+from megatron_mixtral.weights.engine_args import release_state
+from megatron_mixtral.weights.files import file_layout
 from megatron_mixtral.weights.formats.directory import identity_files, iteration_of, name_of
 from megatron_mixtral.weights.formats.dist_metadata import (
     COMMON,
@@ -35,13 +35,13 @@ from megatron_mixtral.weights.formats.dist_metadata import (
     contents_bytes,
 )
 from megatron_mixtral.weights.formats.dist_source import STATE_PREFIXES, DistSource, state_names
-from megatron_mixtral.weights.formats.rank_sink import main_type
-from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete, padded_vocabulary
+from megatron_mixtral.weights.plan import TensorSlice, all_plans, padded_vocabulary
 from megatron_mixtral.weights.protocols import Output, TensorSource
 from megatron_mixtral.weights.rules import EMBEDDING, RULES, Shape, dist_names, hf_tensors
 from megatron_mixtral.weights.streaming import payload
 
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # metadata.json
+CONTENT = {"content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}}
 FILE_BYTES, MOST_FILES = 1 << 28, 16  # files are written, and can be read, side by side
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 _BY_LAYER = re.compile(r"decoder\.layers\.\d+\.")
@@ -64,29 +64,28 @@ class DistSink:
         """Files of about equal size, each with consecutive tensors of the model; a run's state has its own."""
         config, layout = source.config, self.layout.validate(source.config, TARGET_FLAGS)
         rows = padded_vocabulary(config, layout, self.divisible_by or 1)
-        run = run_state(source) if self.carry_state and isinstance(source, DistSource) else None
-        if run is not None:
+        run = run_state(source) if self.carry_state and isinstance(source, DistSource) else NO_RUN
+        if run.iteration is not None:
             self._check_unchanged(source, dtypes, run, rows)
-        plan = ShardPlan(config, ParallelLayout(), Coord(), padded_vocab=rows)
-        check_complete([plan], config)
+        (plan,) = all_plans(config, ParallelLayout(), rows)
         tensors = [(tensor, payload(tensor, source, dtypes, _box(tensor, config)[1])) for tensor in plan.tensors()
-                   if run is None or not tensor.rule.padded]
-        iteration = None if run is None else run.iteration
-        folder, written, files = name_of(iteration), Contents({}, {}), dict[str, file_layout.FileLayout]()
+                   if run.iteration is None or not tensor.rule.padded]
+        folder, written, files = name_of(run.iteration), Contents({}, {}), dict[str, file_layout.FileLayout]()
 
         def next_path() -> Path:
             return Path(folder, f"__{len(files)}_0.distcp")
 
+        common = None if run.iteration is not None else release_state(
+            config, self.layout, rows, self.divisible_by or 1, dtypes, "torch_dist") | CONTENT
         for group in _shares([(one, one[1].size) for one in tensors]):
-            common = None if files or run is not None else self._common(config, rows, dtypes)
-            files[next_path().as_posix()] = _weights(written, next_path(), group, config, common)
-        for keys in _shares([] if run is None else run.sizes()):
+            files[next_path().as_posix()] = _weights(written, next_path(), group, config, None if files else common)
+        for keys in _shares(run.sizes()):
             files[next_path().as_posix()] = _copies(written, next_path(), run.contents, keys)
         beside = {f"{folder}/{METADATA_FILE}": contents_bytes(written),
-                  f"{folder}/metadata.json": json.dumps(CONFIG).encode(), **identity_files(config, iteration)}
-        if run is not None and run.common_file is not None:
+                  f"{folder}/metadata.json": json.dumps(CONFIG).encode(), **identity_files(config, run.iteration)}
+        if run.common_file is not None:
             beside[f"{folder}/{COMMON_FILE}"] = run.common_file.read_bytes()
-        return Output(files, beside, carried=() if run is None else run.names)
+        return Output(files, beside, carried=tuple(state_names(run.contents)))
 
     def _check_unchanged(self, source: TensorSource, dtypes: dict[str, str], run: "RunState", rows: int) -> None:
         """Raise `ConfigError` for a cast or a padding that the optimizer's state would not go with."""
@@ -97,45 +96,34 @@ class DistSink:
                               f"{run.vocab_rows} vocabulary rows); leave the flag out, or give --no-load-optim to "
                               "convert the weights alone")
 
-    def _common(self, config: MixtralConfig, rows: int, dtypes: dict[str, str]) -> dict[str, Any]:
-        """What every rank gets: the arguments and the counters of a checkpoint without an optimizer."""
-        args = make_args(config, self.layout, rows, self.divisible_by or 1, main_type(dtypes), ckpt_format="torch_dist")
-        return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0,
-                "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}}
-
 
 def _weights(written: Contents, path: Path, tensors: Sequence[tuple[TensorSlice, file_layout.Payload]],
              config: MixtralConfig, common: dict[str, Any] | None) -> file_layout.FileLayout:
     """A .distcp file of weights, with the common state behind them where it is given; noted in `written`."""
-    file = file_layout.Joined()
-
-    def add(contents: Any, key: str, offsets: Shape) -> Region:
-        return Region(path, *file.archive(contents, file_layout.label_of(key, offsets)))
-
+    file = file_layout.Joined(path)
     for tensor, one in tensors:
         key = tensor.rule.dist_keys[0]
         offsets, sizes, whole = _box(tensor, config)
         before = written.tensors.get(key, StoredTensor(whole, one.dtype, ()))
-        chunk = StoredChunk(offsets, sizes, add(one, key, offsets))
+        chunk = StoredChunk(offsets, sizes, file.archive(one, file_layout.label_of(key, offsets)))
         written.tensors[key] = replace(before, chunks=(*before.chunks, chunk))
         if tensor.rule.owner == "layer" and tensor.rule.extra_state:
             empty = _extra_state(key, offsets, whole)
-            written.objects[empty] = add([None], empty, ())
+            written.objects[empty] = file.archive([None], file_layout.label_of(empty, ()))
     if common is not None:
-        written.objects[COMMON] = add([common], COMMON, ())
+        written.objects[COMMON] = file.archive([common], file_layout.label_of(COMMON, ()))
     return file.layout()
 
 
 def _copies(written: Contents, path: Path, state: Contents, keys: Sequence[str]) -> file_layout.FileLayout:
     """A .distcp file of what is taken over: the archives of the source, one behind the other; noted in `written`."""
-    file = file_layout.Joined()
+    file = file_layout.Joined(path)
     for key in keys:
         if key in state.objects:
-            written.objects[key] = Region(path, *file.copy(key, state.objects[key]))
+            written.objects[key] = file.copy(key, state.objects[key])
         else:
             written.tensors[key] = replace(state.tensors[key], chunks=tuple(
-                replace(chunk, region=Region(path, *file.copy(key, chunk.region)))
-                for chunk in state.tensors[key].chunks))
+                replace(chunk, region=file.copy(key, chunk.region)) for chunk in state.tensors[key].chunks))
     return file.layout()
 
 
@@ -158,14 +146,9 @@ class RunState:
     goes on with the same losses only if they stay.
     """
 
-    iteration: int
+    iteration: int | None  # None: there is no run, and nothing is kept
     contents: Contents
     common_file: Path | None  # where older engines put the common state
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What it holds, for the report."""
-        return tuple(state_names((*self.contents.tensors, *self.contents.objects)))
 
     @property
     def vocab_rows(self) -> int:
@@ -179,14 +162,17 @@ class RunState:
                 *((key, region.length) for key, region in self.contents.objects.items())]
 
 
-def run_state(source: DistSource) -> RunState | None:
-    """What `source` holds beside weights; None for one without an optimizer, which no run can go on from.
+NO_RUN = RunState(None, Contents({}, {}), None)
+
+
+def run_state(source: DistSource) -> RunState:
+    """What `source` holds beside weights; `NO_RUN` for one without an optimizer, which no run can go on from.
 
     Raises `CheckpointError` where it cannot be taken over.
     """
     contents = source.contents
-    if not any(key.startswith(OPTIMIZER_PREFIXES) for key in (*contents.tensors, *contents.objects)):
-        return None
+    if not any(key.startswith(OPTIMIZER_PREFIXES) for key in contents.keys):
+        return NO_RUN
     iteration = iteration_of(source.where.name)
     common_file = source.where / COMMON_FILE
     if iteration is None or (COMMON not in contents.objects and not common_file.is_file()):

@@ -9,7 +9,6 @@ Format: `torch.distributed.checkpoint` and `megatron.core.dist_checkpointing` of
 """
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +17,12 @@ import numpy
 from megatron_mixtral.config import MixtralConfig, engine
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.files import MappedFile, Stored, file_layout, load_torch
+from megatron_mixtral.weights.files import MappedFiles, Stored, file_layout, load_torch
 from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
-from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, StoredTensor, read_contents
+from megatron_mixtral.weights.formats.dist_metadata import METADATA_FILE, Contents, StoredTensor, read_contents
 from megatron_mixtral.weights.formats.saved_args import common_state
 from megatron_mixtral.weights.plan import check_tiling
-from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
+from megatron_mixtral.weights.protocols import Fragment, TensorSource, tiled
 from megatron_mixtral.weights.rules import HFTensor, Shape, WeightRule, collapse, hf_tensors
 
 STATE_PREFIXES = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler", "common_state")
@@ -34,17 +33,14 @@ _LAYERS = "decoder.layers."
 class Span:
     """What one chunk holds of one piece: units [start, start + length) of its shard dim.
 
-    In the chunk seen as `view`, the piece is [at, at + size) of the rule's join dim (of any, where it has one piece)
-    and the units begin at `skip` of the shard dim.
+    They are `part` of the chunk seen as `view`.
     """
 
     piece: int
     start: int
     length: int
     view: Shape
-    at: int
-    size: int
-    skip: int
+    part: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def spans(rule: WeightRule, config: MixtralConfig, offset: Shape, sizes: Shape) 
         if any((o, s) != (0, n) for d, (o, s, n) in enumerate(zip(offset, sizes, view, strict=True)) if d != dim):
             return None
         length = min(sizes[dim], units - offset[dim])  # padded rows beyond the vocabulary are dropped
-        return [Span(0, offset[dim], length, sizes, 0, sizes[rule.join_dim], 0)] if length > 0 else []
+        return [Span(0, offset[dim], length, sizes, (*[slice(None)] * dim, slice(length)))] if length > 0 else []
     if (offset[1], sizes[1]) != (0, view[2]):
         return None
     row, rows, width = offset[0], sizes[0], view[1]
@@ -78,22 +74,24 @@ def spans(rule: WeightRule, config: MixtralConfig, offset: Shape, sizes: Shape) 
             return None
         found, at = [], 0
         for index, piece in enumerate(rule.pieces):
-            size = piece.view(config)[rule.join_dim]
-            found.append(Span(index, row // width, rows // width, (rows // width, *view[1:]), at, size, 0))
-            at += size
+            end = at + piece.view(config)[rule.join_dim]
+            found.append(Span(index, row // width, rows // width, (rows // width, *view[1:]),
+                              (slice(None), slice(at, end))))
+            at = end
         return found
     found = []
     for index in range(len(rule.pieces)):  # pieces one below the other, `width` rows each
         low, high = max(row, index * width), min(row + rows, (index + 1) * width)
         if low < high:
-            found.append(Span(index, low - index * width, high - low, (1, rows, view[2]), 0, 1, low - row))
+            found.append(Span(index, low - index * width, high - low, (1, rows, view[2]),
+                              (slice(None), slice(low - row, high - row))))
     return found
 
 
-def state_names(keys: Iterable[str]) -> list[str]:
-    """What keys hold beside weights, for a report: "optimizer.state.exp_avg" rather than each of its tensors."""
+def state_names(contents: Contents) -> list[str]:
+    """What is there beside weights, for a report: "optimizer.state.exp_avg" rather than each of its tensors."""
     found = set()
-    for key in keys:
+    for key in contents.keys:
         if key.startswith(STATE_PREFIXES) and not key.startswith("common_state"):
             parts = key.split("/")[0].split(".")
             model = [parts.index(part) for part in ("embedding", "decoder", "output_layer") if part in parts]
@@ -101,23 +99,20 @@ def state_names(keys: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-class DistSource:
+class DistSource(TensorSource):
     """A distributed checkpoint. Raises `CheckpointError` naming tensor and file."""
+
+    signs = (METADATA_FILE,)
 
     def __init__(self, directory: str | Path) -> None:
         self.root, self.where = iteration_directory(Path(directory))
         self.contents = read_contents(self.where)
-        self._maps: dict[Path, MappedFile] = {}
+        self.companions, self.mapped = companions_of(self.root), MappedFiles()
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         common, where = common_state(self.where, self.contents)
         self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)
         self._places: dict[str, list[_Place]] = {}
-        self.left_behind = state_names((*self.contents.tensors, *self.contents.objects))
-
-    @staticmethod
-    def found_in(iteration: Path) -> bool:
-        """Whether an iteration's directory holds a distributed checkpoint."""
-        return (iteration / METADATA_FILE).exists()
+        self.left_behind = state_names(self.contents)
 
     # -- What is there -----------------------------------------------------------------------------------
 
@@ -143,12 +138,11 @@ class DistSource:
         stacked = [key for key in rule.dist_keys if key in self.contents.tensors]
         if len({self.contents.tensors[key] for key in stacked}) > 1:  # two names of the same bytes are one tensor
             raise CheckpointError(f"{self.where}: {rule.name} is stored twice, as {' and '.join(stacked)}")
-        if stacked or rule.owner != "layer":
-            if not stacked:
-                raise CheckpointError(f"{self.where / METADATA_FILE}: {rule.dist_keys[0]} is missing")
+        if stacked:
             return {stacked[0]: None}
         found: dict[str, int | None] = {}
-        for layer in range(self.config.num_hidden_layers):  # models of unlike layers are stored layer by layer
+        # Models of unlike layers are stored layer by layer.
+        for layer in range(self.config.num_hidden_layers if rule.owner == "layer" else 1):
             single = [key.replace(_LAYERS, f"{_LAYERS}{layer}.", 1) for key in rule.dist_keys]
             key = next((key for key in single if key in self.contents.tensors), None)
             if key is None:
@@ -188,9 +182,8 @@ class DistSource:
         return len(lead)
 
     def _check_left_over(self, used: set[str]) -> None:
-        keys = (*self.contents.tensors, *self.contents.objects)
-        extra = [key for key in keys if key not in used and "_extra_state" not in key
-                 and not key.startswith(STATE_PREFIXES)]
+        extra = [key for key in self.contents.keys
+                 if key not in used and "_extra_state" not in key and not key.startswith(STATE_PREFIXES)]
         if extra:
             raise CheckpointError(f"{self.where / METADATA_FILE}: {len(extra)} entries that a Mixtral does not have, "
                                   f"first {min(extra)}")
@@ -198,7 +191,6 @@ class DistSource:
     # -- Reading -----------------------------------------------------------------------------------------
 
     def dtype(self, tensor: HFTensor) -> str:
-        """The name of the type a tensor is stored in."""
         self.check()
         return self.contents.tensors[self._places[tensor.name][0].key].dtype
 
@@ -207,12 +199,8 @@ class DistSource:
         self.check()
         found = []
         for place in self._places[tensor.name]:
-            span, rule = place.span, tensor.rule
-            data = self._read(place.key, place.chunk)[place.lead].reshape(span.view)
-            if len(rule.pieces) > 1:
-                data = narrow(data, rule.join_dim, span.at, span.size)
-            data = narrow(data, rule.shard_dim, span.skip, span.length)
-            stored = self.contents.tensors[place.key]
+            span, stored = place.span, self.contents.tensors[place.key]
+            data = self._read(place.key, place.chunk)[place.lead].reshape(span.view)[span.part]
             where = stored.chunks[place.chunk].region.file
             found.append(Fragment(span.start, span.length, data, stored.dtype, f"{where} ({place.key})"))
         return tiled(tensor, found)
@@ -223,10 +211,7 @@ class DistSource:
             stored = self.contents.tensors[key]
             chunk = stored.chunks[number]
             where = f"{chunk.region.file} ({key} at {chunk.offsets})"
-            path = chunk.region.file
-            if path not in self._maps:
-                self._maps[path] = MappedFile(path)
-            found = load_torch(self._maps[path], where, chunk.region.offset, chunk.region.length,
+            found = load_torch(self.mapped[chunk.region.file], where, chunk.region.offset, chunk.region.length,
                                file_layout.label_of(key, chunk.offsets))
             if not isinstance(found, Stored) or found.data is None or found.shape != chunk.sizes \
                     or found.dtype != stored.dtype or not found.data.flags.c_contiguous:
@@ -234,12 +219,3 @@ class DistSource:
                                       "says")
             self._chunks[key, number] = found.data
         return self._chunks[key, number]
-
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files beside the weights."""
-        return companions_of(self.root)
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
-        for file in self._maps.values():
-            file.release()

@@ -1,6 +1,7 @@
 """Writing Hugging Face directories: safetensors shards under the original names, their index and a config.json."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,11 @@ ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as "5GB" or "300MiB". Raises `ConfigError`."""
-    upper = text.strip().upper()
-    for unit, factor in sorted(UNITS.items(), key=lambda item: -len(item[0])):
-        if upper.endswith(unit) and upper.removesuffix(unit).strip().replace(".", "", 1).isdigit():
-            size = int(float(upper.removesuffix(unit)) * factor)
-            if size > 0:
-                return size
-    raise ConfigError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([KMGT]B|[KMG]IB|B)", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
+    return size
 
 
 class HFSink:

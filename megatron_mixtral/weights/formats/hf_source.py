@@ -13,10 +13,10 @@ import numpy
 from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
-from megatron_mixtral.weights.files import MappedFile, Stored, load_torch, safetensors
+from megatron_mixtral.weights.files import MappedFiles, Stored, load_torch, safetensors
 from megatron_mixtral.weights.formats.directory import companions_of, file_beside
-from megatron_mixtral.weights.protocols import Fragment, tiled
-from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, Shape, hf_tensors
+from megatron_mixtral.weights.protocols import Fragment, TensorSource
+from megatron_mixtral.weights.rules import IGNORABLE_HF_SUFFIXES, HFTensor, hf_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,25 +25,22 @@ WEIGHT_FILES = (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE)
 TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
 
 
-class HFSource:
+class HFSource(TensorSource):
     """A Hugging Face Mixtral directory. `config.json` says what must be in it; `check` compares.
 
     Raises `ConfigError` for a config.json this library cannot compute, `CheckpointError` for unreadable files.
     """
 
+    signs = WEIGHT_FILES
+
     def __init__(self, directory: str | Path, config: MixtralConfig | None = None) -> None:
         self.where = Path(directory)
         self.config = MixtralConfig.from_hf_dir(self.where) if config is None else config
         self.left_behind: list[str] = []
-        self._maps: list[MappedFile] = []
+        self.companions, self.mapped = companions_of(self.where), MappedFiles()
         self._files: dict[str, str] = {}  # by tensor
         self._tensors: dict[str, Stored] = {}
         self._open_all()
-
-    @staticmethod
-    def found_in(directory: Path) -> bool:
-        """Whether there are weights under Hugging Face's file names."""
-        return any((directory / name).exists() for name in WEIGHT_FILES)
 
     # -- What is there -----------------------------------------------------------------------------------
 
@@ -69,34 +66,25 @@ class HFSource:
             stored = self._open(file)
             listed = {name for name, where in weight_map.items() if where == file}
             for name in sorted(stored ^ listed):
-                lacking = f"{index.name} lists it there" if name in listed else f"{index.name} does not list it there"
-                present = "has no tensor" if name in listed else "has the tensor"
-                raise CheckpointError(f"{self.where / file} {present} {name}, but {lacking}")
+                has, lists = ("no", "lists") if name in listed else ("the", "does not list")
+                raise CheckpointError(f"{self.where / file} has {has} tensor {name}, but {index.name} {lists} it there")
 
     def _open(self, file: str) -> set[str]:
         """Map a file; the names of its tensors."""
-        mapped = MappedFile(self.where / file)
+        mapped = self.mapped[self.where / file]
         if file.endswith(".bin"):
             tensors = load_torch(mapped, str(mapped.path))
             if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
                 raise CheckpointError(f"{mapped.path}: expected a dictionary of tensors")
         else:
             tensors = safetensors.load_safetensors(mapped)
-        self._maps.append(mapped)
         self._tensors |= tensors
         self._files |= dict.fromkeys(tensors, file)
         return set(tensors)
 
     def check(self) -> None:
         """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
-        used: set[str] = set()
-        for tensor in self._stored():
-            name, expected = self._locate(tensor)
-            used.add(name)
-            found = self._read(name).shape
-            if found != expected:
-                raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found}, expected "
-                                      f"{expected} by config.json")
+        used = {self._locate(tensor)[0] for tensor in self._stored()}
         self._check_tied_copy(used)
         extra = [n for n in self._files if n not in used and not n.endswith(IGNORABLE_HF_SUFFIXES)]
         if extra:
@@ -115,20 +103,23 @@ class HFSource:
                                       f"{TIED_ORIGINAL}, though config.json says tie_word_embeddings")
             used.add(TIED_COPY)
 
-    def _locate(self, tensor: HFTensor) -> tuple[str, Shape]:
-        """The stored name that holds a tensor, and the shape that stored tensor must have."""
-        fused = tensor.fused()
-        found = [name for name in tensor.names() if name in self._files]
-        whole = fused.name if fused is not None and fused.name in self._files else None
-        if len(found) + (whole is not None) > 1:
-            raise CheckpointError(f"{self.where}: {tensor.name} is stored twice, as {', '.join([*found, whole or ''])}")
-        if whole is not None:
+    def _locate(self, tensor: HFTensor) -> tuple[str, Stored]:
+        """What holds a tensor, and its name. It is of the shape that config.json gives it."""
+        shapes, fused = dict.fromkeys(tensor.names(), tensor.shape), tensor.fused()
+        if fused is not None:
             rows, columns = tensor.shape
-            return whole, (self.config.num_local_experts, fused.parts * rows, columns)
-        if not found:
+            shapes[fused.name] = (self.config.num_local_experts, fused.parts * rows, columns)
+        names = [name for name in shapes if name in self._files]
+        if len(names) > 1:
+            raise CheckpointError(f"{self.where}: {tensor.name} is stored twice, as {', '.join(names)}")
+        if not names:
             files = ", ".join(sorted(set(self._files.values())))
             raise CheckpointError(f"{self.where}: {tensor.name} is missing from {files}")
-        return found[0], tensor.shape
+        name, found = names[0], self._read(names[0])
+        if found.shape != shapes[name]:
+            raise CheckpointError(f"{self.where / self._files[name]}: {name} has shape {found.shape}, expected "
+                                  f"{shapes[name]} by config.json")
+        return name, found
 
     # -- Reading -----------------------------------------------------------------------------------------
 
@@ -142,28 +133,14 @@ class HFSource:
         return found
 
     def dtype(self, tensor: HFTensor) -> str:
-        """The name of the type a tensor is stored in."""
-        return self._read(self._locate(tensor)[0]).dtype
+        return self._locate(tensor)[1].dtype
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """The whole tensor as one memory-mapped fragment."""
-        name, expected = self._locate(tensor)
-        where, found = f"{self.where / self._files[name]} ({name})", self._read(name)
-        if found.shape != expected:
-            raise CheckpointError(f"{where} has shape {found.shape}, expected {expected}")
-        data = found.data
-        if name not in tensor.names():
-            fused = tensor.fused()
+        name, found = self._locate(tensor)
+        data, fused = found.data, tensor.fused()
+        if fused is not None and name == fused.name:
             rows = tensor.shape[0]
             data = data[tensor.expert, fused.part * rows:(fused.part + 1) * rows]
-        length = tensor.view[tensor.rule.shard_dim]
-        return tiled(tensor, [Fragment(0, length, data.reshape(tensor.view), found.dtype, where)])
-
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files of the directory."""
-        return companions_of(self.where)
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
-        for file in self._maps:
-            file.release()
+        return [Fragment(0, tensor.view[tensor.rule.shard_dim], data.reshape(tensor.view), found.dtype,
+                         f"{self.where / self._files[name]} ({name})")]

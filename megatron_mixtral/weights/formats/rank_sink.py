@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import TARGET_FLAGS, ParallelLayout
-from megatron_mixtral.weights.engine_args import make_args
+from megatron_mixtral.weights.engine_args import release_state
 from megatron_mixtral.weights.files import file_layout
 from megatron_mixtral.weights.formats.directory import RELEASE, identity_files
 from megatron_mixtral.weights.formats.rank_source import FILE_NAME, LABEL, rank_names
-from megatron_mixtral.weights.plan import all_plans, check_complete, padded_vocabulary
+from megatron_mixtral.weights.plan import all_plans, padded_vocabulary
 from megatron_mixtral.weights.protocols import Output, TensorSource
 from megatron_mixtral.weights.streaming import payload
 
@@ -34,21 +34,12 @@ class RankDirSink:
         """One file for each shard, as `torch.save` would write it. Raises `ConfigError` for a layout that cannot be."""
         config, layout = source.config, self.layout.validate(source.config, TARGET_FLAGS)
         names, rows = rank_names(layout), padded_vocabulary(config, layout, self.divisible_by)
-        args = make_args(config, layout, rows, self.divisible_by, main_type(dtypes))
-        plans = all_plans(config, layout, rows)
-        check_complete(plans, config)
+        beside = release_state(config, layout, rows, self.divisible_by, dtypes)
         contents: dict[str, dict[str, Any]] = {}
-        for plan in plans:
-            file = contents.setdefault(f"{RELEASE}/{names[plan.coord]}/{FILE_NAME}", {
-                "args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0,
-                LABEL: asdict(plan.coord)})
+        for plan in all_plans(config, layout, rows):
+            file = contents.setdefault(f"{RELEASE}/{names[plan.coord]}/{FILE_NAME}",
+                                       beside | {LABEL: asdict(plan.coord)})
             file[f"model{plan.chunk}" if layout.vpp > 1 else "model"] = dict.fromkeys(plan.extra_states()) | {
                 tensor.name: payload(tensor, source, dtypes) for tensor in plan.tensors()}
         return Output({path: file_layout.torch_archive(file) for path, file in contents.items()},
                       identity_files(config))
-
-
-def main_type(dtypes: dict[str, str]) -> str:
-    """The type of most tensors: what `params_dtype` in the arguments says."""
-    kinds = list(dtypes.values())
-    return max(sorted(set(kinds)), key=kinds.count)

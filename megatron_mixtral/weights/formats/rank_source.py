@@ -8,6 +8,7 @@ Names as in `megatron.training.checkpointing.get_checkpoint_name`. `rank_sink` w
 
 import re
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy
 
 from megatron_mixtral.config import Coord, ParallelLayout, engine
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.files import MappedFile, Stored, load_torch
+from megatron_mixtral.weights.files import MappedFiles, Stored, load_torch
 from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
 from megatron_mixtral.weights.formats.legacy_names import today
-from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, check_complete
-from megatron_mixtral.weights.protocols import Fragment, narrow, tiled
-from megatron_mixtral.weights.rules import EMBEDDING, HFTensor, Shape, collapse
+from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, all_plans
+from megatron_mixtral.weights.protocols import Fragment, TensorSource, narrow, tiled
+from megatron_mixtral.weights.rules import EMBEDDING, HFTensor, collapse, narrowed
 
 FILE_NAME = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
@@ -48,17 +49,19 @@ def rank_names(layout: ParallelLayout) -> dict[Coord, str]:
     return names
 
 
-class RankDirSource:
+class RankDirSource(TensorSource):
     """A checkpoint in rank directories, of any layout that `ParallelLayout` can say.
 
     `compare_copies` compares every tensor that several ranks hold (norms, the router, dense weights under expert
     parallelism) and refuses contradicting copies. Raises `CheckpointError`.
     """
 
+    signs = ("mp_rank_*",)
+
     def __init__(self, directory: str | Path, *, compare_copies: bool = True) -> None:
         self.root, self.where = iteration_directory(Path(directory))
         self.compare_copies = compare_copies
-        self._maps: list[MappedFile] = []
+        self.companions, self.mapped = companions_of(self.root), MappedFiles()
         first = self._first_file()
         contents = self._load(first)
         args = contents.get("args")
@@ -71,7 +74,6 @@ class RankDirSource:
             self._names = rank_names(self.layout)
         except ConfigError as error:
             raise CheckpointError(f"{first}: the layout in its args does not fit the model: {error}") from None
-        self._files: dict[Coord, dict[str, Any]] = {}
         self._stored: dict[str, dict[tuple[int, int], list[Fragment]]] = {}  # by name and interval, of each rank
         self._compared: set[str] = set()
         self.padded_vocab = self._padded_vocab(contents, first)
@@ -79,32 +81,31 @@ class RankDirSource:
         if (first.parent / OPTIMIZER_FILE).exists():
             self.left_behind.append(OPTIMIZER_FILE)
 
-    @staticmethod
-    def found_in(iteration: Path) -> bool:
-        """Whether an iteration's directory holds rank directories."""
-        return any(iteration.glob("mp_rank_*"))
-
     def _first_file(self) -> Path:
         found = [self.where / rank_name(Coord(), pipeline, expert) / FILE_NAME
                  for pipeline in (False, True) for expert in (False, True)]
-        existing = [path for path in found if path.is_file()]
-        if not existing:
-            looked = ", ".join(path.parent.name for path in found)
-            raise CheckpointError(f"{self.where}: no shard of rank 0; looked for {FILE_NAME} in {looked}")
-        return existing[0]
+        for path in found:
+            if path.is_file():
+                return path
+        raise CheckpointError(f"{self.where}: no shard of rank 0; looked for {FILE_NAME} in "
+                              f"{', '.join(path.parent.name for path in found)}")
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def file(self, coord: Coord) -> Path:
+        """The file of a shard. Raises `CheckpointError` where there is none."""
+        path = self.where / self._names[coord] / FILE_NAME
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
-        self._maps.append(MappedFile(path))
-        contents = load_torch(self._maps[-1], str(path))
+        return path
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        contents = load_torch(self.mapped[path], str(path))
         if not isinstance(contents, dict):
             raise CheckpointError(f"{path}: expected a dictionary, found {type(contents).__name__}")
         return contents
 
     def _padded_vocab(self, contents: dict[str, Any], first: Path) -> int:
         name = EMBEDDING.megatron
-        weight = self._model(contents, Coord(), 0, first).get(name)
+        weight = self._model(contents, 0, first).get(name)
         if not isinstance(weight, Stored) or len(weight.shape) != 2:
             raise CheckpointError(f"{first}: {name} is missing")
         rows = weight.shape[0] * self.layout.tp
@@ -113,17 +114,13 @@ class RankDirSource:
                                   f"than the vocabulary of {self.config.vocab_size}")
         return rows
 
-    def _model(self, contents: dict[str, Any], coord: Coord, chunk: int, path: Path) -> dict[str, Any]:
+    def _model(self, contents: dict[str, Any], chunk: int, path: Path) -> dict[str, Any]:
         """The state dict of a model chunk, under the names of the local specification."""
         key = f"model{chunk}" if self.layout.vpp > 1 else "model"
         if not isinstance(contents.get(key), dict):
             raise CheckpointError(f"{path}: has no {key}")
-        experts = len(self.layout.experts_of(coord.ep, self.config.num_local_experts))
+        experts = self.config.num_local_experts // self.layout.ep
         return today(contents[key], experts, contents.get("checkpoint_version"), str(path))
-
-    def files(self) -> list[Path]:
-        """The file of every shard, whether it exists or not."""
-        return [self.where / name / FILE_NAME for name in self._names.values()]
 
     # -- What is there -----------------------------------------------------------------------------------
 
@@ -133,16 +130,13 @@ class RankDirSource:
         extra = sorted(present - set(self._names.values()))
         if extra:
             raise CheckpointError(f"{self.where / extra[0]}: does not belong to layout {self.layout} of the checkpoint")
-        plans = []
-        for coord, name in self._names.items():
-            path = self.where / name / FILE_NAME
-            contents = self._files.setdefault(coord, self._load(path))
-            self._check_label(contents, coord, path)
-            for chunk in range(self.layout.vpp):
-                plan = ShardPlan(self.config, self.layout, coord, chunk, self.padded_vocab)
-                self._take(plan, self._model(contents, coord, chunk, path), path)
-                plans.append(plan)
-        check_complete(plans, self.config)
+        self._stored.clear()
+        for plan in all_plans(self.config, self.layout, self.padded_vocab):
+            path = self.file(plan.coord)
+            if plan.chunk == 0:
+                contents = self._load(path)
+                self._check_label(contents, plan.coord, path)
+            self._take(plan, self._model(contents, plan.chunk, path), path)
 
     def _check_label(self, contents: dict[str, Any], coord: Coord, path: Path) -> None:
         """A shard under another shard's name loads without complaint, so each of ours says which it is."""
@@ -164,7 +158,8 @@ class RankDirSource:
             left.discard(name)
             parts = group[name] if isinstance(group[name], tuple) else (group[name],)
             views = [planned.view] if len(parts) == 1 else [
-                _narrowed(piece.view, planned.rule.shard_dim, planned.length) for piece in planned.pieces]
+                narrowed(piece.view, planned.rule.shard_dim, planned.length) for piece in planned.pieces]
+            pieces = []
             for stored, view in zip(parts, views, strict=True):
                 shape = collapse(view)
                 if not isinstance(stored, Stored) or stored.shape != shape:
@@ -172,23 +167,23 @@ class RankDirSource:
                     raise CheckpointError(f"{path}: {name} has shape {found}, expected {shape} in layout {self.layout}")
                 if stored.data is None:
                     raise CheckpointError(f"{path}: {name} is {stored.dtype}, expected floating point weights")
-            self._index(planned, parts, views, f"{path} ({name})")
+                pieces.append((stored.dtype, stored.data.reshape(view)))
+            if len(parts) < len(planned.pieces):
+                (dtype, joined), dim = pieces[0], planned.rule.join_dim
+                ends = list(accumulate(piece.view[dim] for piece in planned.pieces))
+                pieces = [(dtype, data) for data in numpy.split(joined, ends[:-1], dim)]
+            self._index(planned, pieces, f"{path} ({name})")
         if left:
             raise CheckpointError(f"{path}: {len(left)} tensors that this shard does not have, first {min(left)}")
 
-    def _index(self, planned: TensorSlice, parts: tuple[Stored, ...], views: list[Shape], where: str) -> None:
-        """Note the pieces of a tensor, which is stored whole or as one part for each piece."""
+    def _index(self, planned: TensorSlice, pieces: list[tuple[str, numpy.ndarray]], where: str) -> None:
+        """Note the pieces of a tensor, each with its type."""
         length = planned.length - planned.padding
-        if length <= 0:
-            return
-        local = [narrow(stored.data.reshape(view), planned.rule.shard_dim, 0, length)
-                 for stored, view in zip(parts, views, strict=True)]
-        for number, (piece, at, size) in enumerate(planned.piece_spans()):
-            stored, part = (parts[0], local[0]) if len(parts) == 1 else (parts[number], local[number])
-            if len(parts) < len(planned.pieces):
-                part = narrow(part, planned.rule.join_dim, at, size)
-            copies = self._stored.setdefault(piece.name, {}).setdefault((planned.start, length), [])
-            copies.append(Fragment(planned.start, length, part, stored.dtype, where))
+        for piece, (dtype, data) in zip(planned.pieces, pieces, strict=True):
+            if length > 0:
+                copies = self._stored.setdefault(piece.name, {}).setdefault((planned.start, length), [])
+                copies.append(Fragment(planned.start, length, narrow(data, planned.rule.shard_dim, 0, length), dtype,
+                                       where))
 
     # -- Reading -----------------------------------------------------------------------------------------
 
@@ -214,24 +209,9 @@ class RankDirSource:
         self._compared.add(tensor.name)
         return tiled(tensor, found)
 
-    def companions(self) -> list[Path]:
-        """Tokenizer and generation files that a conversion put beside the weights."""
-        return companions_of(self.root)
-
-    def release(self) -> None:
-        """Give mapped pages back to the system."""
-        for file in self._maps:
-            file.release()
-
-
-def _narrowed(view: Shape, dim: int, length: int) -> Shape:
-    return (*view[:dim], length, *view[dim + 1:])
-
 
 def same_bits(one: numpy.ndarray, other: numpy.ndarray) -> bool:
     """Whether two arrays of bit patterns are the same: a NaN equals itself. In parts, to need little memory."""
-    if one.shape != other.shape:
-        return False
     if one.size <= COMPARED:
         return numpy.array_equal(one, other)
     if len(one) == 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_mixtral.config import engine
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files import MappedFile, load_torch
+from megatron_mixtral.weights.files import MappedFiles, load_torch
 from megatron_mixtral.weights.formats.dist_metadata import COMMON, COMMON_FILE, METADATA_FILE, Contents, read_contents
 from megatron_mixtral.weights.formats.rank_source import RankDirSource
 
@@ -18,10 +18,10 @@ def common_state(directory: Path, contents: Contents) -> tuple[dict[str, Any], s
     region, path = contents.objects.get(COMMON), directory / COMMON_FILE
     if region is not None:
         where = f"{region.file} ({COMMON})"
-        common = load_torch(MappedFile(region.file), where, region.offset, region.length)
+        common = load_torch(MappedFiles()[region.file], where, region.offset, region.length)
         common = common[0] if isinstance(common, list) and common else common
     elif path.is_file():
-        where, common = str(path), load_torch(MappedFile(path), str(path))
+        where, common = str(path), load_torch(MappedFiles()[path], str(path))
     else:
         where, common = str(directory), {}
     return (common if isinstance(common, dict) else {}), where
@@ -37,22 +37,18 @@ def saved_arguments(directory: Path, run: Namespace) -> Namespace | None:
     """
     if (directory / METADATA_FILE).is_file():
         common, where = common_state(directory, read_contents(directory))
-        return _of_the_model(common.get("args"), run, where)
-    source, layout = RankDirSource(directory), engine.layout_from_args(run, "this run")
-    if source.layout != layout:
-        raise CheckpointError(
-            f"{directory} holds rank directories of layout {source.layout}, the run is {layout}: they are read by the "
-            "layout that they were written for. Give its sizes, or write them anew for this one with "
-            "tools/checkpoint/util.py (weights only; a distributed checkpoint, --ckpt-format torch_dist, goes on in "
-            "any layout)")
-    for path in source.files():
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though the layout of the checkpoint needs it")
-    return _of_the_model(source.args, run, str(directory))
-
-
-def _of_the_model(saved: Namespace | None, run: Namespace, where: str) -> Namespace | None:
-    """`saved`, if it is of the run's model."""
+        saved = common.get("args")
+    else:
+        source, layout = RankDirSource(directory), engine.layout_from_args(run, "this run")
+        if source.layout != layout:
+            raise CheckpointError(
+                f"{directory} holds rank directories of layout {source.layout}, the run is {layout}: they are read by "
+                "the layout that they were written for. Give its sizes, or write them anew for this one with "
+                "tools/checkpoint/util.py (weights only; a distributed checkpoint, --ckpt-format torch_dist, goes on "
+                "in any layout)")
+        for coord in layout.coords():
+            source.file(coord)
+        saved, where = source.args, str(directory)
     if saved is not None:
         engine.check_saved(saved, engine.config_from_args(run, "this run"), where, "the run")
     return saved

@@ -116,7 +116,7 @@ def test_experts_stay_where_they_are_mapped(hf, tmp_path):
     for tensor in hf_tensors(source.config).values():
         for fragment in source.fragments(tensor):
             assert any(numpy.shares_memory(fragment.data, numpy.frombuffer(file.bytes, numpy.uint8))
-                       for file in source._maps), tensor.name
+                       for file in source.mapped.values()), tensor.name
 
 
 @pytest.mark.parametrize(("naming", "edit", "sentence"), [

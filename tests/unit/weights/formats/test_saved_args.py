@@ -13,7 +13,7 @@ from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout, 
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights import open_source
 from megatron_mixtral.weights.conversion import convert
-from megatron_mixtral.weights.engine_args import make_args
+from megatron_mixtral.weights.engine_args import release_state
 from megatron_mixtral.weights.formats import dist_sink, rank_sink
 from megatron_mixtral.weights.formats.dist_sink import DistSink
 from megatron_mixtral.weights.formats.hf_sink import HFSink
@@ -25,7 +25,7 @@ PP2 = ParallelLayout(pp=2, ep=2)
 
 
 def run(layout: ParallelLayout) -> Namespace:
-    return make_args(MixtralConfig(**TINY), layout, 96, 1, "bfloat16")
+    return release_state(MixtralConfig(**TINY), layout, 96, 1, {"all": "bfloat16"})["args"]
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +103,14 @@ FORMS = {"torch": (rank_sink, RankDirSink), "torch_dist": (dist_sink, DistSink)}
 def checkpoint_of(form: str, source: HFSource, folder: Path, monkeypatch: pytest.MonkeyPatch, identity: bool = False,
                   **said: Any) -> Path:
     """A tiny checkpoint whose saved arguments say something else besides; of the stock engine without `identity`."""
+
+    def changed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = release_state(*args, **kwargs)
+        found = vars(state["args"]) | said
+        return state | {"args": Namespace(**{name: value for name, value in found.items() if value is not ...})}
+
     module, sink = FORMS[form]
-
-    def changed(*args: Any, **kwargs: Any) -> Namespace:
-        found = vars(make_args(*args, **kwargs)) | said
-        return Namespace(**{name: value for name, value in found.items() if value is not ...})
-
-    monkeypatch.setattr(module, "make_args", changed)
+    monkeypatch.setattr(module, "release_state", changed)
     convert(source, sink(folder, ParallelLayout()))
     if not identity:
         (folder / CONFIG_FILE).unlink()
