@@ -13,13 +13,13 @@ from helpers.documents import first_difference, random_texts, real_documents
 from helpers.native_build import ensure_extension
 from helpers.vocabularies import train_sentencepiece
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.data import preprocess_command
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer.encode import ControlStrings, DocumentEncoder
 from megatron_mixtral.tokenizer.engines import choose, native
 from megatron_mixtral.tokenizer.engines.base import SpecialTokens, frame, token_dtype
 from megatron_mixtral.tokenizer.engines.choose import choose_engine, make_engine
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
 
 FRAME = SpecialTokens(1, 2)

@@ -265,7 +265,7 @@ def test_flags_of_all_spellings():
 
 
 def test_eod_without_an_eos_token_is_refused(tmp_path):
-    from megatron_mixtral.tokenizer import write_hf_tokenizer
+    from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 
     write_hf_tokenizer(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": null}')
