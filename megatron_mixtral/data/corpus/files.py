@@ -72,11 +72,6 @@ class Chunk:
     size: int
 
     @property
-    def where(self) -> str:
-        """The place in the input, for messages."""
-        return f"{self.start} to {self.end} of {self.file.path}"
-
-    @property
     def name(self) -> str:
         """What the chunk's parts are called: the same for the same piece of the same, unchanged file."""
         file = self.file

@@ -77,6 +77,11 @@ class TextAccount(Account):
         """Lines that are not blank: the documents that came in."""
         return self.lines.lines - self.lines.blank
 
+    @property
+    def tokens(self) -> int:
+        """The ids of all keys."""
+        return sum(counts.tokens for counts in self.per_key.values())
+
     def check(self, written: dict[str, tuple[int, int]]) -> None:
         """Raises `DataError` unless the counts add up.
 
@@ -128,14 +133,12 @@ class Progress:
     def __init__(self, total_bytes: int, interval: int) -> None:
         self._total, self._interval = total_bytes, interval
         self.started = self._last_time = time.monotonic()
-        self._last_records = 0
-        self._bytes = self._bytes_before = 0
-        self._records_before = self._tokens_before = 0
+        self._bytes = self._last_records = 0
+        self._before = (0, 0, 0)  # documents, bytes and tokens of an earlier run
 
     def resume(self, account: TextAccount, done_bytes: int) -> None:
         """Begin the rates here: `account` and `done_bytes` are the work of an earlier run."""
-        self._bytes = self._bytes_before = done_bytes
-        self._records_before, self._tokens_before = account.records, _tokens(account)
+        self._bytes, self._before = done_bytes, (account.records, done_bytes, account.tokens)
 
     def update(self, account: TextAccount, chunk: Chunk) -> None:
         self._bytes += chunk.size
@@ -143,7 +146,7 @@ class Progress:
         if account.records - self._last_records < self._interval or now - self._last_time < 1.0:
             return
         self._last_records, self._last_time = account.records, now
-        left = (self._total - self._bytes) * (now - self.started) / max(self._bytes - self._bytes_before, 1)
+        left = (self._total - self._bytes) * (now - self.started) / max(self._bytes - self._before[1], 1)
         logger.info("%s, %d:%02d left", self.line(account), *divmod(round(left), 60))
 
     def elapsed(self) -> float:
@@ -153,14 +156,10 @@ class Progress:
     def line(self, account: TextAccount) -> str:
         """Documents, bytes and tokens so far, with their rates."""
         seconds = max(self.elapsed(), 1e-9)
-        tokens = _tokens(account)
-        rate = (self._bytes - self._bytes_before) / 1e6 / seconds
+        done = (account.records, self._bytes, account.tokens)
+        documents, size, tokens = ((now - before) / seconds for now, before in zip(done, self._before, strict=True))
         return (
-            f"{account.records:,} documents ({(account.records - self._records_before) / seconds:,.0f}/s), "
-            f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({rate:,.2f} MB/s), "
-            f"{tokens:,} tokens ({(tokens - self._tokens_before) / seconds:,.0f}/s)"
+            f"{account.records:,} documents ({documents:,.0f}/s), "
+            f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({size / 1e6:,.2f} MB/s), "
+            f"{account.tokens:,} tokens ({tokens:,.0f}/s)"
         )
-
-
-def _tokens(account: TextAccount) -> int:
-    return sum(counts.tokens for counts in account.per_key.values())
