@@ -158,13 +158,9 @@ class JsonTokenizer(_TokenizerFile):
         return self._controls.get(token)
 
     def _special_id(self, declared: dict[str, str | None], key: str, usual: str) -> int | None:
-        if key not in declared:
-            return self._model.token_to_id(usual)
-        token = declared[key]
-        if token is None:
-            return None
-        token_id = self._model.token_to_id(token)
-        if token_id is None:
+        token = declared.get(key, usual)
+        token_id = None if token is None else self._model.token_to_id(token)
+        if token_id is None and declared.get(key) is not None:
             raise DataError(f"{self.path.parent} declares {key} {token!r}, which {self.path.name} does not contain.")
         return token_id
 

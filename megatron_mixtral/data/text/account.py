@@ -31,9 +31,10 @@ class FileAccount:
 
 @dataclass
 class TextAccount(Account):
-    """Sums over all chunks so far; `files` turns a chunk's line numbers into those of its file."""
+    """Sums over all chunks so far, `per_key` in the order of the keys; `files` turns a chunk's line numbers into those
+    of its file.
+    """
 
-    keys: tuple[str, ...] = ()
     per_key: dict[str, KeyCounts] = field(default_factory=dict)
     files: dict[int, FileAccount] = field(default_factory=dict)
 
@@ -49,8 +50,7 @@ class TextAccount(Account):
         self.add_bad(result.bad, lambda line: f"{chunk.file.path}:{before + line}")
         self._add_place(file, chunk, result.counts)
         self.lines.add(result.counts)
-        for key, found in zip(self.keys, result.keys, strict=True):
-            total = self.per_key.setdefault(key, KeyCounts())
+        for total, found in zip(self.per_key.values(), result.keys, strict=True):
             for name, value in asdict(found).items():
                 setattr(total, name, getattr(total, name) + value)
 
@@ -105,8 +105,7 @@ class TextAccount(Account):
                     f"{file.last.end}. Nothing is written."
                 )
         skipped = self.skipped.total()
-        for key in self.keys:
-            found = self.per_key.get(key, KeyCounts())
+        for key, found in self.per_key.items():
             if self.records != found.documents + found.empty + skipped:
                 raise DataError(
                     f"The counts of key {key!r} do not add up: {self.records} records, but {found.documents} "
@@ -120,7 +119,7 @@ class TextAccount(Account):
 
     def as_dict(self) -> dict[str, Any]:
         """The counts in the words of the report."""
-        keys = {key: asdict(self.per_key.get(key, KeyCounts())) for key in self.keys}
+        keys = {key: asdict(counts) for key, counts in self.per_key.items()}
         return {**super().as_dict(), "records": self.records, "keys": keys}
 
 

@@ -12,7 +12,7 @@ from megatron_mixtral.data.corpus import Chunk
 from megatron_mixtral.data.indexed import IndexedWriter, PartSize, whole_parts
 from megatron_mixtral.data.text.account import Progress, TextAccount
 from megatron_mixtral.data.text.parts import FinishedParts
-from megatron_mixtral.data.text.workers import ChunkEncoder, ChunkResult, part_paths
+from megatron_mixtral.data.text.workers import ChunkEncoder, ChunkResult, KeyCounts, part_paths
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Assembly:
     ) -> None:  # fmt: skip
         self._chunks, self._work, self._parts, self._progress = chunks, work, parts, progress
         self._dtype = work.encoder.dtype
-        self.account = TextAccount(keys=work.keys)
+        self.account = TextAccount(per_key={key: KeyCounts() for key in work.keys})
         self._prefixes = [output_prefix(prefix, key) for key in work.keys]
         results = parts.results
         for chunk in chunks:

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from megatron_mixtral import disk
-from megatron_mixtral.data.account import BadRecords, Shown
-from megatron_mixtral.data.corpus import Chunk, LineCounts
+from megatron_mixtral.data.corpus import Chunk
 from megatron_mixtral.data.scratch import checksum, clear
-from megatron_mixtral.data.text.workers import ChunkResult, KeyCounts, part_paths
+from megatron_mixtral.data.text.workers import ChunkResult, part_paths
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class FinishedParts:
         self.results: dict[str, ChunkResult] = {}
         found, lines = _read_records(self._path)
         if found == made_with:
-            self.results = {line["chunk"]: _result_of(line) for line in lines}
+            self.results = {line["chunk"]: msgspec.convert(line, ChunkResult) for line in lines}
         else:
             if found is not None:
                 differing = [key for key in {**found, **made_with} if found.get(key) != made_with.get(key)]
@@ -93,12 +93,3 @@ def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any
 
 def _line(chunk_name: str, result: ChunkResult) -> str:
     return json.dumps({"chunk": chunk_name, **asdict(result)}) + "\n"
-
-
-def _result_of(record: dict[str, Any]) -> ChunkResult:
-    return ChunkResult(
-        counts=LineCounts(**record["counts"]),
-        keys=[KeyCounts(**counts) for counts in record["keys"]],
-        checksums=record["checksums"],
-        bad=BadRecords(record["bad"]["reasons"], [Shown(**one) for one in record["bad"]["shown"]]),
-    )
