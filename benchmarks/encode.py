@@ -32,8 +32,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import sentencepiece  # noqa: E402
 import tokenizers  # noqa: E402
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer  # noqa: E402
 from megatron_mixtral.data.text import BATCH_CHARACTERS  # noqa: E402
-from megatron_mixtral.tokenizer import Tokenizer, open_tokenizer, write_hf_tokenizer  # noqa: E402
+from megatron_mixtral.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
 from megatron_mixtral.tokenizer.engines import Engine, SpecialTokens, make_engine  # noqa: E402
 
 BARE = SpecialTokens(None, None)

@@ -34,8 +34,9 @@ from pathlib import Path
 
 from _clone import ROOT
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer  # noqa: E402
 from megatron_mixtral.data.text import BATCH_CHARACTERS  # noqa: E402
-from megatron_mixtral.tokenizer import open_tokenizer, write_hf_tokenizer  # noqa: E402
+from megatron_mixtral.tokenizer import open_tokenizer  # noqa: E402
 from megatron_mixtral.tokenizer.engines import SpecialTokens, make_engine  # noqa: E402
 
 ENGINES = ("native", "fastokens", "tokenizers", "sentencepiece")

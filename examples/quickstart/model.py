@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from hf_tokenizer import write_hf_tokenizer  # beside this file
 
 from megatron_mixtral.config import preset
-from megatron_mixtral.tokenizer import write_hf_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

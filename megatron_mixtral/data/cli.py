@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from megatron_mixtral.data.indexed import check_tokenizer, inspect, samples, tokenizer_of
@@ -35,7 +34,7 @@ INSTRUCTION_FLAGS = {"prompt_type": "--prompt-type", "seq_length": "--seq-length
 def preprocess(argv: Sequence[str]) -> int:
     """Tokenize: 0 when all is written and accounted for. Ctrl-C and SIGTERM end it with KeyboardInterrupt."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
     try:
         run(parse_flags(argv, os.environ))
     except KeyboardInterrupt:
@@ -45,10 +44,6 @@ def preprocess(argv: Sequence[str]) -> int:
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
     return 0
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def default_workers() -> int:

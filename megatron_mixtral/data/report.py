@@ -3,9 +3,9 @@
 import json
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import megatron_mixtral
 from megatron_mixtral import disk
@@ -15,15 +15,10 @@ from megatron_mixtral.tokenizer import Tokenizer
 REPORT_SUFFIX = ".report.json"  # never an input
 
 
-class Publisher(Protocol):
-    """A data set that is whole, under a temporary name (`IndexedWriter`)."""
-
-    def publish(self) -> None:
-        """Give the files their final names."""
-
-
-def publish(data_sets: Sequence[Publisher], prefix: str, report: dict[str, Any]) -> None:
-    """Give all data sets of a run their final names; the report, which says that all of them are new, comes last."""
+def publish(data_sets: Sequence[Any], prefix: str, report: dict[str, Any]) -> None:
+    """Give all data sets of a run (`IndexedWriter`s, finished) their final names; the report, which says that all of
+    them are new, comes last.
+    """
     path = Path(prefix + REPORT_SUFFIX)
     path.unlink(missing_ok=True)
     for one in data_sets:
@@ -39,13 +34,8 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions of everything that can change an id."""
-    found = {"megatron_mixtral": megatron_mixtral.__version__, "python": platform.python_version()}
-    for name in ("numpy", "sentencepiece", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    libraries = {name: version(name) for name in ("numpy", "sentencepiece", "tokenizers")}
+    return {"megatron_mixtral": megatron_mixtral.__version__, "python": platform.python_version(), **libraries}
 
 
 def find_report(dataset: str) -> dict[str, Any] | None:

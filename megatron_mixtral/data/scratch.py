@@ -3,9 +3,11 @@
 import fcntl
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_mixtral.errors import ConfigError
 
@@ -13,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def scratch_directory(prefix: str) -> Iterator[Path]:
+def scratch_directory(prefix: str, anew: bool = False) -> Iterator[Path]:
     """A hidden directory beside the output, locked. It is removed at the end, but for a run that ended early and has
-    finished parts: the next run of this prefix takes these up.
+    finished parts: the next run of this prefix takes these up. With `anew` nothing is kept and nothing taken up.
 
     Raises `ConfigError` when another run is writing to the same prefix, or the place cannot be written.
     """
@@ -33,10 +35,12 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
             raise ConfigError(f"--output-prefix {prefix}: another run is writing there at this moment.") from error
         except OSError as error:  # a file system without locks: go on without this protection
             logger.warning("%s cannot be locked (%s): make sure that no other run uses this prefix", path, error)
+        if anew:
+            clear(path)
         try:
             yield path
         except BaseException:
-            if any(path.glob("part-*.ids")) or any(path.glob("*.bin.tmp")):
+            if not anew and (any(path.glob("part-*.ids")) or any(path.glob("*.bin.tmp"))):
                 logger.warning(
                     "%s keeps what is finished: the same command goes on from there; without it, begin anew", path
                 )
@@ -44,6 +48,15 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path, ignore_errors=True)
+
+
+def checksum(stream: BinaryIO, size: int) -> int:
+    """CRC-32 of the next `size` bytes."""
+    found = 0
+    while size and (block := stream.read(min(size, 1 << 20))):
+        found = zlib.crc32(block, found)
+        size -= len(block)
+    return found
 
 
 def clear(scratch: Path) -> None:

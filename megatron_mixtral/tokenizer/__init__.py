@@ -1,7 +1,7 @@
 """Text to ids, by the published tokenizers and by engines that give the same ids faster; conversations to ids and mask.
 
-`tokenizer` reads a tokenizer, `encode` makes arrays of documents, `engines` do the work; `chat` renders conversations,
-`hf_folder` writes a tokenizer folder for tests and examples. Nothing here needs torch or transformers.
+`tokenizer` reads a tokenizer, `encode` makes arrays of documents, `engines` do the work; `chat` renders conversations.
+Nothing here needs torch or transformers.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +11,6 @@ from megatron_mixtral._door import door
 if TYPE_CHECKING:
     from megatron_mixtral.tokenizer import chat
     from megatron_mixtral.tokenizer.encode import DocumentEncoder, special_tokens
-    from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
     from megatron_mixtral.tokenizer.tokenizer import (
         TOKENIZER_TYPES,
         Tokenizer,

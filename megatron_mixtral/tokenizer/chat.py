@@ -12,26 +12,13 @@ where the vocabulary has them as control tokens.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.tokenizer.tokenizer import Tokenizer
 
 IGNORED = -100  # the label of an id that is not trained
-
-
-class TextTokenizer(Protocol):
-    """What rendering needs of a tokenizer (those of `tokenizer/tokenizer.py` have it)."""
-
-    bos_id: int | None
-    eos_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of the text alone; nothing in it becomes a control token."""
-
-    def control_id(self, token: str) -> int | None:
-        """The id of a control token; None where the vocabulary has no such control token."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +112,7 @@ class Piece:
     trained: bool
 
 
-def check_template(template: Template, tokenizer: TextTokenizer) -> None:
+def check_template(template: Template, tokenizer: Tokenizer) -> None:
     """Raises `ConfigError` where the tokenizer cannot write the template: an EOS it lacks, or `[INST]` as one id."""
     if template.eos and tokenizer.eos_id is None:
         raise ConfigError("This template ends answers with the end-of-sequence id, and the tokenizer declares no "
@@ -136,7 +123,7 @@ def check_template(template: Template, tokenizer: TextTokenizer) -> None:
                           "--prompt-type.")
 
 
-def render(turns: Sequence[Turn], template: Template, tokenizer: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
+def render(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """A conversation -> (ids, trained): int32 and bool, both (tokens,).
 
     The first id is the begin-of-sequence id where the tokenizer has one. Every piece of text is encoded alone.
@@ -150,7 +137,7 @@ def render(turns: Sequence[Turn], template: Template, tokenizer: TextTokenizer) 
     return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
 
 
-def pieces(turns: Sequence[Turn], template: Template, tokenizer: TextTokenizer) -> Iterator[Piece]:
+def pieces(turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> Iterator[Piece]:
     """The pieces of a conversation in order, see `render`."""
     for number, turn in enumerate(turns):
         form = PLAIN if turn.input is None else template
@@ -179,7 +166,7 @@ def _prompt_form(turn: Turn, form: Template, first: bool) -> str:
 _HOLES = ("{system}", "{input}", "{output}")
 
 
-def _written(form: str, turn: Turn, template: Template, tokenizer: TextTokenizer, trained: bool) -> Iterator[Piece]:
+def _written(form: str, turn: Turn, template: Template, tokenizer: Tokenizer, trained: bool) -> Iterator[Piece]:
     """A form with its holes filled, cut only at control tokens. The texts of the turn are not searched for any."""
     controls = {word: found for word in template.controls if (found := tokenizer.control_id(word)) is not None}
     text = ""

@@ -6,7 +6,7 @@ them (`engines/`) is known only here; nothing outside handles single ids.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ from megatron_mixtral.tokenizer.engines import Engine, ReferenceEngine, SpecialT
 from megatron_mixtral.tokenizer.tokenizer import JsonTokenizer, Tokenizer
 
 LONGEST_DOCUMENT = np.iinfo(np.int32).max  # tokens; lengths in the index are int32
-Encode = Callable[[Sequence[str], SpecialTokens], tuple[np.ndarray, np.ndarray]]
 
 
 def special_tokens(tokenizer: Tokenizer, prepend_bod: bool, append_eod: bool) -> SpecialTokens:
@@ -77,7 +76,7 @@ class DocumentEncoder:
         """
         apart = [self._controls.occur_in(text) for text in texts] if self._controls else []
         if any(apart):
-            ids, lengths = encode_apart(texts, apart, self.specials, self._engine.encode, self._encode_with_controls)
+            ids, lengths = self._encode_both(texts, np.array(apart))
         else:
             ids, lengths = self._engine.encode(texts, self.specials)
         if lengths.size and int(lengths.max()) > LONGEST_DOCUMENT:
@@ -89,12 +88,22 @@ class DocumentEncoder:
         taken, self._control_counts = self._control_counts, ControlCounts()
         return taken
 
+    def _encode_both(self, texts: Sequence[str], apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Engine.encode`, with control ids in the texts marked in `apart` (bool); in the order given."""
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        pieces: dict[int, np.ndarray] = {}
+        for encode, marks in ((self._engine.encode, ~apart), (self._encode_with_controls, apart)):
+            numbers = np.flatnonzero(marks)
+            ids, lengths[numbers] = encode([texts[n] for n in numbers], self.specials)
+            # Cut at all ends, so that there is an empty piece too many, even of no text at all.
+            pieces.update(zip(numbers, np.split(ids, np.cumsum(lengths[numbers])), strict=False))
+        return np.concatenate([pieces[number] for number in range(len(texts))]), lengths
+
     def _encode_with_controls(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [self.tokenizer.encode_with_controls(text) for text in texts]
-        flat = np.array([i for ids in encoded for i in ids], dtype=np.int64)
+        pieces = [np.array(self.tokenizer.encode_with_controls(text), dtype=np.int64) for text in texts]
         self._control_counts.documents += len(texts)
-        self._control_counts.tokens += int(np.isin(flat, self._control_ids).sum())
-        return frame(flat, np.array([len(ids) for ids in encoded]), specials, self.tokenizer.vocab_size)
+        self._control_counts.tokens += sum(int(np.isin(piece, self._control_ids).sum()) for piece in pieces)
+        return frame(pieces, specials, self.tokenizer.vocab_size)
 
 
 class ControlStrings:
@@ -108,17 +117,3 @@ class ControlStrings:
 
     def occur_in(self, text: str) -> bool:
         return bool(self._strings) and self._start in text and self._any.search(text) is not None
-
-
-def encode_apart(
-    texts: Sequence[str], apart: Sequence[bool], specials: SpecialTokens, encode: Encode, encode_those_apart: Encode
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `Engine.encode`: the texts marked in `apart` by one function, all others by the other, in the order given."""
-    mask = np.array(apart, dtype=bool)
-    lengths = np.zeros(len(texts), dtype=np.int64)
-    pieces: list[np.ndarray | None] = [None] * len(texts)
-    for function, indices in ((encode, np.flatnonzero(~mask)), (encode_those_apart, np.flatnonzero(mask))):
-        ids, lengths[indices] = function([texts[i] for i in indices], specials)
-        for index, piece in zip(indices, np.split(ids, np.cumsum(lengths[indices])[:-1]), strict=True):
-            pieces[index] = piece
-    return np.concatenate(pieces), lengths

@@ -38,19 +38,31 @@ NASTY_STRINGS = (
 )  # fmt: skip
 
 
-class SentencePieceTokenizer:
-    """A sentencepiece `tokenizer.model`.
-
-    Attributes: `name`, `path`, `sha256` (hex digest of the file), `vocab_size`, `bos_id` and `eos_id` (None if absent).
+class _TokenizerFile:
+    """What both kinds have: `kind` (the library that reads it), `name`, `path`, `sha256` (hex digest of the file),
+    `vocab_size`, `bos_id` and `eos_id` (None if absent), and the library's `_model`, read when it is first needed.
     """
+
+    kind: str
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.name = f"{self.kind}:{self.path.name}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: there the file is read again, but only if the tokenizer encodes."""
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}
+
+
+class SentencePieceTokenizer(_TokenizerFile):
+    """A sentencepiece `tokenizer.model`."""
 
     kind = "sentencepiece"
 
     def __init__(self, path: str | Path) -> None:
         """Raises `DataError` when the file is no sentencepiece model."""
-        self.path = Path(path)
-        self.sha256 = _sha256(self.path)
-        self.name = f"sentencepiece:{self.path.name}"
+        super().__init__(path)
         self.vocab_size: int = self._model.get_piece_size()
         self.bos_id = _id_or_none(self._model.bos_id())
         self.eos_id = _id_or_none(self._model.eos_id())
@@ -63,9 +75,6 @@ class SentencePieceTokenizer:
             return sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
             raise DataError(f"{self.path} is not a sentencepiece model: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_model(self)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -88,8 +97,8 @@ class SentencePieceTokenizer:
         return token_id if self._model.is_control(token_id) else None
 
 
-class JsonTokenizer:
-    """A `tokenizer.json`, by the `tokenizers` library. The attributes are those of `SentencePieceTokenizer`.
+class JsonTokenizer(_TokenizerFile):
+    """A `tokenizer.json`, by the `tokenizers` library.
 
     `bos_token` and `eos_token` come from `tokenizer_config.json` or `special_tokens_map.json` beside the file, else
     they are `<s>` and `</s>` where the vocabulary has them. `vocab_size` is the largest id plus one, with added tokens.
@@ -99,9 +108,7 @@ class JsonTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         """Raises `DataError` when the file is no tokenizer, or one whose ids are random (BPE dropout)."""
-        self.path = Path(path)
-        self.sha256 = _sha256(self.path)
-        self.name = f"tokenizers:{self.path.name}"
+        super().__init__(path)
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         added = self._model.get_added_tokens_decoder()
         self._controls = {token.content: number for number, token in added.items() if token.special}
@@ -123,9 +130,6 @@ class JsonTokenizer:
         model.no_truncation()
         model.encode_special_tokens = True  # "</s>" in a document is text, not the end of the document
         return model
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_model(self)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -154,13 +158,9 @@ class JsonTokenizer:
         return self._controls.get(token)
 
     def _special_id(self, declared: dict[str, str | None], key: str, usual: str) -> int | None:
-        if key not in declared:
-            return self._model.token_to_id(usual)
-        token = declared[key]
-        if token is None:
-            return None
-        token_id = self._model.token_to_id(token)
-        if token_id is None:
+        token = declared.get(key, usual)
+        token_id = None if token is None else self._model.token_to_id(token)
+        if token_id is None and declared.get(key) is not None:
             raise DataError(f"{self.path.parent} declares {key} {token!r}, which {self.path.name} does not contain.")
         return token_id
 
@@ -185,16 +185,17 @@ def load_tokenizer(tokenizer_type: str, path: str | Path) -> Tokenizer:
             f"--tokenizer-model {path} does not exist. Give a directory that holds tokenizer.json or tokenizer.model, "
             f"or one of these files; the name of a repository on the Hugging Face hub is not looked up."
         )
+    is_sentencepiece = tokenizer_type in SENTENCEPIECE_TYPES
     if path.is_file():
-        return open_tokenizer(path, SENTENCEPIECE_TYPES if tokenizer_type in SENTENCEPIECE_TYPES else None)
+        if is_sentencepiece and path.suffix == ".json":
+            raise ConfigError(f"--tokenizer-type {tokenizer_type} needs a sentencepiece tokenizer.model, not {path}.")
+        return open_tokenizer(path)
     model, as_json = path / "tokenizer.model", path / "tokenizer.json"
-    if tokenizer_type in SENTENCEPIECE_TYPES:
-        if not model.is_file():
-            raise DataError(f"{tokenizer_type} needs a sentencepiece tokenizer.model; {path} holds {_listing(path)}.")
-        return SentencePieceTokenizer(model)
+    if is_sentencepiece and not model.is_file():
+        raise DataError(f"{tokenizer_type} needs a sentencepiece tokenizer.model; {path} holds {_listing(path)}.")
     if not as_json.is_file() and not model.is_file():
         raise DataError(f"{path} holds neither tokenizer.json nor tokenizer.model, but {_listing(path)}.")
-    if not as_json.is_file():
+    if is_sentencepiece or not as_json.is_file():
         return SentencePieceTokenizer(model)
     chosen = JsonTokenizer(as_json)
     if model.is_file():
@@ -202,18 +203,14 @@ def load_tokenizer(tokenizer_type: str, path: str | Path) -> Tokenizer:
     return chosen
 
 
-def open_tokenizer(path: Path, allowed: tuple[str, ...] | None = None) -> Tokenizer:
+def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of one file: `tokenizers` for a name that ends in `.json`, sentencepiece for any other name."""
-    if path.suffix != ".json":
-        return SentencePieceTokenizer(path)
-    if allowed == SENTENCEPIECE_TYPES:
-        raise ConfigError(f"--tokenizer-type {allowed[0]} needs a sentencepiece tokenizer.model, not {path}.")
-    return JsonTokenizer(path)
+    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
-def check_agreement(first: Tokenizer, second: Tokenizer, texts: tuple[str, ...] = NASTY_STRINGS) -> None:
-    """Raises `DataError`, with the first string and both encodings, unless the two give the same ids for every text."""
-    for text in texts:
+def check_agreement(first: Tokenizer, second: Tokenizer) -> None:
+    """Raises `DataError`, with the text and both encodings, unless the two give the same ids for `NASTY_STRINGS`."""
+    for text in NASTY_STRINGS:
         ours, theirs = first.encode(text), second.encode(text)
         if ours != theirs:
             raise DataError(
@@ -253,15 +250,6 @@ def _declared_specials(directory: Path) -> dict[str, str | None]:
                 value = content[key]
                 declared[key] = value["content"] if isinstance(value, dict) else value
     return declared
-
-
-def _without_model(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What of a tokenizer goes to another process: there the file is read again, but only if the tokenizer encodes."""
-    return {name: value for name, value in tokenizer.__dict__.items() if name != "_model"}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _id_or_none(token_id: int) -> int | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.data.datasets import InstructionFiles
-from megatron_mixtral.tokenizer import write_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

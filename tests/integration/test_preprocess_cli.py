@@ -14,7 +14,8 @@ import sentencepiece
 from helpers.corpus import python_sources, write_jsonl
 from helpers.events import HANG, until
 
-from megatron_mixtral.tokenizer import mixtral_tokenizer_path, write_hf_tokenizer
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 ROOT = Path(__file__).resolve().parents[2]
 

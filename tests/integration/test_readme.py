@@ -91,9 +91,8 @@ def downloads(folder: Path) -> None:
     mixtral = random_hf_directory(folder / "model_from_hf/Mixtral-8x7B", MixtralConfig(**sizes), torch.bfloat16)
     shutil.copyfile(str(files("mistral_common") / "data" / "tokenizer.model.v1"), mixtral / "tokenizer.model")
     write_lines(folder / "expert_load.jsonl", [{"iteration": 1, "expert_load": [list(range(8))] * 8}])
+    bash(f"python {ROOT}/examples/quickstart/model.py --output-dir hf", folder, {})
     bash("""python - <<'END'
-from examples.quickstart import model
-model.main(["--output-dir", "hf"])
 from transformers import MistralConfig, MistralForCausalLM
 small = MistralConfig(vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                       num_key_value_heads=2)

@@ -17,10 +17,10 @@ import pytest
 from helpers.corpus import python_sources, write_jsonl
 from helpers.models import random_hf_directory
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral import __version__
 from megatron_mixtral.__main__ import COMMANDS
 from megatron_mixtral.config import preset
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"

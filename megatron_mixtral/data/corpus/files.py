@@ -61,20 +61,14 @@ class InputFiles:
 class Chunk:
     """A piece of a file: bytes [start, end) of a plain file, row groups [start, end) of a Parquet file, or all of it.
 
-    `index` counts all chunks of a run, in order; `size` is the number of bytes of the file that it stands for.
+    `size` is the number of bytes of the file that it stands for.
     """
 
-    index: int
     file: InputFile
     file_index: int
     start: int
     end: int
     size: int
-
-    @property
-    def where(self) -> str:
-        """The place in the input, for messages."""
-        return f"{self.start} to {self.end} of {self.file.path}"
 
     @property
     def name(self) -> str:
@@ -195,7 +189,7 @@ def cut_chunks(files: Sequence[InputFile], most: int, shard: int = 0, shards: in
             ranges = [(start, min(start + step, file.size), min(step, file.size - start)) for start in starts]
         else:
             ranges = [(0, file.size, file.size)]
-        chunks += [Chunk(len(chunks) + n, file, file_index, *piece) for n, piece in enumerate(ranges)]
+        chunks += [Chunk(file, file_index, *piece) for piece in ranges]
     return chunks if shards == 1 else _shard(chunks, shard, shards)
 
 

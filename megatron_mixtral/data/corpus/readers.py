@@ -10,7 +10,6 @@ import gzip
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from megatron_mixtral.data.corpus.files import GZIP, PARQUET, PLAIN, ZSTD, Chunk, InputFile
 from megatron_mixtral.data.corpus.records import BadRecord, parse_record
@@ -131,9 +130,10 @@ def read_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
 
 
 def _plain_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
-    with open(chunk.file.path, "rb", buffering=0) as stream:
+    with open(chunk.file.path, "rb") as stream:
         begin = max(chunk.start - 1, 0)
-        data = _read(stream, begin, chunk.end - begin)
+        stream.seek(begin)
+        data = stream.read(chunk.end - begin)
         if len(data) < chunk.end - begin:
             raise DataError(f"{chunk.file.path}: {chunk.file.size} bytes were listed, it ends before. Did it change?")
         start = 0
@@ -151,34 +151,14 @@ def _plain_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
         if unfinished:
             del data
             # Its end is looked for first, and the line then read at once: a long one is held once, not in pieces.
-            counts.end = _find_line_end(stream, chunk.end)
-            line = _read(stream, chunk.end - unfinished, counts.end - chunk.end + unfinished)
+            stream.seek(chunk.end)
+            while (piece := stream.readline(BLOCK)) and not piece.endswith(b"\n"):
+                pass
+            counts.end = stream.tell()
+            stream.seek(chunk.end - unfinished)
+            line = stream.read(counts.end - chunk.end + unfinished)
             yield line, 0, len(line)
         counts.bytes += counts.end - counts.begin
-
-
-def _read(stream: BinaryIO, position: int, size: int) -> bytes:
-    """Up to `size` bytes from `position`; fewer only at the end of the file."""
-    stream.seek(position)
-    data = stream.read(size)
-    if len(data) == size or not data:
-        return data
-    pieces, left = [data], size - len(data)
-    while left and (more := stream.read(left)):  # the system gives at most 2 GB at a time
-        pieces.append(more)
-        left -= len(more)
-    return b"".join(pieces)
-
-
-def _find_line_end(stream: BinaryIO, position: int) -> int:
-    """The position behind the next newline, or the end of the file."""
-    stream.seek(position)
-    while block := stream.read(BLOCK):
-        found = block.find(b"\n")
-        if found >= 0:
-            return position + found + 1
-        position += len(block)
-    return position
 
 
 def lines_before(chunk: Chunk) -> int:
@@ -288,22 +268,17 @@ def _check_columns(path: str, schema: "pyarrow.Schema", keys: Sequence[str]) -> 
 
 
 def _texts(column: "pyarrow.Array", key: str) -> Iterator[str | BadRecord]:  # noqa: F821
-    """The values of a column of strings, each made from the column's buffer at once."""
-    import numpy as np
+    """The values of a column of strings."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    column = column.cast(pyarrow.large_string(), safe=False)
-    _, places, content = column.buffers()
-    ends = np.frombuffer(places, dtype=np.int64, count=len(column) + 1, offset=8 * column.offset).tolist()
-    data = memoryview(content) if content is not None else memoryview(b"")
-    for number, valid in enumerate(column.is_valid().to_pylist()):
-        piece = data[ends[number] : ends[number + 1]]
-        try:
-            text = str(piece, "utf-8")
-        except UnicodeDecodeError as error:
-            shown = bytes(piece[max(error.start - 20, 0) : error.start + 20])
-            yield BadRecord("bad_utf8", f"byte {error.start + 1} of {key!r} is not UTF-8, near {shown!r}")
+    for value in column.cast(pyarrow.large_binary(), safe=False).to_pylist():
+        if value is None:
+            yield BadRecord("not_a_string", f"the value of {key!r} is null, not a string")
             continue
-        yield text if valid else BadRecord("not_a_string", f"the value of {key!r} is null, not a string")
+        try:
+            yield value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            shown = value[max(error.start - 20, 0) : error.start + 20]
+            yield BadRecord("bad_utf8", f"byte {error.start + 1} of {key!r} is not UTF-8, near {shown!r}")

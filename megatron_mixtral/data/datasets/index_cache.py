@@ -11,8 +11,6 @@ from pathlib import Path
 
 from megatron_mixtral.data.indexed import IndexFile
 
-BLOCK = 1 << 22  # sequences at a time
-
 
 def cache_folder(given: str | None, prefixes: Iterable[str]) -> str | None:
     """The folder inside `given` (`--data-cache-path`; by default `FIRST_PREFIX_index_cache`); None without data sets.
@@ -26,6 +24,5 @@ def cache_folder(given: str | None, prefixes: Iterable[str]) -> str | None:
     for prefix in prefixes:
         index = IndexFile(prefix)
         digest.update(f"{prefix}\0{len(index)}\0".encode())
-        for start in range(0, len(index), BLOCK):
-            digest.update(index.lengths[start : start + BLOCK].tobytes())
+        digest.update(index.lengths)
     return str(Path(given or f"{prefixes[0]}_index_cache") / digest.hexdigest()[:16])

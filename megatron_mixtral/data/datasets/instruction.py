@@ -26,10 +26,7 @@ class InstructionDataset(MegatronDataset):
     Item i is a function of i, the seed and the split alone, so a run goes on from its number of consumed samples.
     """
 
-    def __init__(self, dataset: InstructionFiles, dataset_path: str | None, indices: np.ndarray,
-                 num_samples: int | None, index_split: Any, config: BlendedMegatronDatasetConfig) -> None:
-        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
-        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that was read last
+    _order: tuple[int, np.ndarray] | None = None  # of the epoch that was read last
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: InstructionFiles) -> int:

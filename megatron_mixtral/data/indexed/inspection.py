@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from megatron_mixtral.data.report import find_report
 from megatron_mixtral.errors import DataError
 from megatron_mixtral.tokenizer import Tokenizer, chat
 
-BLOCK = 1 << 22  # ids or sequences at a time
+BLOCK = 1 << 22  # sequences at a time
 
 
 @dataclass
@@ -105,8 +106,7 @@ def _range_of_ids(index: IndexFile, eos: int | None) -> tuple[int | None, int | 
     if not index.tokens:
         return None, None, None
     ids = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
-    blocks = [ids[start : start + BLOCK] for start in range(0, ids.size, BLOCK)]
-    smallest, largest = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
+    smallest, largest = int(ids.min()), int(ids.max())
     if eos is None:
         return smallest, largest, None
     lasts = index.pointers // index.dtype.itemsize + index.lengths - 1
@@ -118,17 +118,13 @@ def _report_problems(index: IndexFile, report: dict[str, Any] | None) -> list[st
     if report is None:
         return []
     counts = report if "merged" in report else next(
-        (one for one in report["keys"].values() if _same_name(one["output"], index.prefix)), None
+        (one for one in report["keys"].values() if Path(one["output"]).name == Path(index.prefix).name), None
     )
     if counts is None:
         return []
     found = {"documents": len(index.documents) - 1, "tokens": index.tokens}
     return [f"the report says {counts[name]} {name}, found {value}" for name, value in found.items()
             if counts[name] != value]  # fmt: skip
-
-
-def _same_name(output: str, prefix: str) -> bool:
-    return output.rsplit("/", 1)[-1] == prefix.rsplit("/", 1)[-1]
 
 
 def tokenizer_of(prefix: str) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ killed run wrote can be taken up again (`whole_parts`).
 import os
 import shutil
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_mixtral import disk
+from megatron_mixtral.data.scratch import checksum
 from megatron_mixtral.errors import DataError
 
 HEADER = b"MMIDIDX\x00\x00"
@@ -56,14 +56,14 @@ class IndexedWriter:
     ) -> None:  # fmt: skip
         """`kept` are the parts that the files in `scratch` begin with (`whole_parts`); the rest of them is cut off."""
         self.dtype = np.dtype(dtype)
-        self.code = DTYPE_CODES[self.dtype]
         self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        self._tmp = _Temporaries.of(prefix, scratch)
+        self._tmp = _temporaries(prefix, scratch)
         self.tokens = sum(part.tokens for part in kept)
         self.sequences = self.documents = sum(part.documents for part in kept)
-        self._bin = _open_at(self._tmp.bin, self.tokens * self.dtype.itemsize)
-        self._lengths = _open_at(self._tmp.lengths, 4 * self.sequences)
-        self._splits = _open_at(self._tmp.splits, 0) if splits else None
+        self._bin = _open_at(self._tmp["bin"], self.tokens * self.dtype.itemsize)
+        self._lengths = _open_at(self._tmp["lengths"], 4 * self.sequences)
+        self._splits = _open_at(self._tmp["splits"], 0) if splits else None
+        self._streams = [stream for stream in (self._bin, self._lengths, self._splits) if stream is not None]
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, splits: np.ndarray | None = None) -> None:
         """Append documents: ids of `self.dtype` (total,), lengths int32 (sequences,) with sum total, none of them 0,
@@ -111,9 +111,8 @@ class IndexedWriter:
 
     def flush(self) -> None:
         """Hand everything added so far to the system, so that it survives the end of this process."""
-        for stream in (self._bin, self._lengths, self._splits):
-            if stream is not None:
-                stream.flush()
+        for stream in self._streams:
+            stream.flush()
 
     def finish(self, may_be_empty: bool = False) -> None:
         """Write the index and flush both files to disk, still under their temporary names.
@@ -122,96 +121,64 @@ class IndexedWriter:
         """
         if self.tokens == 0 and not may_be_empty:
             raise DataError(f"No document with text came out for {self.bin_path}: nothing is written.")
-        self._bin.close()
-        disk.sync(self._tmp.bin)
-        self._lengths.flush()
-        found, wanted = os.path.getsize(self._tmp.bin), self.tokens * self.dtype.itemsize
+        self.close()
+        disk.sync(self._tmp["bin"])
+        found, wanted = os.path.getsize(self._tmp["bin"]), self.tokens * self.dtype.itemsize
         if found != wanted:
             raise DataError(f"{self.bin_path} has {found} bytes; {self.tokens} ids need {wanted}. Is the disk full?")
-        with open(self._tmp.idx, "wb") as index:
-            index.write(HEADER + struct.pack("<QBQQ", 1, self.code, self.sequences, self.documents + 1))
-            with open(self._tmp.lengths, "rb") as lengths:
+        with open(self._tmp["idx"], "wb") as index:
+            code = DTYPE_CODES[self.dtype]
+            index.write(HEADER + struct.pack("<QBQQ", 1, code, self.sequences, self.documents + 1))
+            with open(self._tmp["lengths"], "rb") as lengths:
                 shutil.copyfileobj(lengths, index, 1 << 20)
-                self._write_pointers(lengths, index)
-            self._write_documents(index)
-        disk.sync(self._tmp.idx)
+            for starts in _starts(self._tmp["lengths"]):
+                index.write((starts * self.dtype.itemsize).astype("<i8").tobytes())
+            for firsts in self._first_sequences():
+                index.write(firsts.astype("<i8").tobytes())
+            index.write(struct.pack("<q", self.sequences))
+        disk.sync(self._tmp["idx"])
 
-    def _write_documents(self, index: BinaryIO) -> None:
-        """The first sequence of each document, and the number of sequences."""
-        if self._splits is None:
-            for start in range(0, self.documents + 1, BLOCK):
-                index.write(np.arange(start, min(start + BLOCK, self.documents + 1), dtype="<i8").tobytes())
-            return
-        self._splits.flush()
-        first = 0
-        index.write(struct.pack("<q", first))
-        with open(self._tmp.splits, "rb") as splits:
-            for block in _int32_blocks(splits):
-                ends = np.cumsum(block, dtype=np.int64) + first
-                index.write(ends.astype("<i8").tobytes())
-                first = int(ends[-1])
-
-    def _write_pointers(self, lengths: BinaryIO, index: BinaryIO) -> None:
-        """The byte position of each sequence: the sum of the lengths before it, times the size of an id."""
-        position = 0
-        lengths.seek(0)
-        for block in _int32_blocks(lengths):
-            ends = np.cumsum(block, dtype=np.int64) * self.dtype.itemsize + position
-            index.write(np.concatenate(([position], ends[:-1])).astype("<i8").tobytes())
-            position = int(ends[-1])
+    def _first_sequences(self) -> Iterator[np.ndarray]:
+        """The first sequence of each document, in blocks."""
+        if self._splits is not None:
+            return _starts(self._tmp["splits"])
+        count = self.documents
+        return (np.arange(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
     def publish(self) -> None:
         """Give both files their final names. An older pair goes first, so that a mixed pair is never seen."""
         self.idx_path.unlink(missing_ok=True)
-        os.replace(self._tmp.bin, self.bin_path)
-        os.replace(self._tmp.idx, self.idx_path)
-        self._tmp.lengths.unlink()
-        self._tmp.splits.unlink(missing_ok=True)
+        os.replace(self._tmp["bin"], self.bin_path)
+        os.replace(self._tmp["idx"], self.idx_path)
+        self._tmp["lengths"].unlink()
+        self._tmp["splits"].unlink(missing_ok=True)
         disk.sync(self.bin_path.parent)
 
     def close(self) -> None:
         """Close the files; without `publish` nothing is left but what lies in the scratch directory."""
-        for stream in (self._bin, self._lengths, self._splits):
-            if stream is not None:
-                stream.close()
+        for stream in self._streams:
+            stream.close()
 
 
-@dataclass(frozen=True)
-class _Temporaries:
+def _temporaries(prefix: str | Path, scratch: str | Path) -> dict[str, Path]:
     """The files of a writer in its scratch directory."""
-
-    bin: Path
-    idx: Path
-    lengths: Path
-    splits: Path
-
-    @classmethod
-    def of(cls, prefix: str | Path, scratch: str | Path) -> "_Temporaries":
-        name = Path(f"{prefix}.bin").stem
-        return cls(*(Path(scratch) / f"{name}.{end}.tmp" for end in ("bin", "idx", "lengths", "splits")))
+    name = Path(f"{prefix}.bin").stem
+    return {end: Path(scratch) / f"{name}.{end}.tmp" for end in ("bin", "idx", "lengths", "splits")}
 
 
 def whole_parts(prefix: str | Path, dtype: np.dtype, scratch: str | Path, parts: Sequence[PartSize]) -> int:
     """How many of `parts`, the first ones of a dataset, are whole in the files that a killed writer left."""
-    files = _Temporaries.of(prefix, scratch)
-    sizes = [path.stat().st_size if path.exists() else 0 for path in (files.bin, files.lengths)]
+    files = _temporaries(prefix, scratch)
+    sizes = [files[end].stat().st_size if files[end].exists() else 0 for end in ("bin", "lengths")]
     if not sizes[0]:
         return 0
-    with open(files.bin, "rb") as ids:
+    with open(files["bin"], "rb") as ids:
         for number, part in enumerate(parts):
             sizes[0] -= part.tokens * np.dtype(dtype).itemsize
             sizes[1] -= 4 * part.documents
-            if min(sizes) < 0 or _checksum(ids, part.tokens * np.dtype(dtype).itemsize) != part.checksum:
+            if min(sizes) < 0 or checksum(ids, part.tokens * np.dtype(dtype).itemsize) != part.checksum:
                 return number
     return len(parts)
-
-
-def _checksum(stream: BinaryIO, size: int) -> int:
-    checksum = 0
-    while size and (block := stream.read(min(size, 1 << 20))):
-        checksum = zlib.crc32(block, checksum)
-        size -= len(block)
-    return checksum
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
@@ -222,9 +189,14 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     return stream
 
 
-def _int32_blocks(stream: BinaryIO) -> Iterator[np.ndarray]:
-    while block := stream.read(4 * BLOCK):
-        yield np.frombuffer(block, dtype="<i4")
+def _starts(path: Path) -> Iterator[np.ndarray]:
+    """Of a file of int32, the sum of all numbers before each (int64), in blocks."""
+    total = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(4 * BLOCK):
+            ends = total + np.cumsum(np.frombuffer(block, dtype="<i4"), dtype=np.int64)
+            yield np.concatenate(([total], ends[:-1]))
+            total = int(ends[-1])
 
 
 def append_file(source: BinaryIO, target: BinaryIO, size: int) -> None:

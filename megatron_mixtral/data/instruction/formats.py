@@ -5,8 +5,10 @@ A handler takes one JSON object and gives a `Dialogue`; what does not fit raises
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron_mixtral.data.corpus import BadRecord
@@ -24,17 +26,8 @@ class Dialogue:
 Record = Mapping[str, Any]
 
 
-def alpaca(record: Record) -> Dialogue:
-    """`instruction`, `input` (may be missing or empty), `output`; optional `system`."""
-    return _alpaca(record, "")
-
-
-def alpaca_zh(record: Record) -> Dialogue:
-    """`instruction_zh`, `input_zh`, `output_zh`."""
-    return _alpaca(record, "_zh")
-
-
-def _alpaca(record: Record, ending: str) -> Dialogue:
+def alpaca(record: Record, ending: str = "") -> Dialogue:
+    """`instruction`, `input` (may be missing or empty), `output`, all three with `ending`; optional `system`."""
     question, more = _text(record, "instruction" + ending), _text(record, "input" + ending, optional=True)
     answer = _text(record, "output" + ending)
     if answer.strip() == "<nooutput>":
@@ -100,7 +93,7 @@ def pretrain(record: Record) -> Dialogue:
 
 HANDLERS: dict[str, Callable[[Record], Dialogue]] = {
     "alpaca": alpaca,
-    "alpaca_zh": alpaca_zh,
+    "alpaca_zh": partial(alpaca, ending="_zh"),
     "oasst1": oasst1,
     "openai": openai,
     "sharegpt": sharegpt,
@@ -137,7 +130,7 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
     place in a turn and are counted; a system text belongs to the question after it.
     """
     turns: list[chat.Turn] = []
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     system, question = "", None
     for role, text, loss in messages:
         if role == "system" and question is None:
@@ -148,7 +141,7 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
             turns.append(chat.Turn(question, text, system, loss))
             system, question = "", None
         elif role == "assistant" and not turns:
-            left_out["answer_without_question"] = left_out.get("answer_without_question", 0) + 1
+            left_out["answer_without_question"] += 1
         else:
             raise BadRecord("roles_out_of_order", f"a message of {role} where none can be: {text[:40]!r}")
     for name, text in (("question_without_answer", question), ("system_without_question", question is None and system)):

@@ -13,7 +13,7 @@ n - 1 <= S, and a pack holds samples of together at most S positions.
 import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_mixtral.data.instruction.packing import best_fit
 from megatron_mixtral.data.instruction.rendering import Batch, InstructionAccount, Renderer
 from megatron_mixtral.data.processes import run_in_order
 from megatron_mixtral.data.report import REPORT_SUFFIX, publish, tokenizer_facts, versions
-from megatron_mixtral.data.scratch import clear, scratch_directory
+from megatron_mixtral.data.scratch import scratch_directory
 from megatron_mixtral.errors import DataError
 from megatron_mixtral.tokenizer import chat, load_tokenizer
 
@@ -57,7 +57,7 @@ def preprocess_instructions(options: InstructionOptions) -> dict[str, Any]:
     logger.info("%d files; handler %s, template %s, tokenizer %s", len(inputs.files), options.handler,
                 options.template_name, tokenizer.path)
     account, prefix = InstructionAccount(), options.output_prefix
-    with _emptied_scratch(prefix) as scratch, closing(_Samples(scratch)) as samples:
+    with scratch_directory(prefix, anew=True) as scratch, closing(_Samples(scratch)) as samples:
         records = itertools.chain.from_iterable(
             read_objects(file, options.chunk_bytes, account.lines) for file in inputs.files)
         batches = itertools.batched(records, RECORDS_PER_BATCH)
@@ -105,18 +105,6 @@ def _collect(results: Iterator[Batch], samples: "_Samples", account: Instruction
     if counts.samples == 0:
         raise DataError(f"No sample came out of {counts.records} records: {account.left_out() or 'no record'}. "
                         "Nothing is written.")
-
-
-@contextmanager
-def _emptied_scratch(prefix: str) -> Iterator[Path]:
-    """The scratch directory of a run that begins anew each time, whatever ended the last one."""
-    with scratch_directory(prefix) as scratch:
-        clear(scratch)
-        try:
-            yield scratch
-        except BaseException:
-            clear(scratch)
-            raise
 
 
 class _Samples:

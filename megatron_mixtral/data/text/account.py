@@ -31,9 +31,10 @@ class FileAccount:
 
 @dataclass
 class TextAccount(Account):
-    """Sums over all chunks so far; `files` turns a chunk's line numbers into those of its file."""
+    """Sums over all chunks so far, `per_key` in the order of the keys; `files` turns a chunk's line numbers into those
+    of its file.
+    """
 
-    keys: tuple[str, ...] = ()
     per_key: dict[str, KeyCounts] = field(default_factory=dict)
     files: dict[int, FileAccount] = field(default_factory=dict)
 
@@ -49,8 +50,7 @@ class TextAccount(Account):
         self.add_bad(result.bad, lambda line: f"{chunk.file.path}:{before + line}")
         self._add_place(file, chunk, result.counts)
         self.lines.add(result.counts)
-        for key, found in zip(self.keys, result.keys, strict=True):
-            total = self.per_key.setdefault(key, KeyCounts())
+        for total, found in zip(self.per_key.values(), result.keys, strict=True):
             for name, value in asdict(found).items():
                 setattr(total, name, getattr(total, name) + value)
 
@@ -77,6 +77,11 @@ class TextAccount(Account):
         """Lines that are not blank: the documents that came in."""
         return self.lines.lines - self.lines.blank
 
+    @property
+    def tokens(self) -> int:
+        """The ids of all keys."""
+        return sum(counts.tokens for counts in self.per_key.values())
+
     def check(self, written: dict[str, tuple[int, int]]) -> None:
         """Raises `DataError` unless the counts add up.
 
@@ -100,8 +105,7 @@ class TextAccount(Account):
                     f"{file.last.end}. Nothing is written."
                 )
         skipped = self.skipped.total()
-        for key in self.keys:
-            found = self.per_key.get(key, KeyCounts())
+        for key, found in self.per_key.items():
             if self.records != found.documents + found.empty + skipped:
                 raise DataError(
                     f"The counts of key {key!r} do not add up: {self.records} records, but {found.documents} "
@@ -115,7 +119,7 @@ class TextAccount(Account):
 
     def as_dict(self) -> dict[str, Any]:
         """The counts in the words of the report."""
-        keys = {key: asdict(self.per_key.get(key, KeyCounts())) for key in self.keys}
+        keys = {key: asdict(counts) for key, counts in self.per_key.items()}
         return {**super().as_dict(), "records": self.records, "keys": keys}
 
 
@@ -128,14 +132,12 @@ class Progress:
     def __init__(self, total_bytes: int, interval: int) -> None:
         self._total, self._interval = total_bytes, interval
         self.started = self._last_time = time.monotonic()
-        self._last_records = 0
-        self._bytes = self._bytes_before = 0
-        self._records_before = self._tokens_before = 0
+        self._bytes = self._last_records = 0
+        self._before = (0, 0, 0)  # documents, bytes and tokens of an earlier run
 
     def resume(self, account: TextAccount, done_bytes: int) -> None:
         """Begin the rates here: `account` and `done_bytes` are the work of an earlier run."""
-        self._bytes = self._bytes_before = done_bytes
-        self._records_before, self._tokens_before = account.records, _tokens(account)
+        self._bytes, self._before = done_bytes, (account.records, done_bytes, account.tokens)
 
     def update(self, account: TextAccount, chunk: Chunk) -> None:
         self._bytes += chunk.size
@@ -143,7 +145,7 @@ class Progress:
         if account.records - self._last_records < self._interval or now - self._last_time < 1.0:
             return
         self._last_records, self._last_time = account.records, now
-        left = (self._total - self._bytes) * (now - self.started) / max(self._bytes - self._bytes_before, 1)
+        left = (self._total - self._bytes) * (now - self.started) / max(self._bytes - self._before[1], 1)
         logger.info("%s, %d:%02d left", self.line(account), *divmod(round(left), 60))
 
     def elapsed(self) -> float:
@@ -153,14 +155,10 @@ class Progress:
     def line(self, account: TextAccount) -> str:
         """Documents, bytes and tokens so far, with their rates."""
         seconds = max(self.elapsed(), 1e-9)
-        tokens = _tokens(account)
-        rate = (self._bytes - self._bytes_before) / 1e6 / seconds
+        done = (account.records, self._bytes, account.tokens)
+        documents, size, tokens = ((now - before) / seconds for now, before in zip(done, self._before, strict=True))
         return (
-            f"{account.records:,} documents ({(account.records - self._records_before) / seconds:,.0f}/s), "
-            f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({rate:,.2f} MB/s), "
-            f"{tokens:,} tokens ({(tokens - self._tokens_before) / seconds:,.0f}/s)"
+            f"{account.records:,} documents ({documents:,.0f}/s), "
+            f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({size / 1e6:,.2f} MB/s), "
+            f"{account.tokens:,} tokens ({tokens:,.0f}/s)"
         )
-
-
-def _tokens(account: TextAccount) -> int:
-    return sum(counts.tokens for counts in account.per_key.values())

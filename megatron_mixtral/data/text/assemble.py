@@ -6,14 +6,13 @@ What a killed run had appended is recognized by the checksums of its parts.
 """
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 
 from megatron_mixtral.data.corpus import Chunk
 from megatron_mixtral.data.indexed import IndexedWriter, PartSize, whole_parts
 from megatron_mixtral.data.text.account import Progress, TextAccount
 from megatron_mixtral.data.text.parts import FinishedParts
-from megatron_mixtral.data.text.workers import ChunkEncoder, ChunkResult, PartPaths
+from megatron_mixtral.data.text.workers import ChunkEncoder, ChunkResult, KeyCounts, part_paths
 
 logger = logging.getLogger(__name__)
 
@@ -36,26 +35,27 @@ class Assembly:
     ) -> None:  # fmt: skip
         self._chunks, self._work, self._parts, self._progress = chunks, work, parts, progress
         self._dtype = work.encoder.dtype
-        self.account = TextAccount(keys=work.keys)
+        self.account = TextAccount(per_key={key: KeyCounts() for key in work.keys})
         self._prefixes = [output_prefix(prefix, key) for key in work.keys]
+        results = parts.results
         for chunk in chunks:
-            if chunk in parts and parts[chunk].bad.shown and not work.skip_bad:
-                parts.forget(chunk)  # finished under --on-error skip; now its bad line must stop the run
+            if chunk.name in results and results[chunk.name].bad.shown and not work.skip_bad:
+                del results[chunk.name]  # finished under --on-error skip; now its bad line must stop the run
         kept = self._whole_parts()
         self.writers = [
             IndexedWriter(prefix, self._dtype, work.scratch, kept=self._sizes(number, kept))
             for number, prefix in enumerate(self._prefixes)
         ]
         for chunk in chunks[kept:]:
-            if chunk in parts and not parts.is_whole(chunk, self._dtype.itemsize):
-                parts.forget(chunk)
-        self.unfinished = [chunk for chunk in chunks if chunk not in parts]
+            if chunk.name in results and not parts.is_whole(chunk, self._dtype.itemsize):
+                del results[chunk.name]
+        self.unfinished = [chunk for chunk in chunks if chunk.name not in results]
         self.pieces, self.taken_up = len(chunks), len(chunks) - len(self.unfinished)
         self._assembled = 0
-        if len(parts):
+        if results:
             self._log_resumption()
         for chunk in chunks[:kept]:
-            self.account.add(chunk, parts[chunk])
+            self.account.add(chunk, results[chunk.name])
             self._assembled += 1
             self._remove(chunk)
         self._append_finished()
@@ -93,11 +93,11 @@ class Assembly:
             writer.close()
 
     def _append_finished(self) -> None:
-        while self._assembled < len(self._chunks) and (chunk := self._chunks[self._assembled]) in self._parts:
-            self.account.add(chunk, self._parts[chunk])
+        results = self._parts.results
+        while self._assembled < len(self._chunks) and (chunk := self._chunks[self._assembled]).name in results:
+            self.account.add(chunk, results[chunk.name])
             for number, writer in enumerate(self.writers):
-                paths = PartPaths.of(self._work.scratch, chunk.name, number)
-                writer.add_part(paths.ids, paths.lengths)
+                writer.add_part(*part_paths(self._work.scratch, chunk, number))
             # The next run must find the part here or there, so it goes when the writer's buffer is with the system.
             for writer in self.writers:
                 writer.flush()
@@ -107,14 +107,12 @@ class Assembly:
 
     def _remove(self, chunk: Chunk) -> None:
         for number in range(len(self.writers)):
-            paths = PartPaths.of(self._work.scratch, chunk.name, number)
-            for path in (paths.ids, paths.lengths):
-                if os.path.exists(path):
-                    os.unlink(path)
+            for path in part_paths(self._work.scratch, chunk, number):
+                path.unlink(missing_ok=True)
 
     def _sizes(self, key_number: int, count: int) -> list[PartSize]:
         """What the first `count` chunks add to the dataset of one key."""
-        results = [self._parts[chunk] for chunk in self._chunks[:count]]
+        results = [self._parts.results[chunk.name] for chunk in self._chunks[:count]]
         return [
             PartSize(result.keys[key_number].tokens, result.keys[key_number].documents, result.checksums[key_number])
             for result in results
@@ -122,16 +120,15 @@ class Assembly:
 
     def _whole_parts(self) -> int:
         """How many of the first chunks an earlier run has appended to every dataset."""
-        finished = 0
-        while finished < len(self._chunks) and self._chunks[finished] in self._parts:
-            finished += 1
+        unfinished = (number for number, chunk in enumerate(self._chunks) if chunk.name not in self._parts.results)
+        finished = next(unfinished, len(self._chunks))
         for number, prefix in enumerate(self._prefixes):
             sizes = self._sizes(number, finished)
             finished = min(finished, whole_parts(prefix, self._dtype, self._work.scratch, sizes))
         return finished
 
     def _log_resumption(self) -> None:
-        unused = len(self._parts) - self.taken_up
+        unused = len(self._parts.results) - self.taken_up
         logger.info("going on with an unfinished run: %d of %d pieces are finished", self.taken_up, self.pieces)
         if unused:
             logger.warning("%d finished pieces belong to inputs that have changed or are not given: not used", unused)

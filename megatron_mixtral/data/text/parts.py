@@ -8,19 +8,17 @@ on the way, and a machine that lost power costs no more than the parts that it l
 
 import json
 import logging
-import os
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from megatron_mixtral import disk
-from megatron_mixtral.data.account import BadRecords, Shown
-from megatron_mixtral.data.corpus import Chunk, LineCounts
-from megatron_mixtral.data.scratch import clear
-from megatron_mixtral.data.text.workers import ChunkResult, KeyCounts, PartPaths
+from megatron_mixtral.data.corpus import Chunk
+from megatron_mixtral.data.scratch import checksum, clear
+from megatron_mixtral.data.text.workers import ChunkResult, part_paths
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +26,18 @@ RECORDS = "finished.jsonl"
 
 
 class FinishedParts:
-    """The finished chunks of a scratch directory, from earlier runs and from this one."""
+    """The finished chunks of a scratch directory, from earlier runs and from this one: `results`, by the names of the
+    chunks. One that is taken out of them will be encoded again.
+    """
 
     def __init__(self, scratch: Path, made_with: dict[str, Any]) -> None:
         """Reads what earlier runs left, or clears the directory with a sentence where it was made with other flags."""
         self._scratch = scratch
         self._path = scratch / RECORDS
-        self._records: dict[str, ChunkResult] = {}
+        self.results: dict[str, ChunkResult] = {}
         found, lines = _read_records(self._path)
         if found == made_with:
-            self._records = {line["chunk"]: _result_of(line) for line in lines}
+            self.results = {line["chunk"]: msgspec.convert(line, ChunkResult) for line in lines}
         else:
             if found is not None:
                 differing = [key for key in {**found, **made_with} if found.get(key) != made_with.get(key)]
@@ -47,56 +47,32 @@ class FinishedParts:
                 )  # fmt: skip
             clear(scratch)
         # Written anew, since the last line of a killed run may be torn.
-        kept = (_line(name, result) for name, result in self._records.items())
+        kept = (_line(name, result) for name, result in self.results.items())
         disk.write_whole(self._path, "".join([json.dumps(made_with) + "\n", *kept]))
         self._stream = open(self._path, "a", encoding="utf-8")
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __contains__(self, chunk: Chunk) -> bool:
-        return chunk.name in self._records
-
-    def __getitem__(self, chunk: Chunk) -> ChunkResult:
-        return self._records[chunk.name]
-
     def add(self, chunk: Chunk, result: ChunkResult) -> None:
         """Note that the parts of a chunk are whole."""
-        self._records[chunk.name] = result
+        self.results[chunk.name] = result
         self._stream.write(_line(chunk.name, result))
         self._stream.flush()
 
-    def forget(self, chunk: Chunk) -> None:
-        """Take a chunk for unfinished: it will be encoded again."""
-        self._records.pop(chunk.name, None)
-
     def is_whole(self, chunk: Chunk, itemsize: int) -> bool:
         """Whether the part files of a finished chunk have the size and the checksum that were noted."""
-        result = self._records[chunk.name]
-        for number, (counts, checksum) in enumerate(zip(result.keys, result.checksums, strict=True)):
-            paths = PartPaths.of(str(self._scratch), chunk.name, number)
-            sizes = {paths.ids: counts.tokens * itemsize, paths.lengths: 4 * counts.documents}
-            try:
-                if any(os.path.getsize(path) != size for path, size in sizes.items()):
-                    return False
-            except OSError:
+        result = self.results[chunk.name]
+        for number, (counts, noted) in enumerate(zip(result.keys, result.checksums, strict=True)):
+            ids, lengths = part_paths(self._scratch, chunk, number)
+            sizes = {ids: counts.tokens * itemsize, lengths: 4 * counts.documents}
+            if any(not path.exists() or path.stat().st_size != size for path, size in sizes.items()):
                 return False
-            lengths = np.fromfile(paths.lengths, dtype="<i4")
-            if int(lengths.sum(dtype=np.int64)) != counts.tokens or checksum_of(paths.ids) != checksum:
+            with ids.open("rb") as stream:
+                found = checksum(stream, sizes[ids])
+            if found != noted or int(np.fromfile(lengths, dtype="<i4").sum(dtype=np.int64)) != counts.tokens:
                 return False
         return True
 
     def close(self) -> None:
         self._stream.close()
-
-
-def checksum_of(path: str | Path) -> int:
-    """CRC-32 of a file."""
-    checksum = 0
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
@@ -117,12 +93,3 @@ def _read_records(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any
 
 def _line(chunk_name: str, result: ChunkResult) -> str:
     return json.dumps({"chunk": chunk_name, **asdict(result)}) + "\n"
-
-
-def _result_of(record: dict[str, Any]) -> ChunkResult:
-    return ChunkResult(
-        counts=LineCounts(**record["counts"]),
-        keys=[KeyCounts(**counts) for counts in record["keys"]],
-        checksums=record["checksums"],
-        bad=BadRecords(record["bad"]["reasons"], [Shown(**one) for one in record["bad"]["shown"]]),
-    )

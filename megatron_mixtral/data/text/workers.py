@@ -4,10 +4,10 @@ Ids and lengths never travel between processes: a worker writes them to raw file
 `Assembly` picks them up in order.
 """
 
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -45,17 +45,10 @@ class ChunkResult:
     bad: BadRecords = field(default_factory=BadRecords)
 
 
-@dataclass(frozen=True)
-class PartPaths:
+def part_paths(scratch: str | Path, chunk: Chunk, key_index: int) -> tuple[Path, Path]:
     """The files of a chunk for one key: ids, and the length of each document."""
-
-    ids: str
-    lengths: str
-
-    @classmethod
-    def of(cls, scratch: str, chunk_name: str, key_index: int) -> "PartPaths":
-        stem = os.path.join(scratch, f"{chunk_name}-{key_index}")
-        return cls(stem + ".ids", stem + ".lengths")
+    ids, lengths = (Path(scratch, f"{chunk.name}-{key_index}.{end}") for end in ("ids", "lengths"))
+    return ids, lengths
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class ChunkEncoder:
         Raises `DataError` when the file cannot be read or the tokenizer misbehaves; a bad line is in the result.
         """
         result = ChunkResult(keys=[KeyCounts() for _ in self.keys])
-        parts = [_PartWriter(PartPaths.of(self.scratch, chunk.name, number), self.encoder, counts)
+        parts = [_PartWriter(part_paths(self.scratch, chunk, number), self.encoder, counts)
                  for number, counts in enumerate(result.keys)]  # fmt: skip
         try:
             for found in read_records(chunk, self.keys, result.counts):
@@ -94,14 +87,14 @@ class ChunkEncoder:
 
     def place(self, chunk: Chunk) -> str:
         """See `Work.place`."""
-        return chunk.where
+        return f"{chunk.start} to {chunk.end} of {chunk.file.path}"
 
 
 class _PartWriter:
     """Gathers the texts of one key and writes their ids and lengths batch by batch."""
 
-    def __init__(self, paths: PartPaths, encoder: DocumentEncoder, counts: KeyCounts) -> None:
-        self._ids, self._lengths = open(paths.ids, "wb", buffering=0), open(paths.lengths, "wb", buffering=0)
+    def __init__(self, paths: tuple[Path, Path], encoder: DocumentEncoder, counts: KeyCounts) -> None:
+        self._ids, self._lengths = (open(path, "wb") for path in paths)
         self._encoder, self._counts = encoder, counts
         self._texts: list[str] = []
         self._characters = 0
@@ -133,16 +126,9 @@ class _PartWriter:
         counts.tokens += ids.size
         data = np.ascontiguousarray(ids).data.cast("B") if ids.size else b""
         self.checksum = zlib.crc32(data, self.checksum)
-        _write_all(self._ids, data)
-        _write_all(self._lengths, kept.astype("<i4").tobytes())
+        self._ids.write(data)
+        self._lengths.write(kept.astype("<i4").tobytes())
 
     def close(self) -> None:
         self._ids.close()
         self._lengths.close()
-
-
-def _write_all(stream, data: bytes | memoryview) -> None:
-    """Write all of it; an unbuffered file may take less at a time."""
-    left = memoryview(data)
-    while left:
-        left = left[stream.write(left) :]

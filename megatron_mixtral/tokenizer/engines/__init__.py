@@ -1,7 +1,7 @@
 """Engines of encoding: programs that give the same ids. The fastest one is chosen, and proved, at the start of a run.
 
-`base.py` says what an engine is, `choose.py` picks one; `native.py` (our C++ extension, tables by `bpe_tables.py`),
-`fast.py` (the library fastokens) and `reference.py` are the engines. `tokenizer/encode.py` calls them.
+`base.py` says what an engine is, `choose.py` picks one; `native.py` (our C++ extension, tables by `bpe_tables.py`) and
+`libraries.py` are the engines. `tokenizer/encode.py` calls them.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +12,6 @@ if TYPE_CHECKING:
     from megatron_mixtral.tokenizer.engines import native
     from megatron_mixtral.tokenizer.engines.base import Engine, SpecialTokens, frame, token_dtype
     from megatron_mixtral.tokenizer.engines.choose import ENGINES, EngineChoice, choose_engine, make_engine
-    from megatron_mixtral.tokenizer.engines.reference import ReferenceEngine
+    from megatron_mixtral.tokenizer.engines.libraries import ReferenceEngine
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

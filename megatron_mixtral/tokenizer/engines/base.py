@@ -42,33 +42,15 @@ class Engine(Protocol):
         ...
 
 
-def checked(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """`ids` in `token_dtype`. Raises `DataError` for an id outside the vocabulary, which that could wrap."""
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise DataError(f"Encoding gave ids from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab_size}.")
-    return ids.astype(token_dtype(vocab_size), copy=False)
-
-
-def frame(
-    ids: np.ndarray, counts: np.ndarray, specials: SpecialTokens, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids without control ids, and their number in each text, to what `Engine.encode` returns.
+def frame(pieces: Sequence[np.ndarray], specials: SpecialTokens, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of each text, without control ids, to what `Engine.encode` returns.
 
     Raises `DataError` for an id outside the vocabulary, before a narrower dtype could wrap it.
     """
-    ids = checked(ids, vocab_size)
-    bos, eos = specials.bos_id is not None, specials.eos_id is not None
-    lengths = counts.astype(np.int64)
-    if not bos and not eos:
-        return ids, lengths
-    lengths[lengths > 0] += bos + eos
-    framed = np.empty(int(lengths.sum()), dtype=token_dtype(vocab_size))
-    is_text = np.ones(framed.size, dtype=bool)
-    ends = np.cumsum(lengths)[lengths > 0]
-    if bos:
-        starts = ends - lengths[lengths > 0]
-        framed[starts], is_text[starts] = specials.bos_id, False
-    if eos:
-        framed[ends - 1], is_text[ends - 1] = specials.eos_id, False
-    framed[is_text] = ids
-    return framed, lengths
+    before, after = ([] if control is None else [np.array([control])] for control in (specials.bos_id, specials.eos_id))
+    framed = [part for piece in pieces if piece.size for part in (*before, piece, *after)]
+    ids = np.concatenate(framed) if framed else np.zeros(0, np.int64)
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise DataError(f"Encoding gave ids from {ids.min()} to {ids.max()}, outside the vocabulary of {vocab_size}.")
+    lengths = [piece.size and len(before) + piece.size + len(after) for piece in pieces]
+    return ids.astype(token_dtype(vocab_size), copy=False), np.array(lengths, dtype=np.int64)

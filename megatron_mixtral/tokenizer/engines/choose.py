@@ -10,9 +10,8 @@ import numpy as np
 
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.tokenizer.engines.base import Engine, EngineUnavailable, SpecialTokens
-from megatron_mixtral.tokenizer.engines.fast import FastokensEngine
+from megatron_mixtral.tokenizer.engines.libraries import FastokensEngine, ReferenceEngine
 from megatron_mixtral.tokenizer.engines.native import NativeEngine
-from megatron_mixtral.tokenizer.engines.reference import ReferenceEngine
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -90,28 +89,20 @@ def prove(engine: Engine, tokenizer: Tokenizer, documents: Sequence[str]) -> dic
     difficult = [*NASTY_STRINGS, *(f"a{control} b" for control in tokenizer.control_tokens())]
     texts = [*difficult, *documents]
     reference = ReferenceEngine(tokenizer)
-    ids, lengths = engine.encode(texts, BARE)
-    expected, expected_lengths = reference.encode(texts, BARE)
-    if not np.array_equal(lengths, expected_lengths) or not np.array_equal(ids, expected):
-        raise EngineUnavailable(_first_difference(texts, (ids, lengths), (expected, expected_lengths), reference.name))
+    found, expected = (_text_by_text(*each.encode(texts, BARE)) for each in (engine, reference))
+    for text, ours, theirs in zip(texts, found, expected, strict=True):
+        if ours != theirs:
+            at = next(index for index, (x, y) in enumerate(itertools.zip_longest(ours, theirs)) if x != y)
+            raise EngineUnavailable(f"its ids are not those of {reference.name}: from token {at} of the text "
+                                    f"{text[:40]!r} on, {ours[at:at + 6]} instead of {theirs[at:at + 6]}")
     return {
         "reference": f"{reference.name} {reference.version}",
         "documents": len(documents),
         "difficult_strings": len(difficult),
         "characters": sum(map(len, texts)),
-        "tokens": int(expected.size),
+        "tokens": sum(map(len, expected)),
     }
 
 
-def _first_difference(
-    texts: Sequence[str], found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], reference: str
-) -> str:
-    ours, theirs = (
-        [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] for ids, lengths in (found, expected)
-    )
-    text, a, b = next(each for each in zip(texts, ours, theirs, strict=True) if each[1] != each[2])
-    at = next(index for index, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y)
-    return (
-        f"its ids are not those of {reference}: from token {at} of the text {text[:40]!r} on, "
-        f"{a[at:at + 6]} instead of {b[at:at + 6]}"
-    )
+def _text_by_text(ids: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]

@@ -8,6 +8,7 @@ not there is encoded by plain byte-pair merging, by rank or score as the publish
 import importlib
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,21 +36,18 @@ class NativeEngine:
         """Raises `EngineUnavailable` where the extension is not built, or for another kind of tokenizer."""
         load_module()
         self._tables = bpe_tables(tokenizer)
-        self._make_encoder()
+        self._dtype = token_dtype(self._tables.vocab_size)
 
-    def _make_encoder(self) -> None:
+    @cached_property
+    def _encoder(self) -> Any:
         tables = self._tables
-        self._dtype = token_dtype(tables.vocab_size)
-        self._encoder = load_module().Encoder(
+        return load_module().Encoder(
             tables.vocab_size, tables.characters, tables.merges, tables.joins, tables.byte_ids, tables.prefix
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_tables": self._tables}  # 1 MB; another process need not read the tokenizer again
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._make_encoder()
+        """The tables, 1 MB: another process need not read the tokenizer again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
 
     def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.encode`. Ids outside the vocabulary cannot arise: the tables were checked."""

@@ -8,9 +8,9 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.tokenizer.chat import TEMPLATES, Turn, check_template, render
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
 from megatron_mixtral.tokenizer.tokenizer import (
     NASTY_STRINGS,
     JsonTokenizer,

@@ -13,13 +13,13 @@ from helpers.documents import first_difference, random_texts, real_documents
 from helpers.native_build import ensure_extension
 from helpers.vocabularies import train_sentencepiece
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.data import preprocess_command
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.encode import ControlStrings, DocumentEncoder
+from megatron_mixtral.tokenizer.encode import ControlCounts, ControlStrings, DocumentEncoder
 from megatron_mixtral.tokenizer.engines import choose, native
 from megatron_mixtral.tokenizer.engines.base import SpecialTokens, frame, token_dtype
 from megatron_mixtral.tokenizer.engines.choose import choose_engine, make_engine
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
 
 FRAME = SpecialTokens(1, 2)
@@ -164,6 +164,8 @@ def test_control_strings_are_allowed_on_demand_and_counted(mixtral, extension, n
     counts = encoder.take_control_counts()
     assert (counts.documents, counts.tokens) == (4, 5)
     assert encoder.take_control_counts().documents == 0
+    ids, lengths = encoder.encode_documents(["a</s>", "<s>b"])  # a batch with a control string in every text
+    assert lengths.sum() == ids.size and encoder.take_control_counts() == ControlCounts(2, 2)
 
 
 def test_control_strings_cannot_be_allowed_with_sentencepiece(mixtral):
@@ -184,10 +186,10 @@ def test_an_encoder_that_was_sent_to_another_process(mixtral, extension, name):
 
 
 def test_frame_refuses_ids_before_they_wrap():
-    ids, counts = np.array([5, 65_536 + 7]), np.array([2])
+    pieces = [np.array([5, 65_536 + 7])]
     with pytest.raises(DataError, match="65543, outside the vocabulary of 32000"):
-        frame(ids, counts, FRAME, 32_000)
-    framed, lengths = frame(ids, counts, FRAME, 70_000)
+        frame(pieces, FRAME, 32_000)
+    framed, lengths = frame(pieces, FRAME, 70_000)
     assert framed.tolist() == [1, 5, 65_543, 2] and framed.dtype == np.int32 and lengths.tolist() == [4]
     assert (token_dtype(65_499), token_dtype(65_500)) == (np.uint16, np.int32)
 

@@ -11,11 +11,11 @@ from helpers.documents import first_difference, random_texts, real_documents
 from helpers.native_build import SANITIZERS, compile_extension, ensure_extension, run_sanitized
 from helpers.vocabularies import edit_json, edit_model, train_sentencepiece
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.errors import DataError
 from megatron_mixtral.tokenizer.engines import native
 from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTokens
 from megatron_mixtral.tokenizer.engines.bpe_tables import bpe_tables
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
 
 MIXTRAL = ("tokenizer.model", "tokenizer.json")

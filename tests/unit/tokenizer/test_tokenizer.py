@@ -9,8 +9,8 @@ import pytest
 import sentencepiece
 from helpers.corpus import python_sources
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.tokenizer.hf_folder import write_hf_tokenizer
 from megatron_mixtral.tokenizer.tokenizer import (
     NASTY_STRINGS,
     JsonTokenizer,
@@ -144,7 +144,7 @@ def test_transformers_loads_the_folder(folder):
 
 def test_no_heavy_import():
     code = (
-        "import sys, megatron_mixtral.data.cli as p, megatron_mixtral.tokenizer.hf_folder\n"
+        "import sys, megatron_mixtral.data.cli as p, examples.quickstart.hf_tokenizer\n"
         "from megatron_mixtral.tokenizer.tokenizer import load_tokenizer, mixtral_tokenizer_path\n"
         "load_tokenizer('Llama2Tokenizer', mixtral_tokenizer_path())\n"
         "print([m for m in ('torch', 'transformers', 'megatron', 'mistral_common') if m in sys.modules])"

@@ -1,6 +1,6 @@
-"""The `fastokens` library as an engine: optional (`pip install megatron-mixtral[fast]`), for byte-level BPE above all.
+"""Libraries as engines: the published tokenizer itself, slow and right by definition, and `fastokens`.
 
-It is handed one document at a time: of a batch it would make threads for all cores, in each worker.
+Both are handed one document at a time. Of a batch `fastokens` would make threads for all cores, in each worker.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,24 @@ from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTo
 from megatron_mixtral.tokenizer.tokenizer import JsonTokenizer, Tokenizer
 
 
+class ReferenceEngine:
+    """`sentencepiece` or `tokenizers`, with the tokenizer that was loaded."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.name = tokenizer.kind
+        self.version = version(tokenizer.kind)
+
+    def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.encode`."""
+        pieces = [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts]
+        return frame(pieces, specials, self._tokenizer.vocab_size)
+
+
 class FastokensEngine:
-    """Reads a `tokenizer.json`, with its special tokens taken for text."""
+    """Reads a `tokenizer.json`, with its special tokens taken for text; for byte-level BPE above all. Optional
+    (`pip install megatron-mixtral[fast]`).
+    """
 
     name = "fastokens"
 
@@ -38,6 +54,4 @@ class FastokensEngine:
     def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.encode`."""
         pieces = [np.frombuffer(self._model.encode_batch_flat([text], False, True)[0], np.uint32) for text in texts]
-        counts = np.array([piece.size for piece in pieces], dtype=np.int64)
-        ids = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
-        return frame(ids, counts, specials, self._tokenizer.vocab_size)
+        return frame(pieces, specials, self._tokenizer.vocab_size)

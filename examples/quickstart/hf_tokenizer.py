@@ -1,5 +1,7 @@
 """A Hugging Face tokenizer folder made from a sentencepiece model, in the published layout of Mixtral-8x7B-v0.1.
 
+    python examples/quickstart/hf_tokenizer.py --output-dir DIR
+
 Examples and tests need a model folder that `transformers` can load without a download. The `tokenizer.json` written
 here gives the ids of the sentencepiece model (a test compares them on real documents):
 
@@ -8,15 +10,25 @@ here gives the ids of the sentencepiece model (a test compares them on real docu
 - decoder: `▁` to space, byte pieces to characters, joined, without the first space; `<s>` before a text by template
 """
 
+import argparse
 import json
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
 METASPACE = "\u2581"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the tokenizer of mistral-common as a Hugging Face folder.")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
+    write_hf_tokenizer(parser.parse_args(argv).output_dir)
+    return 0
 
 
 def write_hf_tokenizer(directory: str | Path, model: str | Path | None = None) -> None:
@@ -112,3 +124,7 @@ def _tokenizer_config(pieces: Any) -> dict[str, Any]:
         "unk_token": controls[pieces.unk_id()],
         "use_default_system_prompt": False,
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
