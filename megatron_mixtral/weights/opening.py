@@ -25,7 +25,10 @@ def open_source(path: str | Path, *, compare_copies: bool = True) -> TensorSourc
     Raises `CheckpointError` or `ConfigError` for a directory that is none, or cannot be read.
     """
     path = _directory(path)
-    return HFSource(path) if _has_signs(path, HFSource) else open_megatron(path, compare_copies=compare_copies)
+    # A config.json without weights is a Hugging Face folder that lacks something: its source says what.
+    if _has_signs(path, HFSource) or ((path / "config.json").is_file() and not directory.is_checkpoint(path)):
+        return HFSource(path)
+    return open_megatron(path, compare_copies=compare_copies)
 
 
 def open_megatron(path: str | Path, *, compare_copies: bool = True) -> RankDirSource | DistSource:

@@ -59,3 +59,10 @@ def test_what_is_neither_a_format_nor_a_checkpoint_is_refused(tmp_path: Path) ->
         open_sink(tmp_path / "out", "zarr")
     with pytest.raises(CheckpointError, match="does not exist or is not a directory"):
         open_source(tmp_path / "absent")
+
+
+def test_a_hugging_face_folder_without_weights_says_what_it_lacks(hf: Path, tmp_path: Path) -> None:
+    """Not that it is no Megatron checkpoint."""
+    (tmp_path / "config.json").write_bytes((hf / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="safetensors"):
+        open_source(tmp_path)

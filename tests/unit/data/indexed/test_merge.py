@@ -58,6 +58,23 @@ def test_shards_merged_in_order_are_the_whole(tmp_path, corpus):
     assert not list(tmp_path.glob("x*"))
 
 
+def test_an_interrupted_merge_leaves_nothing_and_promises_nothing(tmp_path, corpus, monkeypatch, caplog):
+    """It cannot be taken up, so its files go, and nobody is told that the same command goes on."""
+    parts = [run(tmp_path, [one], f"p{number}") for number, one in enumerate(corpus)]
+    append = merging._append
+
+    def full(writer, dataset):
+        append(writer, dataset)
+        if dataset.prefix == parts[1]:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging, "_append", full)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        merge(parts, str(tmp_path / "x"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before and "goes on from there" not in caplog.text
+
+
 def test_a_bad_line_of_a_shard_has_the_line_number_of_its_file(tmp_path):
     lines = [b'{"text": "a %d"}\n' % number for number in range(20000)]
     lines[17000] = b"{}\n"
