@@ -16,4 +16,5 @@ __all__ = ["FIXES", "TRAINING_FIXES"]
 
 FIXES = (dataset_helpers.FIX, adam.FIX, multi_tensor.FIX, expert_optimizers.FIX, bucket_padding.FIX,
          rank_directories.FIX, nonfinite.FIX, recompute.FIX)
-TRAINING_FIXES = (step_log.TRAINING_FIX, rank_directories.TRAINING_FIX)  # of `megatron.training`
+# Of `megatron.training`.
+TRAINING_FIXES = (step_log.TRAINING_FIX, rank_directories.TRAINING_FIX, multi_tensor.TRAINING_FIX)

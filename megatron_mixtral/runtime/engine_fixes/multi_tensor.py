@@ -11,12 +11,24 @@ from torch import Tensor
 
 from megatron_mixtral.runtime.replacements import Fix, Replacements
 
+BLOCK = 1 << 14  # elements whose squares are added in fp32: a relative error below 2e-7
+
 
 def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool,
             *args: Any) -> tuple[Tensor, None]:
     """([1] fp32: the norm of all tensors as one vector, None)."""
-    total = torch.nn.utils.get_total_norm([tensor for tensors in tensor_lists for tensor in tensors])
-    return total.float().reshape(1), None
+    flat = [tensor for tensors in tensor_lists for tensor in tensors]
+    if flat and not flat[0].is_cuda:
+        return _norm_on_cpu(flat), None
+    return torch.nn.utils.get_total_norm(flat).float().reshape(1), None
+
+
+def _norm_on_cpu(tensors: list[Tensor]) -> Tensor:
+    """torch's norms of fp32 on a CPU add squares one by one in fp32: with 33 M elements they are 2e-3 too small. Here
+    only blocks are added so, which BLAS does in as much time, and the blocks' sums in fp64.
+    """
+    blocks = (block.float() for tensor in tensors for block in tensor.flatten().split(BLOCK))
+    return torch.stack([torch.dot(block, block) for block in blocks]).double().sum().sqrt().float().reshape(1)
 
 
 def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
@@ -50,4 +62,28 @@ FIX = Fix(
     remove_when="local_multi_tensor_scale and local_multi_tensor_l2_norm work in place and on the device",
     needed=_engine_scales_through_copies,
     apply=_scale_in_place,
+)
+
+
+def _engine_adds_fp32_naively() -> bool:
+    from megatron.core import utils
+    from megatron.training.utils import common_utils
+
+    return common_utils.multi_tensor_l2norm is utils.local_multi_tensor_l2_norm
+
+
+def _norm_of_parameters(replacements: Replacements) -> None:
+    from megatron.training.utils import common_utils
+
+    replacements.set(common_utils, "multi_tensor_l2norm", l2_norm)
+
+
+TRAINING_FIX = Fix(
+    name="params-norm",
+    symptom="--log-params-norm on a CPU is too small, by 2e-3 for a tensor of 33 M elements",
+    cause="the engine's stand-in for apex's kernel takes torch.norm, which adds fp32 squares one by one on a CPU",
+    versions="0.19.2",
+    remove_when="local_multi_tensor_l2_norm, or torch.norm on a CPU, adds in fp64 or in blocks",
+    needed=_engine_adds_fp32_naively,
+    apply=_norm_of_parameters,
 )

@@ -25,6 +25,24 @@ def test_clipping_in_place_is_the_engines() -> None:
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@pytest.mark.parametrize("sizes", [(1_000_000,), (33_000_000,), (7, 0, 70_000, 65_536)])
+def test_the_norm_of_many_elements_is_that_of_fp64(sizes: tuple[int, ...]) -> None:
+    """torch's own norms of fp32 on a CPU are 2e-3 too small for the largest."""
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(size, generator=generator) for size in sizes]
+    expected = sum(gradient.double().square().sum() for gradient in gradients).sqrt().item()
+    found, _ = multi_tensor.l2_norm(1, torch.zeros(1), [gradients], False)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=3e-7)
+    halves = [gradient.bfloat16() for gradient in gradients]
+    expected = sum(gradient.double().square().sum() for gradient in halves).sqrt().item()
+    assert multi_tensor.l2_norm(1, torch.zeros(1), [halves], False)[0].item() == pytest.approx(expected, rel=3e-7)
+
+
+def test_nothing_to_add_is_zero() -> None:
+    for none in ([], [torch.zeros(0)]):
+        assert multi_tensor.l2_norm(1, torch.zeros(1), [none], False)[0].tolist() == [0.0]
+
+
 def _alone(rank: int) -> None:
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
