@@ -99,31 +99,67 @@ def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterato
     target = Path(os.path.abspath(target))
     refuse_existing(target, replace)
     partial, old = _partial(target), _replaced(target)
-    lock = _open_own(partial)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise CheckpointError(f"{partial} is being written by another conversion; wait for it or stop it") from None
-    try:
-        _recover(target, old)
-        stage = Stage(partial)
-        if any(partial.iterdir()) and not resume:
-            logger.info("removing what an unfinished conversion left in %s", partial)
-            stage.begin("")
-        yield stage
-        shutil.rmtree(partial / NOTES, ignore_errors=True)
-        sync_tree(partial)
+    with _exclusive(target, partial) as lock:
+        try:
+            _recover(target, old)
+            stage = Stage(partial)
+            if any(partial.iterdir()) and not resume:
+                logger.info("removing what an unfinished conversion left in %s", partial)
+                stage.begin("")
+            yield stage
+            shutil.rmtree(partial / NOTES, ignore_errors=True)
+            sync_tree(partial)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            sync(target.parent)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
+        finally:
+            _recover(target, old)
+            if _is_at(lock, partial):  # else it has become the target, and this may be the next conversion's
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _exclusive(target: Path, partial: Path) -> Iterator[int]:
+    """The temporary directory, made, opened and locked. Raises `CheckpointError` when another conversion has it.
+
+    The lock goes with the directory when it becomes the target, so a target is locked too: until what it replaced is
+    removed, the next conversion must not begin.
+    """
+    with contextlib.ExitStack() as handles:
+        lock = _open_own(partial)
+        handles.callback(os.close, lock)
+        _lock(lock, partial)
         if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
-    finally:
-        _recover(target, old)
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+            try:
+                there = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                handles.callback(os.close, there)
+                _lock(there, target)
+            except (OSError, CheckpointError) as error:
+                with contextlib.suppress(OSError):
+                    partial.rmdir()  # goes where it is empty
+                raise CheckpointError(f"{target} cannot be replaced: {error}") from None
+        yield lock
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(handle, path):  # no longer, when the other one ended in between
+            return
+    except OSError:
+        pass
+    raise CheckpointError(f"{path} is being written by another conversion; wait for it or stop it")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open directory is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except OSError:
+        return False
 
 
 def _partial(target: Path) -> Path:

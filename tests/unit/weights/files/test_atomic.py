@@ -54,3 +54,39 @@ def test_a_temporary_directory_of_another_user_is_refused(victim, monkeypatch):
     with pytest.raises(CheckpointError, match="belongs to another user") as error:
         write(victim.parent / "shared" / "out")
     assert str(partial) in str(error.value) and (partial / "theirs").exists()
+
+
+def test_the_end_of_one_run_leaves_the_next_ones_work(tmp_path, monkeypatch):
+    """A run that begins while another one still removes what it replaced is refused, and loses nothing later."""
+    target, refused, remove = tmp_path / "out", [], atomic.shutil.rmtree
+    write(target)
+
+    def begin_another(path, *args, **options):
+        if Path(path).name == ".out.replaced":
+            with pytest.raises(CheckpointError, match="another conversion"):
+                write(target, replace=True)
+            refused.append(path)
+        remove(path, *args, **options)
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", begin_another)
+    write(target, replace=True)
+    assert len(refused) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_on_a_directory_that_is_no_longer_there_is_no_lock(tmp_path, monkeypatch):
+    """The other run ended between this one's opening and locking of the temporary directory."""
+    opened = os.open
+
+    def end_of_another(path, *args, **options):
+        handle = opened(path, *args, **options)
+        if Path(path).name == ".out.partial":
+            Path(path).rmdir()
+            Path(path).mkdir()
+            (Path(path) / "work").write_text("of a third run")
+        return handle
+
+    monkeypatch.setattr(os, "open", end_of_another)
+    with pytest.raises(CheckpointError, match="another conversion"):
+        write(tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "work").exists()
