@@ -6,6 +6,8 @@ weight plan, FLOP count) is derived from it. Standard library only.
 
 import dataclasses
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ _INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "rope_scaling": (None,),
+    "rope_scaling": (None, {}, {"rope_type": "default"}, {"type": "default"},
+                     {"rope_type": "default", "type": "default"}),
     "quantization_config": (None,),
     "attention_dropout": (0, 0.0, None),
 }
@@ -53,13 +56,15 @@ class MixtralConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, found {value!r}")
+            _check(name, getattr(self, name), _is_positive_integer, "a positive integer")
         for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-                raise ConfigError(f"{name} must be a positive number, found {value!r}")
+            _check(name, getattr(self, name), _is_positive, "a positive number")
+        for name in ("router_aux_loss_coef", "router_jitter_noise", "initializer_range"):
+            _check(name, getattr(self, name), lambda value: value == 0 or _is_positive(value),
+                   "a number of at least 0")
+        _check("sliding_window", self.sliding_window, lambda value: value is None or _is_positive_integer(value),
+               "a positive integer or null")
+        _check("tie_word_embeddings", self.tie_word_embeddings, lambda value: isinstance(value, bool), "true or false")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ConfigError(
@@ -143,7 +148,10 @@ class MixtralConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ConfigError(f"{path}: unknown keys {unknown}; was it written by a newer megatron_mixtral?")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_json(self) -> str:
         """Contents of `mixtral_config.json`."""
@@ -212,14 +220,31 @@ def read_json(path: Path) -> dict[str, Any]:
 def _rope_theta(hf: dict[str, Any], where: str) -> float:
     """The RoPE base in either spelling. A wrong base loads without complaint and ruins the model, so it is checked."""
     parameters = hf.get("rope_parameters") or {}
+    _check(f"{where}: rope_parameters", parameters, lambda value: isinstance(value, dict), "an object or null")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ConfigError(f"{where}: rope_parameters.rope_type = {kind!r} is not supported (expected 'default')")
     found = {key: source["rope_theta"] for key, source in (("rope_theta", hf), ("rope_parameters", parameters))
              if source.get("rope_theta") is not None}
-    if len(set(map(float, found.values()))) > 1:
+    for base in found.values():
+        _check(f"{where}: rope_theta", base, _is_positive, "a positive number")
+    if len(set(found.values())) > 1:
         raise ConfigError(f"{where}: two different RoPE bases: {found}; remove the wrong one")
     return float(next(iter(found.values()), 1e6))
+
+
+def _check(name: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
+    if not fits(value):
+        raise ConfigError(f"{name} must be {expected}, found {value!r}")
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0 that a float can hold: not NaN, not infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 PRESETS: dict[str, MixtralConfig] = {

@@ -5,14 +5,14 @@ conversion; with `deep`, every byte of every tensor is read, too.
 """
 
 import collections
-import json
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import read_json
 from megatron_mixtral.disk import human_size
-from megatron_mixtral.errors import MixtralError
+from megatron_mixtral.errors import CheckpointError, MixtralError
 from megatron_mixtral.weights.conversion import REPORT_FILE, compare
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import atomic
@@ -100,11 +100,19 @@ def _look(found: Findings, deep: bool) -> None:
         found.bytes += prod(tensor.shape) * FLOATS[kind].itemsize
     found.types, found.tensors = dict(kinds), sum(kinds.values())
     if deep:
-        sums = compare(source, source)
-        report = found.directory / REPORT_FILE
-        noted = json.loads(report.read_text(encoding="utf-8")).get("checksums") if report.is_file() else None
-        if noted is not None:
-            wrong = [name for name, value in sums.items() if noted.get(name) != value]
-            if wrong:
-                found.problem = f"{len(wrong)} tensors are not what the conversion wrote, first {wrong[0]}"
-            found.checksums = sums
+        _compare_with_report(found, compare(source, source))
+
+
+def _compare_with_report(found: Findings, sums: dict[str, int]) -> None:
+    """Compare checksums with those that the conversion noted. Raises a `MixtralError` where they differ."""
+    report = found.directory / REPORT_FILE
+    noted = read_json(report).get("checksums") if report.is_file() else None
+    if not noted:  # it was not verified
+        return
+    if not isinstance(noted, dict):
+        raise CheckpointError(f"{report}: expected checksums by tensor, found {type(noted).__name__}; remove the file, "
+                              "or convert again with --verify")
+    wrong = [name for name, value in sums.items() if noted.get(name) != value]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tensors are not what the conversion wrote ({report}), first {wrong[0]}")
+    found.checksums = sums

@@ -33,7 +33,14 @@ def is_unfinished(directory: Path) -> bool:
 
 
 def refuse_existing(target: Path, replace: bool) -> None:
-    """Raise `CheckpointError` when `target` may not be written: it holds something, and `replace` is false."""
+    """Raise `CheckpointError` when `target` may not be written: it holds something, and `replace` is false.
+
+    Nor through a symbolic link, also under the temporary names: anyone may put one into a shared directory.
+    """
+    for path in (target, _partial(target), _replaced(target)):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link to {os.readlink(path)}, expected a directory or nothing; "
+                                  "remove it, or give --save-dir without a link as its last part")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a directory to write into")
     if not replace and not is_empty(target):
@@ -42,7 +49,7 @@ def refuse_existing(target: Path, replace: bool) -> None:
 
 def need_space(target: Path, needed: int) -> None:
     """Raise `CheckpointError` when the disk that `target` will be on has less than `needed` bytes free."""
-    left = _partial(Path(os.path.abspath(target)))  # of an unfinished conversion: will be removed or used
+    left = _partial(target)  # of an unfinished conversion: will be removed or used
     free = free_space(target) + sum(path.lstat().st_blocks * 512 for path in left.rglob("*"))
     if free < needed:
         raise CheckpointError(f"{target} needs {human_size(needed)}, but {existing_parent(target)} has "
@@ -60,7 +67,7 @@ class Stage:
         plan = self._notes / "plan"
         if not plan.is_file() or plan.read_text(encoding="utf-8") != fingerprint:
             for path in self.root.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             self._notes.mkdir()
             plan.write_text(fingerprint, encoding="utf-8")
 
@@ -91,40 +98,95 @@ def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterato
     """
     target = Path(os.path.abspath(target))
     refuse_existing(target, replace)
-    partial, old = _partial(target), target.parent / f".{target.name}.replaced"
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{partial} cannot be made: {error}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise CheckpointError(f"{partial} is being written by another conversion; wait for it or stop it") from None
-    try:
-        _recover(target, old)
-        stage = Stage(partial)
-        if any(partial.iterdir()) and not resume:
-            logger.info("removing what an unfinished conversion left in %s", partial)
-            stage.begin("")
-        yield stage
-        shutil.rmtree(partial / NOTES, ignore_errors=True)
-        sync_tree(partial)
+    partial, old = _partial(target), _replaced(target)
+    with _exclusive(target, partial) as lock:
+        try:
+            _recover(target, old)
+            stage = Stage(partial)
+            if any(partial.iterdir()) and not resume:
+                logger.info("removing what an unfinished conversion left in %s", partial)
+                stage.begin("")
+            yield stage
+            shutil.rmtree(partial / NOTES, ignore_errors=True)
+            sync_tree(partial)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            sync(target.parent)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
+        finally:
+            _recover(target, old)
+            if _is_at(lock, partial):  # else it has become the target, and this may be the next conversion's
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _exclusive(target: Path, partial: Path) -> Iterator[int]:
+    """The temporary directory, made, opened and locked. Raises `CheckpointError` when another conversion has it.
+
+    The lock goes with the directory when it becomes the target, so a target is locked too: until what it replaced is
+    removed, the next conversion must not begin.
+    """
+    with contextlib.ExitStack() as handles:
+        lock = _open_own(partial)
+        handles.callback(os.close, lock)
+        _lock(lock, partial)
         if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
-    finally:
-        _recover(target, old)
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+            try:
+                there = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                handles.callback(os.close, there)
+                _lock(there, target)
+            except (OSError, CheckpointError) as error:
+                with contextlib.suppress(OSError):
+                    partial.rmdir()  # goes where it is empty
+                raise CheckpointError(f"{target} cannot be replaced: {error}") from None
+        yield lock
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(handle, path):  # no longer, when the other one ended in between
+            return
+    except OSError:
+        pass
+    raise CheckpointError(f"{path} is being written by another conversion; wait for it or stop it")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open directory is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except OSError:
+        return False
 
 
 def _partial(target: Path) -> Path:
+    target = Path(os.path.abspath(target))
     return target.parent / f".{target.name}{PARTIAL}"
+
+
+def _replaced(target: Path) -> Path:
+    return _partial(target).with_suffix(".replaced")
+
+
+def _open_own(partial: Path) -> int:
+    """The temporary directory opened, made where it is absent. Raises `CheckpointError` for another user's."""
+    try:
+        made = True
+        try:
+            partial.mkdir(parents=True)
+        except FileExistsError:
+            made = False
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise CheckpointError(f"{partial} cannot be made: {error}") from None
+    if not made and os.fstat(handle).st_uid != os.geteuid():
+        os.close(handle)
+        raise CheckpointError(f"{partial} belongs to another user and would be emptied; remove it, or choose another "
+                              "--save-dir")
+    return handle
 
 
 def _recover(target: Path, old: Path) -> None:

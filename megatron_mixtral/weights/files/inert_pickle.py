@@ -36,12 +36,21 @@ class Record:
 
 
 class TypeRecord(str):
-    """A torch dtype, by its name."""
+    """A torch dtype, by its name. One object serves all files, so none may change it."""
+
+    __slots__ = ()
+
+
+class Arguments(argparse.Namespace):
+    """Saved arguments. With a `__setstate__` a pickle changes objects of the class only, not the class itself."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 # Real classes of the standard library that hold data only.
 PLAIN = {
-    ("collections", "OrderedDict"): collections.OrderedDict, ("argparse", "Namespace"): argparse.Namespace,
+    ("collections", "OrderedDict"): collections.OrderedDict, ("argparse", "Namespace"): Arguments,
     ("types", "SimpleNamespace"): types.SimpleNamespace, ("torch", "Size"): tuple,
     ("__builtin__", "set"): set, ("builtins", "set"): set, ("collections", "defaultdict"): Record,
 } | {("torch", name): TypeRecord(name) for name in TYPES}

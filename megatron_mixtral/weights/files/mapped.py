@@ -10,6 +10,12 @@ import numpy
 from megatron_mixtral.errors import CheckpointError
 
 BLOCK = 1 << 20  # bytes of a region that are read at a time
+# What a download leaves in the place of weights, by how it begins: no format that is read here begins so.
+NO_WEIGHTS = {
+    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder",
+    b"<!doctype html": "is a web page (of a log-in or an error?), not the file itself; download it again",
+    b"<html": "is a web page (of a log-in or an error?), not the file itself; download it again",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Region:
 
 
 class MappedFile:
-    """A file as read-only memory. Raises `CheckpointError` when it is empty or cannot be opened."""
+    """A file as read-only memory. Raises `CheckpointError` when it is empty, cannot be opened or is of `NO_WEIGHTS`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,6 +62,10 @@ class MappedFile:
                 self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
+        start = self.bytes[:64].lstrip().lower()
+        for sign, cure in NO_WEIGHTS.items():
+            if start.startswith(sign):
+                raise CheckpointError(f"{path} {cure}")
 
     def array(self, carrier: numpy.dtype, shape: tuple[int, ...], offset: int,
               strides: tuple[int, ...] | None = None) -> numpy.ndarray:

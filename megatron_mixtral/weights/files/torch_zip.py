@@ -20,6 +20,7 @@ from megatron_mixtral.weights.files.mapped import MappedFile, Stored
 _LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # of a zip entry: signature, flags, ... length of name and of extra field
 _ZIP, _DESCRIPTOR, _DESCRIBED = b"PK\x03\x04", b"PK\x07\x08", 8  # flag: size and CRC are behind the data
 MOST_PICKLE = 1 << 28  # bytes of data.pkl; a checkpoint's has a few hundred thousand
+MOST_ORDER = 16  # bytes of byteorder: "little" or "big"
 STORAGES = {kind.storage: kind for kind in FLOATS.values()}
 
 
@@ -70,8 +71,9 @@ class _Reader:
                 raise ValueError("has no data.pkl")
             self.pickle, self.label = archive.read(pickles[0]), pickles[0].removesuffix("/data.pkl")
             order = f"{self.label}/byteorder"
-            if order in self.entries and archive.read(order) != b"little":
-                raise ValueError("is of a big-endian machine")
+            if order in self.entries and (self.entries[order].file_size > MOST_ORDER
+                                          or archive.read(order) != b"little"):
+                raise ValueError("its byteorder is not little: of a big-endian machine, or damaged")
 
     def storage_offset(self, storage: _Storage, itemsize: int) -> int:
         """Where a storage's bytes begin in the file. Raises `ValueError`."""

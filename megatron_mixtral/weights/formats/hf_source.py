@@ -23,6 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE, BIN_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"  # what came before safetensors
 WEIGHT_FILES = (INDEX_FILE, SINGLE_FILE, BIN_INDEX_FILE, BIN_FILE)
 TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
+BARE = TIED_ORIGINAL.removeprefix("model.")  # as AutoModel saves it: a model without an output layer
 
 
 class HFSource(TensorSource):
@@ -84,6 +85,10 @@ class HFSource(TensorSource):
 
     def check(self) -> None:
         """Raise `CheckpointError` naming tensor and file for anything missing, left over or of a wrong shape."""
+        if BARE in self._files:
+            raise CheckpointError(f"{self.where / self._files[BARE]} was saved by AutoModel: it has {BARE} where "
+                                  f"{TIED_ORIGINAL} is expected, and no output layer; save the original model with "
+                                  "AutoModelForCausalLM")
         used = {self._locate(tensor)[0] for tensor in self._stored()}
         self._check_tied_copy(used)
         extra = [n for n in self._files if n not in used and not n.endswith(IGNORABLE_HF_SUFFIXES)]

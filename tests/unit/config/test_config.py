@@ -109,6 +109,9 @@ def test_identity_file_round_trip(tmp_path):
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"num_experts": 3}))
     with pytest.raises(ConfigError, match=r"unknown keys \['num_experts'\]"):
         MixtralConfig.from_checkpoint(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"sliding_window": 0}))
+    with pytest.raises(ConfigError, match=f"{CONFIG_FILE}: sliding_window must be"):
+        MixtralConfig.from_checkpoint(tmp_path)
 
 
 def test_a_list_of_end_tokens_gives_the_first():
@@ -129,12 +132,36 @@ def test_a_list_of_end_tokens_gives_the_first():
     ({"vocab_size": 0}, "vocab_size must be a positive integer, found 0"),
     ({"num_hidden_layers": "32"}, "num_hidden_layers must be a positive integer, found '32'"),
     ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number, found inf"),
+    ({"sliding_window": "4096"}, "sliding_window must be a positive integer or null, found '4096'"),
+    ({"sliding_window": 0}, "sliding_window must be a positive integer or null, found 0"),
+    ({"sliding_window": -1}, "sliding_window must be a positive integer or null, found -1"),
+    ({"sliding_window": True}, "sliding_window must be a positive integer or null, found True"),
+    ({"rope_theta": float("inf")}, "rope_theta must be a positive number, found inf"),
+    ({"rope_theta": float("nan")}, "rope_theta must be a positive number, found nan"),
+    ({"rope_theta": True}, "rope_theta must be a positive number, found True"),
+    ({"rope_theta": "1e6"}, "rope_theta must be a positive number, found '1e6'"),
+    ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": [1e6]}}, "rope_theta must be a positive number"),
+    ({"rope_parameters": "default"}, "rope_parameters must be an object or null, found 'default'"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, found 'false'"),
+    ({"tie_word_embeddings": 0}, "tie_word_embeddings must be true or false, found 0"),
+    ({"head_dim": 128.0}, "head_dim must be an even positive integer"),
+    ({"router_aux_loss_coef": "0.02"}, "router_aux_loss_coef must be a number of at least 0, found '0.02'"),
+    ({"router_jitter_noise": -1}, "router_jitter_noise must be a number of at least 0, found -1"),
+    ({"initializer_range": float("nan")}, "initializer_range must be a number of at least 0, found nan"),
+    ({"rope_scaling": {"rope_type": "default", "factor": 2}}, "rope_scaling"),
+    ({"rope_scaling": {"type": "default", "rope_type": "yarn"}}, "rope_scaling"),
 ])  # fmt: skip
 def test_refused_with_a_sentence(change, sentence):
     with pytest.raises(ConfigError) as error:
         MixtralConfig.from_hf_dict(V4_8X7B | change, where="some/config.json")
     assert sentence in str(error.value)
     assert str(error.value).startswith("some/config.json")
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"type": "default"}, {}])
+def test_rope_scaling_that_scales_nothing_is_accepted(scaling):
+    assert MixtralConfig.from_hf_dict(V4_8X7B | {"rope_scaling": scaling}) == MixtralConfig()
 
 
 def test_files_that_are_no_config(tmp_path):

@@ -203,3 +203,31 @@ def test_sizes_and_detection(tmp_path):
     hf = random_hf_directory(tmp_path / "hf", MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                                             num_attention_heads=2, num_key_value_heads=1, vocab_size=9))
     assert isinstance(open_source(hf), HFSource)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4892809584\n"
+
+
+@pytest.mark.parametrize(("contents", "words"), [
+    (POINTER, ("git-lfs pointer", "git lfs pull")),
+    (b"<!DOCTYPE html>\n<html><head>", ("web page", "download")), (b"\n  <html lang='en'>", ("web page", "download")),
+])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-1.safetensors"])
+def test_what_is_saved_in_the_place_of_weights_is_named_with_its_cure(hf, contents, words, name):
+    if name != "model.safetensors":
+        (hf / "model.safetensors").unlink()
+    if name == "model-1.safetensors":
+        (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: name}}))
+    (hf / name).write_bytes(contents)
+    with pytest.raises(CheckpointError) as error:
+        open_source(hf)
+    assert all(word in str(error.value) for word in (str(hf / name), *words))
+
+
+def test_a_folder_saved_by_automodel_is_named_with_its_cure(hf, tmp_path):
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(hf).save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="AutoModelForCausalLM") as error:
+        copy(tmp_path / "bare", tmp_path / "out")
+    assert str(tmp_path / "bare") in str(error.value) and "embed_tokens.weight" in str(error.value)
