@@ -1,8 +1,11 @@
 """A preprocessing run: bytes, counts, the outcome of each bad input, and what is left when a run ends early."""
 
+import gzip
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,3 +324,15 @@ def test_a_full_disk_ends_preprocessing_with_a_sentence(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "x.jsonl", ["some text"] * 1000)
     with pytest.raises(DataError, match=r"out is full: .* free, about \d+\.?\d* kB needed"):
         preprocess(options(tmp_path, path))
+
+
+def test_the_bad_lines_that_are_listed_are_as_many_as_the_documents_say(tmp_path):
+    lines = [b'{"text": "good"}\n', *[b"{}\n"] * 1500]
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    words = " ".join((Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8").split())
+    said = re.search(r"listed there and logged: the first ([\d,]+) of each piece .* at most ([\d,]+) of a run", words)
+    for name, expected in (("y.jsonl.gz", said[1]), ("x.jsonl", said[2])):  # one piece, and 31
+        report = preprocess(options(tmp_path, tmp_path / name, on_error="skip", chunk_bytes=150))
+        assert report["skipped"] == {"missing_key": 1500}
+        assert f"{len(report['skipped_records']):,}" == expected
