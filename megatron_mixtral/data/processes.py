@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+from megatron_mixtral.data.scratch import FULL
 from megatron_mixtral.errors import DataError, MixtralError
 
 
@@ -38,6 +39,7 @@ def run_tasks(
     With `ahead` no task is begun before the one that many places earlier has ended.
 
     Raises:
+        OSError: a disk is full.
         MixtralError: what a worker raised, or a worker that died, at once and with the place it was at.
     """
     if workers <= 1:
@@ -143,7 +145,7 @@ class _Pool:
         except (EOFError, OSError) as error:
             raise self._death(connection) from error
         if failed:
-            raise DataError(answer)
+            raise answer if isinstance(answer, OSError) else DataError(answer)
         return answer
 
     def _death(self, connection: Connection) -> DataError:
@@ -170,6 +172,7 @@ class _Pool:
 
 def _serve(connection: Connection, work: Work | None, others: Sequence[Connection]) -> None:
     """A worker's life: answer tasks until the parent is gone. An answer is (failed, the answer or the error's text).
+    Of a full disk it is the error itself.
 
     Without `work` the parent sends it first; `others` are pipes that are not for this process.
     """
@@ -192,6 +195,8 @@ def _answer(work: Work, task: Any) -> tuple[bool, Any]:
     except MixtralError as error:
         return True, str(error)
     except OSError as error:
+        if error.errno in FULL:
+            return True, error  # the parent knows which disk
         return True, f"A worker failed at {work.place(task)}: {error}."
     except Exception:  # noqa: BLE001 - the parent must hear of anything, or it would wait for ever
         return True, f"A worker failed at {work.place(task)}:\n{traceback.format_exc()}"

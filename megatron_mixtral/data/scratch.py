@@ -1,5 +1,6 @@
 """The hidden directory beside an output in which a preprocessing run keeps its unfinished files."""
 
+import errno
 import fcntl
 import logging
 import shutil
@@ -9,17 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral import disk
+from megatron_mixtral.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk, or of a share of it, that is full
+
 
 @contextmanager
-def scratch_directory(prefix: str, anew: bool = False) -> Iterator[Path]:
+def scratch_directory(prefix: str, needed: int = 0, anew: bool = False) -> Iterator[Path]:
     """A hidden directory beside the output, locked. It is removed at the end, but for a run that ended early and has
     finished parts: the next run of this prefix takes these up. With `anew` nothing is kept and nothing taken up.
 
-    Raises `ConfigError` when another run is writing to the same prefix, or the place cannot be written.
+    Raises `ConfigError` when another run is writing to the same prefix, or the place cannot be written, and `DataError`
+    when its disk becomes full; `needed` is about how many bytes the run needs there.
     """
     target = Path(prefix)
     path = target.parent / f".{target.name}.preprocess"
@@ -39,13 +44,19 @@ def scratch_directory(prefix: str, anew: bool = False) -> Iterator[Path]:
             clear(path)
         try:
             yield path
-        except BaseException:
+        except BaseException as error:
+            free = disk.human_size(disk.free_space(path))  # before anything of this run goes
             if not anew and (any(path.glob("part-*.ids")) or any(path.glob("*.bin.tmp"))):
                 logger.warning(
                     "%s keeps what is finished: the same command goes on from there; without it, begin anew", path
                 )
             else:
                 shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise DataError(
+                    f"--output-prefix {prefix}: the disk of {target.parent} is full: {free} free, about "
+                    f"{disk.human_size(needed)} needed in all. Make room there, or give another prefix."
+                ) from error
             raise
         shutil.rmtree(path, ignore_errors=True)
 

@@ -6,12 +6,11 @@ largest record.
 
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_mixtral.data.corpus.files import PARQUET, InputFile, cut_chunks
-from megatron_mixtral.data.corpus.readers import ROWS, LineCounts, read_lines, read_text
+from megatron_mixtral.data.corpus.readers import ROWS, LineCounts, check_packed, read_lines, read_text
 from megatron_mixtral.errors import DataError
 
 _MARK = re.compile(r"[ \t\r\n]*([\[,\]])[ \t\r\n]*")
@@ -22,6 +21,7 @@ def read_objects(file: InputFile, chunk_bytes: int, counts: LineCounts) -> Itera
 
     Raises `DataError` where the file cannot be read on.
     """
+    check_packed(file)
     if file.format == PARQUET or is_array(file):
         for number, record in enumerate(_rows(file) if file.format == PARQUET else read_array(file), start=1):
             yield f"{file.path}, record {number}", record
@@ -37,7 +37,7 @@ def is_array(file: InputFile) -> bool:
     """Whether the first character of a file that is not white space opens an array."""
     try:
         return next((text for text in read_text(file) if text), "").lstrip().startswith("[")
-    except (UnicodeDecodeError, EOFError, zlib.error, OSError):
+    except UnicodeDecodeError:
         return False  # read as lines, where the error is told with its place
 
 
@@ -48,7 +48,7 @@ def read_array(file: InputFile) -> Iterator[Any]:
         for element in _elements(read_text(file)):
             number += 1
             yield element
-    except (ValueError, RecursionError, EOFError, zlib.error, OSError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file.path}: the JSON array cannot be read after record {number}: {error}.") from error
 
 

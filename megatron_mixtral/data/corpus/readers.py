@@ -56,6 +56,7 @@ def read_records(chunk: Chunk, keys: tuple[str, ...], counts: LineCounts) -> Ite
     if chunk.file.format == PARQUET:
         yield from _read_rows(chunk, keys, counts)
         return
+    checked = False
     for data, at, end in read_blocks(chunk, counts):
         rows: list[tuple[str, ...]] = []
         held = 0
@@ -70,6 +71,9 @@ def read_records(chunk: Chunk, keys: tuple[str, ...], counts: LineCounts) -> Ite
                 yield tuple(zip(*rows, strict=True))
                 rows, held = [], 0
             if isinstance(found, BadRecord):
+                if not checked:
+                    check_packed(chunk.file)
+                    checked = True
                 yield found
 
 
@@ -110,7 +114,7 @@ def read_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
     """The lines that a chunk owns, many at a time: (data, start, end), whole lines and only the file's last without
     `\\n`; without the BOM of the file.
 
-    Raises `DataError` when the file cannot be read or its compressed data are damaged.
+    Raises `DataError` when the file cannot be read, or is packed and damaged.
     """
     first_of_file = chunk.start == 0
     try:
@@ -121,10 +125,6 @@ def read_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
                 start += len(UTF8_BOM)
             first_of_file = False
             yield data, start, end
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{chunk.file.path}: damaged {chunk.file.format} data after line {counts.lines}: {error}."
-        ) from error
     except OSError as error:
         raise DataError(f"{chunk.file.path} cannot be read: {error}.") from error
 
@@ -197,7 +197,7 @@ def _unpacked_blocks(chunk: Chunk, counts: LineCounts) -> Iterator[Block]:
 def read_text(file: InputFile) -> Iterator[str]:
     """The whole content of a file of JSON in blocks, unpacked and decoded, without BOM.
 
-    Raises EOFError, zlib.error or OSError where it cannot be read on, and ValueError where it is not UTF-8.
+    Raises `DataError` where it cannot be read on, and ValueError where it is not UTF-8.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     for block in _content(file):
@@ -205,7 +205,28 @@ def read_text(file: InputFile) -> Iterator[str]:
     yield decode(b"", True)
 
 
+def check_packed(file: InputFile) -> None:
+    """Read a packed file to its end, where its checksum is: damage may look like bad text before. Raises as `_content`.
+
+    Other files have none.
+    """
+    if file.format in (GZIP, ZSTD):
+        for _ in _content(file):
+            pass
+
+
 def _content(file: InputFile) -> Iterator[bytes]:
+    """Raises `DataError` where a file cannot be read, or is packed and damaged."""
+    try:
+        yield from _unpacked(file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file.path}: the {file.format} file is damaged or cut: {error}. Fetch or pack it again."
+                        ) from error
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read: {error}.") from error
+
+
+def _unpacked(file: InputFile) -> Iterator[bytes]:
     if file.format != ZSTD:
         with (gzip.open if file.format == GZIP else open)(file.path, "rb") as stream:
             while block := stream.read(BLOCK):

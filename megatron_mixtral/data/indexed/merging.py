@@ -47,7 +47,8 @@ def merge(prefixes: Sequence[str], output: str, natural_order: bool = True) -> d
                 f"were written for vocabularies of different sizes."
             )
     common = _check_reports(prefixes, reports)
-    with scratch_directory(output, anew=True) as scratch, closing(
+    needed = sum(os.path.getsize(f"{prefix}{end}") for prefix in prefixes for end in (".bin", ".idx"))
+    with scratch_directory(output, needed, anew=True) as scratch, closing(
         IndexedWriter(output, datasets[0].dtype, scratch, splits=True)
     ) as writer:
         for dataset in datasets:

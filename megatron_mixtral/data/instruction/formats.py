@@ -63,7 +63,7 @@ def oasst1(record: Record) -> Dialogue:
 
 
 def openai(record: Record) -> Dialogue:
-    """`messages`: objects with `role` (system, user, assistant), `content` and, for answers, `loss`."""
+    """`messages`: objects with `role` (system, user, assistant), `content` and, for answers, `loss` or `weight`."""
     return _from_messages([_message(one, "role", "content") for one in _list(record, "messages")])
 
 
@@ -75,7 +75,7 @@ def sharegpt(record: Record) -> Dialogue:
 
 
 def conversation(record: Record) -> Dialogue:
-    """`conversation`: objects with `input`, `output`, optional `system` and `loss` (XTuner's own form).
+    """`conversation`: objects with `input`, `output`, optional `system`, `loss` and `weight` (XTuner's own form).
 
     As there, a first turn with an empty input and an output is plain text.
     """
@@ -155,7 +155,7 @@ def _checked(turns: list[chat.Turn], left_out: dict[str, int] | None = None) -> 
     if not turns:
         raise BadRecord("no_answer", "no question with an answer")
     if not any(turn.loss for turn in turns):
-        raise BadRecord("no_trained_answer", "every answer has loss false")
+        raise BadRecord("no_trained_answer", "every answer has loss false or weight 0")
     if any(turn.loss and not (turn.output or "").strip() for turn in turns):
         raise BadRecord("no_answer", "an answer without text")
     return Dialogue(turns, left_out or {})
@@ -174,11 +174,15 @@ def _message(record: Record, role_key: str, text_key: str) -> tuple[str, str, bo
 
 
 def _loss(record: Record) -> bool:
-    """The loss flag of an answer: a boolean, 0 or 1, or such a word; absent or null means true."""
-    found = record.get("loss")
+    """Whether an answer is trained: `loss` is true (a boolean, 0 or 1, or such a word) and `weight` is 1 (of OpenAI and
+    mistral-finetune: 0 or 1). Absent or null means that it is.
+    """
+    weight, found = record.get("weight"), record.get("loss")
+    if weight not in (None, 0, 1):
+        raise BadRecord("bad_weight", f"weight is {weight!r}; expected 0 (not trained) or 1 (trained)")
     word = found.strip().lower() if isinstance(found, str) else found
     if word is None or word in ("true", "1", True):  # 1 and 1.0 too
-        return True
+        return weight != 0
     if word in ("false", "0", False):
         return False
     raise BadRecord("bad_loss_flag", f"loss is {found!r}; expected true or false")

@@ -57,7 +57,8 @@ def preprocess_instructions(options: InstructionOptions) -> dict[str, Any]:
     logger.info("%d files; handler %s, template %s, tokenizer %s", len(inputs.files), options.handler,
                 options.template_name, tokenizer.path)
     account, prefix = InstructionAccount(), options.output_prefix
-    with scratch_directory(prefix, anew=True) as scratch, closing(_Samples(scratch)) as samples:
+    needed = sum(file.size for file in inputs.files) // 4 * 17  # a token: 4 bytes of text, 5 of a sample, 12 of columns
+    with scratch_directory(prefix, needed, anew=True) as scratch, closing(_Samples(scratch)) as samples:
         records = itertools.chain.from_iterable(
             read_objects(file, options.chunk_bytes, account.lines) for file in inputs.files)
         batches = itertools.batched(records, RECORDS_PER_BATCH)

@@ -29,6 +29,7 @@ from megatron_mixtral.tokenizer.engines import EngineChoice, choose_engine
 logger = logging.getLogger(__name__)
 
 PROOF_TEXTS, PROOF_CHARACTERS = 100, 1000  # the published tokenizers need 0.02 to 0.04 s for these
+BYTES_OF_A_TOKEN = 4  # of text, about; only for the error of a full disk
 
 
 def preprocess_text(options: TextOptions) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def preprocess_text(options: TextOptions) -> dict[str, Any]:
     encoder = DocumentEncoder(tokenizer, specials, choice.engine, options.allow_special_in_text)
     prefix, sharded = options.shard_prefix, options.num_shards > 1
     with (
-        scratch_directory(prefix) as scratch,
+        scratch_directory(prefix, total * encoder.dtype.itemsize * len(options.keys) // BYTES_OF_A_TOKEN) as scratch,
         closing(FinishedParts(scratch, made_with(options, tokenizer, choice))) as parts,
     ):
         work = ChunkEncoder(encoder, options.keys, str(scratch), options.skip_bad)

@@ -85,18 +85,32 @@ LINES: dict[str, tuple[bytes, str | None]] = {
 
 BIG = b"".join(b'{"text": "%d"}\n' % number for number in range(9999))
 PACKED = zstandard.ZstdCompressor(write_checksum=True).compress(BIG)  # as the zstd program writes it
+TORN = b'{"text": "good"|\n'  # what damage makes of a line; a checksum at the end of the packed file says so
+
+
+def stored_zstd(text: bytes) -> bytes:
+    """A Zstandard file of `text` in blocks as they are, with a checksum that does not fit."""
+    blocks = [text[start : start + 100_000] for start in range(0, len(text), 100_000)]
+    headers = [(len(block) << 3 | (block is blocks[-1])).to_bytes(3, "little") for block in blocks]
+    return b"\x28\xb5\x2f\xfd\x04\x58" + b"".join(map(b"".join, zip(headers, blocks, strict=True))) + b"\0" * 4
+
+
+WIDE = b"\x28\xb5\x2f\xfd\x00\xb0" + b"\x01\x00\x00"  # its window is 4 GiB: unpacking would need as much memory
 
 # Files that are an error whatever --on-error says: name -> (content, words of the error).
 FILES: dict[str, tuple[bytes, str]] = {
     "empty.jsonl": (b"", "No document with text"),
     "only_blank.jsonl": (b"\n \n\r\n", "No document with text"),
     "only_empty_texts.jsonl": (b'{"text": ""}\n' * 3, "No document with text"),
-    "cut.jsonl.gz": (gzip.compress(BIG)[:-30], "damaged gzip data after line"),
-    "flipped.jsonl.gz": (gzip.compress(BIG)[:500] + b"\0" * 40 + gzip.compress(BIG)[540:], "damaged gzip data"),
-    "rubbish_at_the_end.jsonl.gz": (gzip.compress(BIG) + b"rubbish", "damaged gzip data"),
-    "cut.jsonl.zst": (zstandard.compress(BIG)[:-30], "damaged zstd data"),
-    "flipped.jsonl.zst": (PACKED[:500] + b"\xff" * 40 + PACKED[540:], "damaged zstd data"),
-    "rubbish_at_the_end.jsonl.zst": (zstandard.compress(BIG) + b"rubbish", "damaged zstd data"),
+    "cut.jsonl.gz": (gzip.compress(BIG)[:-30], "cut.jsonl.gz: the gzip file is damaged or cut"),
+    "flipped.jsonl.gz": (gzip.compress(BIG)[:500] + b"\0" * 40 + gzip.compress(BIG)[540:], "the gzip file is damaged"),
+    "flipped_text.jsonl.gz": (gzip.compress(GOOD * 99_999, 0).replace(GOOD, TORN, 1), "the gzip file is damaged"),
+    "rubbish_at_the_end.jsonl.gz": (gzip.compress(BIG) + b"rubbish", "the gzip file is damaged"),
+    "cut.jsonl.zst": (zstandard.compress(BIG)[:-30], "cut.jsonl.zst: the zstd file is damaged or cut"),
+    "flipped.jsonl.zst": (PACKED[:500] + b"\xff" * 40 + PACKED[540:], "the zstd file is damaged"),
+    "flipped_text.jsonl.zst": (stored_zstd(TORN + GOOD * 10_000), "the zstd file is damaged"),
+    "rubbish_at_the_end.jsonl.zst": (zstandard.compress(BIG) + b"rubbish", "the zstd file is damaged"),
+    "wide.jsonl.zst": (WIDE, "requires too much memory"),
     "cut.parquet": (parquet(["good"] * 999)[:-100], "damaged Parquet file"),
     "no_column.parquet": (parquet(["a"], name="content"), "no column 'text'; columns: content"),
     "numbers.parquet": (parquet([1, 2], pyarrow.int64()), "column 'text' holds int64, not strings"),

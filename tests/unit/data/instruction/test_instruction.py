@@ -178,6 +178,28 @@ def test_arrays_whole_and_damaged(tmp_path, text, elements, monkeypatch):
             assert list(read_array(file)) == elements
 
 
+@pytest.mark.parametrize("as_array", [True, False], ids=["array", "lines"])
+@pytest.mark.parametrize(("packing", "damage"), [
+    ("gz", "cut"), ("gz", "flipped"), ("zst", "cut"), ("zst", "flipped"), ("zst", "wide")])
+def test_damage_of_a_packed_file_is_not_blamed_on_its_text(packing, damage, as_array, tmp_path):
+    import zstandard
+
+    text = Path(write(tmp_path / "a", RECORDS * 400, as_array=as_array)).read_bytes()
+    packed = (gzip.compress(text, 0) if packing == "gz"
+              else zstandard.ZstdCompressor(write_checksum=True).compress(text))  # fmt: skip
+    if damage == "cut":
+        packed = packed[:-20]
+    elif packing == "gz":  # the text of the first record is torn, which only the checksum at the end knows
+        packed = packed.replace(b'"instruction":', b'"instruction ;', 1)
+    else:  # of a window of 4 GiB; or with other bytes
+        packed = packed[:4] + b"\x00\xb0\x01\x00\x00" if damage == "wide" else packed[:-1] + b"?"
+    path = tmp_path / f"a.json.{packing}"
+    path.write_bytes(packed)
+    sentence = "requires too much memory" if damage == "wide" else "file is damaged or cut"
+    with pytest.raises(DataError, match=rf"^\S+a\.json\.{packing}: .*{sentence}"):
+        preprocess_instructions(options(tmp_path, str(path)))
+
+
 def test_nothing_usable_is_an_error(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"instruction": "x", "output": "y " * 50}])
     with pytest.raises(DataError, match="No sample came out of 1 records: 1 samples of .* longer"):

@@ -56,6 +56,27 @@ def test_the_loss_flag_is_a_boolean_a_word_or_absent(loss, expected):
     assert [turn.loss for turn in HANDLERS["openai"]({"messages": messages}).turns] == [expected, True]
 
 
+@pytest.mark.parametrize(("weight", "expected"), [
+    (0, False), (0.0, False), (False, False), (1, True), (1.0, True), (None, True)])
+@pytest.mark.parametrize("name", ["openai", "sharegpt", "conversation"])
+def test_an_answer_of_weight_0_is_not_trained(name, weight, expected):
+    question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": weight}
+    record = {
+        "openai": {"messages": [question, answer, question, answer | {"weight": 1}]},
+        "sharegpt": {"conversations": [{"from": one["role"], "value": one["content"], **one}
+                                       for one in (question, answer, question, answer | {"weight": 1})]},
+        "conversation": {"conversation": [{"input": "Hi", "output": "Hello", "weight": weight},
+                                          {"input": "Hi", "output": "Hello", "weight": 1}]},
+    }[name]
+    assert [turn.loss for turn in HANDLERS[name](record).turns] == [expected, True]
+
+
+def test_an_answer_is_trained_only_where_loss_and_weight_agree():
+    answer = {"input": "Hi", "output": "Hello"}
+    said = [answer | {"loss": loss, "weight": weight} for loss in (True, False) for weight in (1, 0)]
+    assert [turn.loss for turn in HANDLERS["conversation"]({"conversation": said}).turns] == [True, False, False, False]
+
+
 def test_messages_without_a_place_are_counted():
     said = [("gpt", "Welcome"), ("human", "Hi"), ("gpt", "Hello"), ("human", "And?")]
     messages = [{"from": role, "value": text} for role, text in said]
@@ -93,6 +114,9 @@ def _messages(*pairs):
      "bad_loss_flag"),
     ("openai", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]},
      "no_trained_answer"),
+    ("conversation", {"conversation": [{"input": "a", "output": "b", "weight": 0}]}, "no_trained_answer"),
+    *(("conversation", {"conversation": [{"input": "a", "output": "b", "weight": wrong}]}, "bad_weight")
+      for wrong in (0.5, -1, 2, "0", [])),
     ("conversation", {"conversation": [{"input": "a"}]}, "missing_key"),
     ("pretrain", {"text": ""}, "no_answer"),
 ])

@@ -1,8 +1,11 @@
 """A preprocessing run: bytes, counts, the outcome of each bad input, and what is left when a run ends early."""
 
+import gzip
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from helpers.corpus import python_sources, write_jsonl
 from megatron_mixtral.data import cli, preprocess_command
 from megatron_mixtral.data import preprocess as preprocess_by_keywords
 from megatron_mixtral.data.cli import parse_flags
+from megatron_mixtral.data.processes import run_tasks
 from megatron_mixtral.data.scratch import scratch_directory
 from megatron_mixtral.data.text import TextOptions, run, workers
 from megatron_mixtral.data.text import preprocess_text as preprocess
@@ -289,3 +293,46 @@ def test_the_function_with_keywords(tmp_path, reference):
                             ({"handler": "auto", "keys": ("text",)}, "dialogues has no setting keys")):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             preprocess_by_keywords(path, tmp_path / "out" / "z", tokenizer=MODEL, **settings)
+
+
+class FullDisk:
+    """Work that finds the disk full."""
+
+    def run(self, task):
+        raise OSError(28, "No space left on device")
+
+    def place(self, task):
+        return f"task {task}"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_full_disk_is_told_with_its_place_and_need(tmp_path, count):
+    """The work, here or in a worker, knows neither; the run has nothing else to say."""
+    prefix = tmp_path / "out" / "set"
+    with pytest.raises(DataError, match=rf"^--output-prefix {prefix}: the disk of {prefix.parent} is full.*2 GB"):
+        with scratch_directory(str(prefix), 2 * 10**9) as scratch:
+            (scratch / "part-1.ids").write_bytes(b"kept")
+            list(run_tasks(range(3), FullDisk(), count))
+    assert (scratch / "part-1.ids").exists()
+
+
+def test_a_full_disk_ends_preprocessing_with_a_sentence(tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workers._PartWriter, "write_batch", full)
+    path = write_jsonl(tmp_path / "x.jsonl", ["some text"] * 1000)
+    with pytest.raises(DataError, match=r"out is full: .* free, about \d+\.?\d* kB needed"):
+        preprocess(options(tmp_path, path))
+
+
+def test_the_bad_lines_that_are_listed_are_as_many_as_the_documents_say(tmp_path):
+    lines = [b'{"text": "good"}\n', *[b"{}\n"] * 1500]
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    words = " ".join((Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8").split())
+    said = re.search(r"listed there and logged: the first ([\d,]+) of each piece .* at most ([\d,]+) of a run", words)
+    for name, expected in (("y.jsonl.gz", said[1]), ("x.jsonl", said[2])):  # one piece, and 31
+        report = preprocess(options(tmp_path, tmp_path / name, on_error="skip", chunk_bytes=150))
+        assert report["skipped"] == {"missing_key": 1500}
+        assert f"{len(report['skipped_records']):,}" == expected
