@@ -75,8 +75,13 @@ def torchrun(processes: int, argv: Sequence[str]) -> list[str]:
 
 
 def is_first(environ: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all: it is rank 0, or no rank at all."""
-    return environ.get("RANK", environ.get("SLURM_PROCID", "0") if _is_task(environ) else "0") == "0"
+    """Whether this process speaks for all: it is rank 0, or no rank at all, or one that no other rank can speak for,
+    since its number is none of the ranks'.
+    """
+    if "RANK" in environ or not _is_task(environ):
+        return environ.get("RANK", "0") == "0"
+    rank = environ["SLURM_PROCID"]
+    return rank == "0" or not rank.isdecimal() or int(rank) >= _tasks(environ)
 
 
 def _check_nproc(nproc: int | None, found: int, starter: str) -> None:

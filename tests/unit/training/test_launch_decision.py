@@ -104,3 +104,12 @@ def test_a_number_of_devices_alone_is_enough_to_plan_but_not_to_train() -> None:
     assert run.layout.world == 8
     with pytest.raises(ConfigError, match="WORLD_SIZE is set and RANK is not"):
         run.ranks.to_train()
+
+
+@pytest.mark.parametrize("rank", ["7", "-1", "x"])
+def test_a_task_that_is_no_rank_says_so_itself(rank: str) -> None:
+    """Rank 0 does not know of it, so nobody else would."""
+    environ = {**TASK, "SLURM_PROCID": rank}
+    with pytest.raises(ConfigError):
+        resolve(TP2_PP2, environ)
+    assert launch.is_first(environ)
