@@ -10,6 +10,7 @@ starts its ranks itself).
 import itertools
 import logging
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +104,18 @@ class Generator:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(each)} params for {len(prompts)} prompts: give one, or one for each")
+        return [one for _, one in self.completions(prompts, each)]
+
+    def completions(self, prompts: Sequence[Prompt],
+                    params: Sequence[SamplingParams]) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, in the same order, each with its prompt's place as soon as it is known."""
         ids = [self._ids(prompt) for prompt in prompts]
-        events: dict[tuple[int, int], list[Event]] = {
-            (place, index): [] for place, one in enumerate(each) for index in range(one.n)}
-        for place, event in self._events(ids, each):
+        order = deque((place, index) for place, one in enumerate(params) for index in range(one.n))
+        events: dict[tuple[int, int], list[Event]] = {one: [] for one in order}
+        for place, event in self._events(ids, params):
             events[place, event.index].append(event)
-        return [_completion(ids[place], news) for (place, _), news in events.items()]
+            while order and (news := events[order[0]]) and news[-1].finish_reason is not None:
+                yield order[0][0], _completion(ids[order[0][0]], events.pop(order.popleft()))
 
     def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Iterator[Event]:  # noqa: B008 - it is frozen
         """The events of one prompt as they come. Leaving the loop early frees the slot."""

@@ -109,6 +109,16 @@ def is_first(environ: Mapping[str, str]) -> bool:
     return rank == "0" or not rank.isdecimal() or int(rank) >= _tasks(environ)
 
 
+def decide_here(needed: int, nproc: int | None = None) -> Launch:
+    """`decide` in this process's own environment."""
+    return decide(os.environ, needed, nproc)
+
+
+def is_first_here() -> bool:
+    """`is_first` in this process's own environment."""
+    return is_first(os.environ)
+
+
 def _check_nproc(nproc: int | None, found: int, starter: str) -> None:
     if nproc not in (None, found):
         raise ConfigError(f"--nproc {nproc}, but {starter} has started {found} ranks: drop --nproc, which is for a "
