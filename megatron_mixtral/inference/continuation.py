@@ -10,7 +10,7 @@ from megatron_mixtral.inference.parameters import Event, FinishReason, SamplingP
 
 BROKEN = "\ufffd"  # what decoders give for bytes that are no whole character
 _CONTEXT = 8  # tokens of the prompt with which the first new ones are decoded, for the space between them
-_LONGEST_WAIT = 8  # tokens that may wait for a character's last byte, of which it has 4 at most
+_LONGEST = 4  # bytes of a character, each of which may be a token of its own
 
 
 class TextStream:
@@ -19,19 +19,28 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
-        ids = list(prompt_ids[-_CONTEXT:])
-        while decode(ids).startswith(BROKEN):  # the context must not begin inside of a character
-            del ids[0]
         self._decode, self._stop = decode, stop
-        self._ids, self._shown = ids, len(ids)  # ids[:shown] are context, the others are not text yet
+        self._ids, self._shown = self._context(prompt_ids)  # ids[:shown] are context, the others are not text yet
         self._held = ""  # text that may begin a stop text
         self.matched: str | None = None  # the stop text that was found
+
+    def _context(self, prompt_ids: Sequence[int]) -> tuple[list[int], int]:
+        """(the last ids of the prompt, how many of them are context), which neither begins nor ends inside of a
+        character: the rest of one that the prompt left unfinished belongs to the new text.
+        """
+        ids = list(prompt_ids[-_CONTEXT:])
+        for end in range(len(ids), max(len(ids) - _LONGEST, -1), -1):
+            for begin in range(min(_LONGEST, end + 1)):
+                text = self._decode(ids[begin:end])
+                if not text.startswith(BROKEN) and not text.endswith(BROKEN):
+                    return ids[begin:], end - begin
+        return [], 0
 
     def push(self, token_id: int) -> str:
         """The text that is now certain. With a stop text it ends before it, and `matched` says which."""
         self._ids.append(token_id)
         fresh = self._fresh()
-        if not fresh or (fresh.endswith(BROKEN) and len(self._ids) - self._shown < _LONGEST_WAIT):
+        if not fresh or (fresh.endswith(BROKEN) and len(self._ids) - self._shown < 2 * _LONGEST):
             return ""
         self._ids, self._shown = self._ids[self._shown:], len(self._ids) - self._shown
         return self._certain(fresh)
