@@ -1,8 +1,8 @@
 """The sign of life of a run's lease (`lease.py`): the file, and the process beside rank 0 that writes into it.
 
-Run as a program, `heartbeat.py FILE TOKEN PID`, so that it beats through whatever rank 0 does (the engine builds indexes
-in C++ for minutes, and no thread runs meanwhile), and gives the lease back however rank 0 ends. Standard library only, and
-nothing of the package.
+Run as a program, `heartbeat.py FILE TOKEN PID`, so that it beats through whatever rank 0 does (the engine builds
+indexes in C++ for minutes, and no thread runs meanwhile), and gives the lease back however rank 0 ends. Standard
+library only, and nothing of the package.
 
     00000000000000000042        counts up in place: a new file would be seen late by other clients of NFS
     {"token": "...", ...}       whose it is
@@ -28,7 +28,6 @@ def create(path: str, whose: str) -> bool:
         return False
     try:
         os.write(handle, f"{0:0{_DIGITS}}\n{whose}\n".encode())
-        os.fsync(handle)
     except OSError:
         os.unlink(path)
         raise
@@ -53,7 +52,6 @@ def beat(path: str, token: str, count: int) -> None:
     with suppress(OSError), open(path, "r+b", buffering=0) as stream:
         if token.encode() in stream.read():
             os.pwrite(stream.fileno(), f"{count:0{_DIGITS}}".encode(), 0)
-            os.fsync(stream.fileno())
 
 
 def remove(path: str, token: str, mover: str) -> None:

@@ -1,9 +1,9 @@
 """One run at a time in a --save directory: SAVE/.lease says whose it is.
 
-Two runs would remove each other's drafts and mix their checkpoints. Rank 0 holds the lease from before torch is imported
-to its end. A holder is alive or dead by its process number and start time, where these can be looked up (same host, boot
-and process namespace). Elsewhere its beats decide: they are watched, not dated, so clocks need not agree. No lock of the
-file system is needed. `training/pretrain.py` calls it.
+Two runs would remove each other's drafts and mix their checkpoints. Rank 0 holds the lease from before torch is
+imported to its end. A holder is alive or dead by its process number and start time, where these can be looked up (same
+host, boot and process namespace). Elsewhere its beats decide: they are watched, not dated, so clocks need not agree. No
+lock of the file system is needed. `training/pretrain.py` calls it.
 """
 
 import json
@@ -50,7 +50,8 @@ def this_process(environ: Mapping[str, str]) -> Holder:
     name = environ.get("TORCHELASTIC_RUN_ID") or f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
     job = None if port == "0" else f"{name} at {host if address in _LOOPBACK else address}:{port}"
     restart = environ.get("TORCHELASTIC_RESTART_COUNT") or environ.get("SLURM_RESTART_COUNT") or "0"
-    place = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() + os.readlink("/proc/self/ns/pid")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    place = f"{boot} {os.readlink('/proc/self/ns/pid')}"
     started = _started(os.getpid())
     assert started is not None, "this process runs"
     return Holder(uuid.uuid4().hex, host, place, os.getpid(), started, job, int(restart),
@@ -60,7 +61,7 @@ def this_process(environ: Mapping[str, str]) -> Holder:
 def acquire(save: Path, me: Holder, still: float = STILL, clock: Callable[[], float] = time.monotonic,
             sleep: Callable[[float], None] = time.sleep) -> "Lease":
     """Take the lease of `save`, from a dead holder too. `CheckpointError` where another run is alive; on another host
-    that is known after a beat, and that it is dead after `still` seconds without one. `clock` and `sleep` are in seconds.
+    that is known after a beat, and that it is dead after `still` seconds without one. `clock` and `sleep`: seconds.
     """
     path = str(save / NAME)
     try:
@@ -133,8 +134,8 @@ def _wait(path: str, me: Holder, still: float, clock: Callable[[], float], sleep
 
 
 def _refusal(path: str, holder: Holder | None) -> CheckpointError:
-    return CheckpointError(f"--save {Path(path).parent}: another run is writing there, {_words(holder)}. Stop it, or give "
-                           "another directory; two runs would remove each other's checkpoints")
+    return CheckpointError(f"--save {Path(path).parent}: another run is writing there, {_words(holder)}. Stop it, or "
+                           "give another directory; two runs would remove each other's checkpoints")
 
 
 def _words(holder: Holder | None) -> str:

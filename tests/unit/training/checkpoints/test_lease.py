@@ -56,7 +56,8 @@ def whose(save: Path) -> str:
 
 
 def start(save: Path) -> subprocess.Popen:
-    run = subprocess.Popen([sys.executable, "-c", RUN, str(save)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", RUN, str(save)]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == "held\n"
     until(lambda: int((save / lease.NAME).read_text().splitlines()[0]) > 0, "for a beat")
     return run
