@@ -143,6 +143,11 @@ def test_a_signal_reaches_the_ranks_that_it_started(tmp_path: Path) -> None:
     assert "ended by SIGTERM" in words and "Traceback" not in words
 
 
+def in_a_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def test_a_lost_terminal_saves_and_ends_the_run(tmp_path: Path) -> None:
     """torchrun in the foreground of a terminal that closes: SIGHUP, and nothing can be printed from then on."""
     metrics, flags = endless(tmp_path)
@@ -150,7 +155,7 @@ def test_a_lost_terminal_saves_and_ends_the_run(tmp_path: Path) -> None:
     master, terminal = pty.openpty()
     run = subprocess.Popen([argv[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv[1:]],
                            cwd=tmp_path, env=environment(), stdin=terminal, stdout=terminal, stderr=terminal,
-                           start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                           start_new_session=True, preexec_fn=in_a_terminal)
     os.close(terminal)
     words = b""
     while not made(metrics, 2, run):
