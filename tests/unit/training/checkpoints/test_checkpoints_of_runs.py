@@ -203,3 +203,31 @@ def test_a_save_that_cannot_begin_is_reported(tmp_path: Path) -> None:
     [(draft, unsaved, said)] = run_ranks(1, _cannot_begin, str(tmp_path / "save"))
     assert draft is None and "the checkpoint of step 3 could not be saved: [Errno 17]" in unsaved
     assert len(said) == 1 and said[0].startswith(unsaved) and said[0].endswith("nothing is saved yet")
+
+
+def _loses_its_directory(rank: int, save: str) -> list[str]:
+    """What each rank is told, at the end of a save and at the beginning of another, once another run has the lease."""
+    from megatron_mixtral.training.checkpoints import lease
+    from megatron_mixtral.training.checkpoints.manager import CheckpointManager
+
+    held = lease.acquire(Path(save), lease.this_process({})) if rank == 0 else None
+    manager = CheckpointManager(Namespace(save=save, rank=rank, save_retain_interval=None, hf_checkpoint=None,
+                                          export_hf_interval=None), held)
+    folder = manager.begin(2)
+    if held is not None:
+        (Path(save) / lease.NAME).unlink()
+        (Path(save) / lease.NAME).write_text("another run's")
+    told = []
+    for act in (lambda: manager.end(2, folder, None, background=True), lambda: manager.begin(3)):
+        with pytest.raises(CheckpointError) as raised:
+            act()
+        told.append(str(raised.value))
+    if held is not None:
+        held.release()
+    return told
+
+
+def test_a_run_that_lost_its_directory_saves_nothing_more(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _loses_its_directory, str(tmp_path))
+    assert first == second and all("is no longer this run's" in sentence for sentence in first)
+    assert retention.iterations(tmp_path) == [] and (tmp_path / ".lease").read_text() == "another run's"
