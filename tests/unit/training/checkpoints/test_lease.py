@@ -85,7 +85,8 @@ def test_a_killed_run_gives_its_lease_back_by_its_guardian(tmp_path: Path, numbe
     os.kill(guardian, signal.SIGTERM)  # it is for the run to end, and the guardian after it
     run.send_signal(number)
     run.communicate()
-    until(lambda: not any(tmp_path.iterdir()))
+    until(lambda: not any(tmp_path.iterdir()) or not Path(f"/proc/{guardian}").exists())
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_lease_of_a_run_killed_with_its_guardian_is_taken_over_at_once(tmp_path: Path) -> None:
@@ -187,11 +188,22 @@ def test_of_many_at_once_one_takes_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_put_away_by_mistake_is_put_back(tmp_path: Path) -> None:
-    """Between a look at a dead lease and its removal another run has taken over."""
+def test_what_is_put_away_by_mistake_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a look at a dead lease, or between it and the removal, another run has taken over."""
     write(tmp_path, other := elsewhere())
     heartbeat.remove(str(tmp_path / lease.NAME), "f" * 32, "mover")
-    assert whose(tmp_path) == other.token and len(list(tmp_path.iterdir())) == 1
+    looks, real = iter([b"f" * 32]), heartbeat.read
+    monkeypatch.setattr(heartbeat, "read", lambda path: next(looks, None) or real(path))
+    heartbeat.remove(str(tmp_path / lease.NAME), "f" * 32, "mover")
+    assert next(looks, None) is None and whose(tmp_path) == other.token and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_address_of_the_own_host_names_no_job_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = set()
+    for host in ("node0", "node1"):
+        monkeypatch.setattr(lease.socket, "gethostname", lambda host=host: host)
+        jobs |= {this_process({**TORCHRUN, "MASTER_ADDR": address}).job for address in ("localhost", "node0")}
+    assert len(jobs) == 2, "node0 by both of its names, and node1"
 
 
 def test_a_run_that_lost_its_lease_notices(tmp_path: Path) -> None:
