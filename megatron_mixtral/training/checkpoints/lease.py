@@ -9,6 +9,7 @@ lock of the file system is needed. `training/pretrain.py` calls it.
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -79,7 +80,9 @@ def refuse_if_held(save: Path, me: Holder, clock: Callable[[], float] = time.mon
                    sleep: Callable[[float], None] = time.sleep) -> None:
     """`CheckpointError` where a run other than this job's own is seen to be alive; for ranks whose rank 0 acquires."""
     holder = _parse(heartbeat.read(str(save / NAME)))
-    if holder is not None and (holder.job is None or holder.job != me.job):
+    # Nodes may call the first one by different names. Where this rank is silent in error, rank 0 is not.
+    theirs, ours = (None if one is None or one.job is None else re.sub(" at .*:", ":", one.job) for one in (holder, me))
+    if theirs is None or theirs != ours:
         _wait(str(save / NAME), me, WATCHED, clock, sleep)
 
 

@@ -153,7 +153,10 @@ def test_ranks_beside_the_first_are_refused_by_another_job_only(tmp_path: Path) 
     refuse_if_held(tmp_path, mine, sleep=pytest.fail)
     write(tmp_path, elsewhere(job=mine.job))
     refuse_if_held(tmp_path, mine, sleep=pytest.fail)
-    for address in ({**TORCHRUN, "MASTER_PORT": "29501"}, {**TORCHRUN, "MASTER_ADDR": "127.0.0.1"}, {}):
+    (tmp_path / lease.NAME).unlink()
+    write(tmp_path, elsewhere(job=this_process({**TORCHRUN, "MASTER_ADDR": "localhost"}).job))
+    refuse_if_held(tmp_path, mine, sleep=pytest.fail)  # node0 by another name
+    for address in ({**TORCHRUN, "MASTER_PORT": "29501"}, {**TORCHRUN, "TORCHELASTIC_RUN_ID": "s"}, {}):
         other = elsewhere(job=this_process(address).job)
         (tmp_path / lease.NAME).unlink()
         write(tmp_path, other)
