@@ -69,7 +69,7 @@ def test_two_nodes_train(kind, slurm, tmp_path):
     """The names of the nodes are made up, so the address of the first has to be given."""
     from helpers.models import random_hf_directory
 
-    from megatron_mixtral.config import PRESETS
+    from megatron_mixtral.config import preset
 
     data = write_dataset(tmp_path / "data", vocab_size=32000, documents=2000)
     save = tmp_path / "run"
@@ -80,7 +80,7 @@ def test_two_nodes_train(kind, slurm, tmp_path):
         given |= {"MODEL": "tiny", "CKPT_SAVE_DIR": str(save), "TRAIN_ITERS": "2", "SEQ_LENGTH": "64",
                   "GLOBAL_BATCH_SIZE": "4", "GPUS_PER_NODE": "2"}
     else:
-        hf = random_hf_directory(tmp_path / "hf", PRESETS["tiny"])
+        hf = random_hf_directory(tmp_path / "hf", preset("tiny"))
         sbatch += ["--cpus-per-task=1", "--ntasks-per-node=2", "examples/slurm/pretrain_srun.sbatch"]
         sbatch += ["--pipeline-model-parallel-size", "2", "--expert-tensor-parallel-size", "1", "--seq-length", "64",
                    "--global-batch-size", "4", "--train-iters", "2", "--lr-warmup-iters", "0", "--split", "100,0,0"]
