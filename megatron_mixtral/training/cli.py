@@ -27,6 +27,10 @@ def calc(argv: Sequence[str]) -> int:
     parser.add_argument("log", type=Path, help="metrics.jsonl, the training program's output, or a log of XTuner")
     parser.add_argument("start", type=int, nargs="?", help=f"first step (default: after the first {throughput.EDGE})")
     parser.add_argument("end", type=int, nargs="?", help=f"last step (default: before the last {throughput.EDGE})")
+    parser.add_argument("--target-loss", type=float, metavar="X", help="also say the first step at or below it")
     args = parser.parse_args(argv)
-    print(throughput.average(throughput.read(args.log), args.start, args.end))
+    steps = throughput.read(args.log)
+    print(throughput.average(steps, args.start, args.end))
+    if args.target_loss is not None:
+        print(throughput.reached(steps, args.target_loss))
     return 0
