@@ -98,6 +98,9 @@ class EngineFlags:
     use_mp_args_from_checkpoint_args: bool = False
     save: str | None = None
     save_interval: int | None = None
+    tensorboard_dir: str | None = None
+    wandb_save_dir: str | None = None
+    data_cache_path: str | None = None
     no_save_optim: bool = False
 
 

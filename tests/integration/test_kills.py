@@ -117,7 +117,7 @@ def test_the_others_say_that_a_rank_is_gone(start: list[str], tmp_path: Path) ->
     until(lambda: not running.alive(), "for the other rank to end by itself")
     outcome = running.finish()
     assert outcome.codes == [-signal.SIGKILL, 1]
-    assert "error: rank 1 stops, because another rank has ended" in outcome.logs[1]
+    assert ": stopped, because another rank has ended" in outcome.logs[1]
     assert "Traceback" not in outcome.logs[1]
 
 

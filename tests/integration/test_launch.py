@@ -93,10 +93,10 @@ def test_tasks_of_slurm_train_as_torchrun_s_ranks_do(tmp_path: Path, by_torchrun
     assert losses(metrics) == by_torchrun
 
 
-def test_a_wrong_number_of_tasks_is_refused_by_the_first() -> None:
+def test_a_wrong_number_of_tasks_is_refused_by_the_first(tmp_path: Path) -> None:
     def task(number: int) -> subprocess.CompletedProcess:
-        slurm = {"SLURM_PROCID": str(number), "SLURM_NTASKS": "3", "SLURM_LOCALID": str(number),
-                 "SLURM_JOB_NODELIST": "localhost"}
+        slurm = {"SLURM_PROCID": str(number), "SLURM_NTASKS": "3", "SLURM_LOCALID": str(number), "SLURM_JOB_ID": "1",
+                 "SLURM_JOB_NODELIST": "localhost", "TMPDIR": str(tmp_path)}
         argv = [sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), *RECIPE, *LAYOUT]
         return subprocess.run(argv, env=environment() | slurm, capture_output=True, text=True)
 

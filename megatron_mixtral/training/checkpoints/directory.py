@@ -5,6 +5,7 @@
     SAVE/.saving-XXXX/ITERATION/  being written; of no use after a crash
     SAVE/.replaced-ITERATION/     an older one of the same name, until the new one has its name
     SAVE/.removed-ITERATION/      being deleted
+    SAVE/.lease                   which run writes here (lease.py)
 
 A checkpoint gets its name by a rename after it is on the disk, loses it by a rename before anything of it is deleted,
 and the tracker is replaced last. Called by `training/checkpoints/manager.py`, on rank 0.

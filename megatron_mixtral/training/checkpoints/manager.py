@@ -17,6 +17,7 @@ from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import CheckpointError, MixtralError
 from megatron_mixtral.training.checkpoints import resume
 from megatron_mixtral.training.checkpoints.export import Exporter
+from megatron_mixtral.training.checkpoints.lease import Lease
 from megatron_mixtral.weights import saved_arguments
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,9 @@ logger = logging.getLogger(__name__)
 class CheckpointManager:
     """The checkpoints of one run. Made before torch.distributed is initialised, called after."""
 
-    def __init__(self, args: Namespace) -> None:
-        """`args` are the engine's, with `Flags` among them."""
+    def __init__(self, args: Namespace, held: Lease | None = None) -> None:
+        """`args` are the engine's, with `Flags` among them; `held` is the lease of --save, on rank 0."""
+        self._held = held
         self._args, self._save = args, Path(args.save) if args.save else None
         self._multiples = args.save_retain_interval
         args.save_retain_interval = None  # the engine would look for the one to remove in the tracker
@@ -42,10 +44,15 @@ class CheckpointManager:
     def begin(self, iteration: int) -> Path | None:
         """A draft directory, the same on all ranks; None, with a report, where it cannot be made."""
         try:
-            return self._on_rank_0(lambda: saves.draft(self._save, iteration))
+            return self._on_rank_0(lambda: self._draft(iteration))
         except OSError as error:
             self._report(iteration, str(error))
             return None
+
+    def _draft(self, iteration: int) -> Path:
+        if self._held is not None:
+            self._held.check()
+        return saves.draft(self._save, iteration)
 
     def background(self, write: Callable[..., Any], folder: Path, iteration: int) -> Callable[..., Any]:
         """`write`, and the sums of what it wrote, for the background process; can be pickled."""
@@ -78,6 +85,8 @@ class CheckpointManager:
 
     def _publish(self, iteration: int, folder: Path) -> Path:
         integrity.write_manifest(folder / saves.name_of(iteration))
+        if self._held is not None:
+            self._held.check()
         return saves.publish(folder, self._save, iteration)
 
     def _after(self, iteration: int, published: Path) -> None:
