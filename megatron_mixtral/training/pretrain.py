@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from argparse import Namespace
@@ -31,6 +32,7 @@ def run(argv: Sequence[str]) -> int:
         _run(list(argv))
     except MixtralError as error:
         if not launch.speaks(os.environ, str(error)):
+            time.sleep(1)  # torchrun ends all when the first has ended: time for the one that speaks
             return 1
         rank = os.environ.get("RANK", "0")
         if rank == "0":
