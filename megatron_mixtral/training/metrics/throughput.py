@@ -117,3 +117,10 @@ def reached(steps: dict[int, Step], target: float) -> str:
 def time_weighted(steps: Sequence[Step]) -> float:
     """All tokens / all time."""
     return sum(step.rate * step.seconds for step in steps) / sum(step.seconds for step in steps)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ."""
+    parts = [path.absolute().parts for path in paths]
+    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 1)
+    return ["/".join(p[-length:]) for p in parts]
