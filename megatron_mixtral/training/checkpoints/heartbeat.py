@@ -18,6 +18,7 @@ from contextlib import suppress
 EVERY = 2.0  # seconds between two beats
 _LOOK = 0.25  # seconds between two looks at the parent
 _DIGITS = 20
+LEFT = ".left"  # behind the file's name: what remains of a run that was killed, until the next one begins
 
 
 def create(path: str, whose: str) -> bool:
@@ -54,9 +55,9 @@ def beat(path: str, token: str, count: int) -> None:
             os.pwrite(stream.fileno(), f"{count:0{_DIGITS}}".encode(), 0)
 
 
-def remove(path: str, token: str, mover: str) -> None:
-    """Remove the file of `token`. It gets a name of its own first, of several that try only one succeeds in that; what
-    then turns out to be another's, made since the last look, is put back.
+def remove(path: str, token: str, mover: str, left: bool = False) -> None:
+    """Remove the file of `token`, or put it where the `left` ones are. It gets a name of its own first: of several that
+    try, one succeeds in that. What then turns out to be another's, made since the last look, is put back.
     """
     aside = f"{path}.{mover}"
     if token.encode() not in (read(path) or b""):
@@ -65,6 +66,9 @@ def remove(path: str, token: str, mover: str) -> None:
         os.rename(path, aside)
         if token.encode() not in (read(aside) or b""):
             os.link(aside, path)
+        elif left:
+            os.replace(aside, path + LEFT)
+            return
         os.unlink(aside)
 
 
@@ -79,7 +83,7 @@ def main(path: str, token: str, parent: int) -> None:
             beat(path, token, count)
         time.sleep(_LOOK)
     with suppress(OSError):
-        remove(path, token, f"{token}.left")
+        remove(path, token, f"{token}.killed", left=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def acquire(save: Path, me: Holder, still: float = STILL, clock: Callable[[], fl
             if dead is not None:
                 logger.info("--save %s: taken over from %s, which is gone", save, _words(dead))
                 heartbeat.remove(path, dead.token, me.token)
+        with suppress(FileNotFoundError):
+            os.unlink(path + heartbeat.LEFT)
     except OSError as error:
         raise CheckpointError(f"--save {save} cannot be taken for this run: {error}") from error
     return Lease(save, me.token)
@@ -113,13 +116,41 @@ class Lease:
         heartbeat.remove(self._path, self._token, self._token)
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What an onlooker sees of a run: whose it is, in words, and whether it lives. Where only beats tell that (`alive`
+    is None), it lives as long as `beats` changes within `STILL` seconds.
+    """
+
+    words: str
+    alive: bool | None
+    beats: bytes
+
+
+def look(save: Path) -> Sight | None:
+    """The run that holds `save`, or the killed one that was its last; None where the last ended by itself."""
+    path, me = str(save / NAME), this_process({})
+    content = heartbeat.read(path)
+    if content is None:
+        left = heartbeat.read(path + heartbeat.LEFT)
+        return None if left is None else Sight(_words(_parse(left)), False, left)
+    holder = _parse(content)
+    alive = _started(holder.pid) == holder.started if holder is not None and _is_here(holder, me) else None
+    return Sight(_words(holder), alive, content)
+
+
+def _is_here(holder: Holder, me: Holder) -> bool:
+    """Whether its process number has a meaning for me."""
+    return (holder.host, holder.place) == (me.host, me.place)
+
+
 def _wait(path: str, me: Holder, still: float, clock: Callable[[], float], sleep: Callable[[float], None],
           ) -> Holder | None:
     """Wait until the lease can be removed: its dead holder; None where it is gone. `CheckpointError` where it lives."""
     first, began = None, clock()
     while (content := heartbeat.read(path)) is not None:
         holder = _parse(content)
-        if holder is not None and holder.host == me.host and holder.place == me.place:
+        if holder is not None and _is_here(holder, me):
             if _started(holder.pid) != holder.started:
                 return holder
             raise _refusal(path, holder)

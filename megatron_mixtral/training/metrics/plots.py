@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.training.metrics.throughput import Step, time_weighted
+from megatron_mixtral.training.metrics.throughput import Step, names_of, time_weighted
 
 try:
     from matplotlib import colormaps
@@ -70,13 +70,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             if number < len(text.splitlines()):  # the last line may have been cut by the end of the run
                 raise DataError(f"{path}, line {number}: expected the JSON object of a step") from None
     return found
-
-
-def names_of(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
-    parts = [path.absolute().parts for path in paths]
-    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 1)
-    return ["/".join(p[-length:]) for p in parts]
 
 
 def draw(paths: Sequence[Path], output: Path) -> list[Path]:

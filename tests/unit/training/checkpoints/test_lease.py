@@ -85,8 +85,12 @@ def test_a_killed_run_gives_its_lease_back_by_its_guardian(tmp_path: Path, numbe
     os.kill(guardian, signal.SIGTERM)  # it is for the run to end, and the guardian after it
     run.send_signal(number)
     run.communicate()
-    until(lambda: not any(tmp_path.iterdir()) or not Path(f"/proc/{guardian}").exists())
-    assert not any(tmp_path.iterdir())
+    until(lambda: not (tmp_path / lease.NAME).exists())
+    until(lambda: [path.name for path in tmp_path.iterdir()] == [lease.NAME + heartbeat.LEFT])
+    seen = lease.look(tmp_path)
+    assert seen is not None and not seen.alive and str(run.pid) in seen.words  # onlookers know that it was killed
+    acquire(tmp_path, this_process({})).release()
+    assert not any(tmp_path.iterdir()) and lease.look(tmp_path) is None
 
 
 def test_the_lease_of_a_run_killed_with_its_guardian_is_taken_over_at_once(tmp_path: Path) -> None:
