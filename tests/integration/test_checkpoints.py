@@ -266,16 +266,16 @@ def test_a_data_set_written_again_under_its_name_is_said(kept: tuple[Outcome, Pa
 def test_killed_before_the_first_tracker_the_run_goes_on(start: list[str], tmp_path: Path) -> None:
     """The checkpoint has its name and nothing names it; neither weights nor steps are lost, and nothing is asked."""
     save = tmp_path / "save"
-    argv = [*start, *saving(save), "--train-iters"]
-    assert pretrain(1, [*argv, "2"], tmp_path / "first").codes == [0]
+    argv = [*start, *saving(save), "--train-iters", "4"]
+    assert pretrain(1, [*argv, "--exit-interval", "2"], tmp_path / "first").codes == [0]
     draft = _made(save / ".saving-k1ll")
     (save / retention.TRACKER).rename(draft / retention.TRACKER)
-    second = pretrain(1, [*argv, "4"], tmp_path / "second")
+    second = pretrain(1, argv, tmp_path / "second")
     assert second.codes == [0] and sorted(second.steps) == [3, 4], second.logs[0][-3000:]
     assert "iter_0000002 is whole, and latest_checkpointed_iteration.txt did not say so yet" in second.logs[0]
     assert names(save) == ["iter_0000002", "iter_0000004", retention.TRACKER, "mixtral_config.json"]
     (save / retention.TRACKER).unlink()
-    refused = pretrain(1, [*argv, "6"], tmp_path / "refused")
+    refused = pretrain(1, argv, tmp_path / "refused")
     assert refused.codes == [1] and not refused.steps
     assert "error: " in refused.logs[0] and "there are 2 and 4: write into this file" in refused.logs[0]
 

@@ -92,7 +92,7 @@ def check_optimizer(saved: Any, now: Any) -> None:
         raise ConfigError(
             f"the checkpoint holds the state of --optimizer {saved.optimizer}, the run's is {now.optimizer}: give the "
             "same, or --no-load-optim to begin with a new optimizer")
-    if getattr(now, "optimizer", None) == "sgd" and now.sgd_momentum and not saved.sgd_momentum:
+    if getattr(now, "optimizer", None) == "sgd" and now.sgd_momentum and not getattr(saved, "sgd_momentum", 1):
         raise ConfigError("the checkpoint was saved with --sgd-momentum 0 and holds no momentum, this run has "
                           f"{now.sgd_momentum}: give 0, or --no-load-optim to begin with a new optimizer")
 
@@ -105,8 +105,9 @@ def check_schedule(saved: Any, now: Any, length_given: bool = False) -> None:
         return
     choice = ("give --override-opt-param-scheduler to follow the new one, --use-checkpoint-opt-param-scheduler to keep "
               "the old one, or ")
+    followed = length_given and any(_changed(saved, now, name) for name in _LENGTHS)
     before, after = _schedule_samples(saved), _schedule_samples(now)
-    if None not in (before, after) and before != after and not (length_given and _steps(saved) != _steps(now)):
+    if None not in (before, after) and before != after and not followed:
         raise ConfigError(
             f"the learning-rate schedule was {before} samples long ({_steps(saved)} steps x {saved.global_batch_size})"
             f", now it would be {after} ({_steps(now)} x {now.global_batch_size}): {choice}an --lr-decay-iters and a "

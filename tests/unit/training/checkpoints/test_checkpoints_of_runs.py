@@ -205,7 +205,8 @@ def test_a_length_that_was_given_is_followed_and_a_warm_up_of_another_batch_is_n
     with pytest.raises(ConfigError, match="now it would be 400"):
         resume.check_schedule(arguments(), arguments(lr_decay_iters=50))
     with pytest.raises(ConfigError, match="now it would be 1600"):  # the flag is what it was, the batch is not
-        resume.check_schedule(arguments(), arguments(lr_decay_iters=100, global_batch_size=16), length_given=True)
+        resume.check_schedule(*(arguments(lr_decay_iters=100, global_batch_size=size) for size in (8, 16)),
+                              length_given=True)
     before, after = arguments(lr_warmup_iters=10), arguments(lr_warmup_iters=10, global_batch_size=16, train_iters=50)
     with pytest.raises(ConfigError, match=r"warm-up was 80 samples long \(10 steps x 8\), now .* 160 \(10 x 16"):
         resume.check_schedule(before, after)
