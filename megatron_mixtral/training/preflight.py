@@ -7,7 +7,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, instruction_blend
+from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, identities, instruction_blend
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RESERVED, RunShape, fullest_stage, stage_memory
@@ -53,6 +53,13 @@ def check_data(run: Run) -> None:
                           "over devices; set it to 1")
     rows = max(given.micro_batch_size or 1, given.eval_micro_batch_size or 1)
     check_instruction([instruction_blend(words) for words in data], vocabulary, length, rows)
+
+
+def identify_data(run: Run) -> dict[str, str]:
+    """What each data set of the run is, to be kept in its checkpoints. Rank 0 asks, once."""
+    given, blend = run.engine, instruction_blend if run.flags.is_instruction_dataset else blend_of
+    words = [given.data_path, given.train_data_path, given.valid_data_path, given.test_data_path]
+    return identities(map(blend, words), run.flags.is_instruction_dataset)
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:

@@ -91,8 +91,10 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     from megatron_mixtral.training.checkpoints import CheckpointManager, directory
     from megatron_mixtral.training.metrics import install
 
-    if args.save and args.rank == 0:
-        directory.write_identity(Path(args.save), resolved.config)
+    if args.rank == 0:
+        args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
+        if args.save:
+            directory.write_identity(Path(args.save), resolved.config)
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
     load = install(resolved, args, backend.device, after_first_step=end_at_signals(args.exit_signal))
