@@ -9,6 +9,6 @@ from megatron_mixtral._door import door
 if TYPE_CHECKING:
     from megatron_mixtral.training.engine_flags.page import page
     from megatron_mixtral.training.engine_flags.refusals import check, check_device, check_model
-    from megatron_mixtral.training.engine_flags.table import PARSER, EngineFlag, Verdict, engine, flags, verdicts
+    from megatron_mixtral.training.engine_flags.table import PARSER, EngineFlag, engine, flags, verdicts
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

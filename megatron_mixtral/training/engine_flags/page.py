@@ -7,12 +7,12 @@ from itertools import groupby
 from typing import Any
 
 from megatron_mixtral.training.engine_flags.refusals import PACKAGES
-from megatron_mixtral.training.engine_flags.table import KINDS, EngineFlag, Verdict, alone, engine, flags, verdicts
+from megatron_mixtral.training.engine_flags.table import KINDS, EngineFlag, Verdict, companions, engine, flags, verdicts
 
 HEAD = """# Flags
 
-Every flag of the training program: ours, and the {count} of {engine}'s parser. A test writes this page from the
-table by which the program decides, `megatron_mixtral/training/engine_flags/verdicts.toml`, and fails where it lacks one.
+Every flag of the training program: ours, and the {count} of {engine}'s parser. A test writes this page from the table
+by which the program decides, `megatron_mixtral/training/engine_flags/verdicts.toml`, and fails where it lacks one.
 
 | verdict | how many | means |
 |---|---|---|
@@ -34,8 +34,8 @@ def page(ours: type) -> str:
     for group, members in groupby(flags().values(), lambda flag: flag.group):
         parts += [f"\n## {engine().split()[0]}: {group}\n", "| verdict | flags | |", "|---|---|---|", *_rows(members)]
     parts += ["\n## Values that are refused\n", "| flag | value | |", "|---|---|---|", *_values()]
-    parts += ["\n## Flags that do nothing alone\n", "Refused without the other: nothing would happen, in silence.\n",
-              "| flag | without |", "|---|---|", *(f"| `{name}` | `{other}` |" for name, other in alone().items())]
+    parts += ["\n## Flags that need another one\n", "Refused without it: they would fail later, or do nothing.\n",
+              "| flag | needs |", "|---|---|", *_companions()]
     return "\n".join(parts) + "\n"
 
 
@@ -71,3 +71,8 @@ def _values() -> Iterator[str]:
             found.setdefault((name, f"needs {_why(one)}" if one.kind == "needs" else one.why), []).append(value)
     for (name, why), values in found.items():
         yield f"| `{name}` | {' '.join(f'`{value}`' for value in values)} | {why} |"
+
+
+def _companions() -> Iterator[str]:
+    for name, value, needs in companions():
+        yield f"| `{name}{f' {value}' if value else ''}` | {' or '.join(f'`{other}`' for other in needs)} |"

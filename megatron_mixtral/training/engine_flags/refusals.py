@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mixtral.config import MixtralConfig, engine
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training.engine_flags.table import Verdict, alone, flags, verdicts
+from megatron_mixtral.training.engine_flags.table import Verdict, companions, flags, verdicts
 
 # Package to import: what to install, or what a device is called.
 PACKAGES = {
@@ -39,8 +39,10 @@ def check(given: Mapping[str, Any]) -> None:
                 _refuse(f"{name} {word}", on_value, "give another value")
         if not flags()[name].says_nothing(value):
             _refuse(_said(name, value), verdicts()[name], "drop the flag")
-            if (other := alone().get(name)) is not None and other not in given:
-                raise ConfigError(f"{_said(name, value)} does nothing without {other}: give both, or neither")
+    for name, value, needs in companions():
+        says = name in given and not flags()[name].says_nothing(given[name]) and value in (None, given[name])
+        if says and not any(other in given for other in needs):
+            raise ConfigError(f"{_said(name, given[name])} needs {' or '.join(needs)}: give both, or neither")
 
 
 def _refuse(said: str, verdict: Verdict, cure: str) -> None:

@@ -94,9 +94,10 @@ def _decided() -> dict[str, Any]:
     return tomllib.loads(VERDICTS.read_text(encoding="utf-8"))
 
 
-def alone() -> Mapping[str, str]:
-    """Flags that do nothing without another one: flag -> that other one."""
-    return {name: entry["without"] for entry in _decided()["alone"] for name in entry["flags"].split()}
+def companions() -> list[tuple[str, str | None, list[str]]]:
+    """(flag, its value or None for any, the flags of which it needs one)."""
+    return [(name, entry.get("value"), entry["needs"].split()) for entry in _decided()["with"]
+            for name in entry["flags"].split()]
 
 
 @cache
@@ -122,8 +123,8 @@ def verdicts() -> Mapping[str, Verdict]:
         if found[name] is None or others:
             raise ValueError(f"{name} has {len(others) + 1 if found[name] else 'no'} verdict(s) in {VERDICTS.name}: "
                              "it has to have one")
-    if strange := {*values, *alone(), *alone().values()} - set(found):
-        raise ValueError(f"values of flags, or flags alone, that the engine does not have: {' '.join(strange)}")
+    if strange := {*values, *(one for name, _, needs in companions() for one in (name, *needs))} - set(found):
+        raise ValueError(f"values or companions of flags that the engine does not have: {' '.join(strange)}")
     return found
 
 

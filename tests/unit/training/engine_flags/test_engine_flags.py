@@ -162,9 +162,11 @@ def test_a_flag_of_the_architecture_may_agree_and_not_contradict() -> None:
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    ("--save runs", "--save runs does nothing without --save-interval"),
-    ("--save-interval 5", "--save-interval 5 does nothing without --save"),
-    ("--recompute-method uniform", "does nothing without --recompute-granularity"),
+    ("--save runs", "--save runs needs --save-interval"),
+    ("--save-interval 5", "--save-interval 5 needs --save: give"),
+    ("--recompute-method uniform", "needs --recompute-granularity"),
+    ("--recompute-granularity full", "needs --recompute-method"),
+    ("--lr-decay-style WSD", "needs --lr-wsd-decay-iters or --lr-wsd-decay-samples"),
     ("--no-initialization", "give --load, --pretrained-checkpoint or --hf-checkpoint"),
     ("--optimizer muon", "--optimizer muon needs the package emerging-optimizers"),
     ("--moe-token-dispatcher-type flex", "use alltoall or allgather"),
