@@ -18,7 +18,7 @@ by which the program decides, `megatron_mixtral/training/engine_flags/verdicts.t
 |---|---|---|
 | works | {works} | seen to work in a run of this program, or read by code of the engine's that it runs as it is |
 | model | {model} | part of the architecture: may be repeated, and is refused where it contradicts the model |
-| needs | {needs} | passed on to the engine with a package or on a GPU, refused without; tried without both only |
+| needs | {needs} | passed on to the engine with a package or on a GPU, refused without; no test here has either |
 | unused | {unused} | accepted, and leaves every number as it is |
 | refused | {refused} | an error in one sentence, in a dry run too, at any value but the engine's default |
 
