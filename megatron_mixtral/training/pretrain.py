@@ -59,8 +59,8 @@ def _run(argv: list[str]) -> None:
         os.execv(command[0], command)  # signals reach torchrun, which passes them on
     if shape is not None:
         preflight.check_memory(shape, runtime.device_memory())
-    engine_flags.check_device(resolved.engine.named, runtime.detect().device)
     backend = runtime.ready(training=True)
+    engine_flags.check_device(resolved.engine.named, backend.device)
     args = _engine_args(resolved, argv, backend)
     if args.rank == 0:
         logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)

@@ -46,7 +46,6 @@ def prefix(tmp_path: Path) -> str:
     ([*TINY, "--mock-data", "--wandb-project", "x"], 1, "--wandb-project x needs wandb, which is not installed"),
     (["--model", "mixtral-8x22b", "--seq-length", "64", "--micro-batch-size", "1", "--mock-data"], 1,
      "the run does not fit"),
-    ([*TINY, "--mock-data", "--log-memory-to-tensorboard"], 1, "--log-memory-to-tensorboard needs a GPU"),
 ])
 def test_layouts_batches_and_memory(argv: list[str], world: int, sentence: str) -> None:
     assert sentence in refused(argv, world)

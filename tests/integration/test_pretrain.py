@@ -175,6 +175,8 @@ def test_half_a_model_is_refused(folder: Path, hf: Path, data: list[str]) -> Non
     (["--seq-length", "65"], "--seq-length 65 is longer than the model's max_position_embeddings 64"),
     (["--model", "tiny"], "they are different models"),
     (["--data-path", "nowhere_text_document"], "nowhere_text_document.bin does not exist"),
+    pytest.param(["--log-memory-to-tensorboard"], "--log-memory-to-tensorboard needs a GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
 def test_what_cannot_be_right_is_refused(flags: list[str], sentence: str, folder: Path, hf: Path,
                                          data: list[str]) -> None:
