@@ -18,7 +18,7 @@ from typing import Any
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import type_name
-from megatron_mixtral.weights.files import Region, atomic, writer
+from megatron_mixtral.weights.files import atomic, file_layout, writer
 from megatron_mixtral.weights.opening import open_source
 from megatron_mixtral.weights.plan import whole
 from megatron_mixtral.weights.protocols import Output, TensorSink, TensorSource
@@ -155,7 +155,7 @@ def _write_all(stage: atomic.Stage, output: Output, source: TensorSource, report
     report.resumed = list(not_finite)
     due = {path: layout for path, layout in output.files.items() if path not in not_finite}
     total = sum(layout.moved for layout in due.values())
-    meter = writer.Meter(source.mapped.release, None if progress is None else lambda done: progress(done, total))
+    meter = writer.Meter(None if progress is None else lambda done: progress(done, total))
 
     def done(path: str, bad: list[str]) -> None:
         stage.note(path, bad)
@@ -179,13 +179,11 @@ def compare(source: TensorSource, written: TensorSource, dtype: str | None = Non
             jobs: int | None = None) -> dict[str, int]:
     """Checksums of every Hugging Face tensor, which must be the same in both. Raises `CheckpointError` naming one."""
     written.check()
-    meter = writer.Meter(lambda: (source.mapped.release(), written.mapped.release()) and None)
     tensors = hf_tensors(source.config)
 
     def one(name: str) -> tuple[str, int]:
         target = whole(tensors[name])
         ours, theirs = checksum(blocks(target, source, dtype)), checksum(blocks(target, written))
-        meter.add(target.elements)
         if ours != theirs:
             raise CheckpointError(f"{written.where}: {name} has checksum {theirs:08x} when read back, the source's is "
                                   f"{ours:08x}; the disk or the memory of this machine is at fault")
@@ -200,8 +198,9 @@ def _compare_copied(root: Path, output: Output) -> None:
     for path, layout in output.files.items():
         for placed in layout.placed:
             copied = placed.payload
-            written = Region(root / path, placed.offset, copied.size)
-            if copied.dtype is None and checksum(written.blocks()) != checksum(copied.blocks()):
+            written = file_layout.Region(root / path, placed.offset, copied.size)
+            if copied.dtype is None and checksum(written.blocks()) != checksum(
+                    block for (block,) in copied.blocks([copied.part])):
                 raise CheckpointError(f"{written.file}: bytes {written.offset} to {written.offset + written.length} "
                                       f"({copied.name}) are not those of the source when read back; the disk or the "
                                       "memory of this machine is at fault")

@@ -1,6 +1,12 @@
-"""Files mapped into memory for reading: bytes become arrays where they lie, and pages are given back after use."""
+"""Files of weights, for reading: their tensors as arrays over mapped files, and `Reader`, which fetches the bytes.
+
+The arrays say where numbers lie; cutting and reshaping them touches no byte. `Reader` reads what is left of them from
+the file, block by block: a mapped page of a file that has become shorter would end the process without a word (SIGBUS),
+a read that comes up short is an error like any other. Nor does reading leave mapped pages behind.
+"""
 
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +58,31 @@ class Region:
                 yield block
 
 
+State = tuple[int, int, int]  # of a file: its size, when it was written last (ns), and which one it is (inode)
+
+
+def state_of(file: str | Path | int) -> State:
+    """What tells a file that was written anew from the one that was there. Raises `OSError`."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def check_same(path: Path, before: State, now: State) -> None:
+    """Raise `CheckpointError` where a source file is no longer what it was."""
+    if before != now:
+        how = f"had {before[0]} bytes and has {now[0]}" if before[0] != now[0] else "was written anew"
+        raise CheckpointError(f"{path} {how} since it was opened; start again when nothing writes to it any more")
+
+
+def check_unchanged(path: Path, before: State) -> None:
+    """`check_same` with the file as it is now."""
+    try:
+        now = state_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read any more: {error}") from None
+    check_same(path, before, now)
+
+
 class MappedFile:
     """A file as read-only memory. Raises `CheckpointError` when it is empty, cannot be opened or is of `NO_WEIGHTS`."""
 
@@ -59,10 +90,12 @@ class MappedFile:
         self.path = path
         try:
             with open(path, "rb") as file:
-                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.state = state_of(file.fileno())
+                self.bytes = _Memory(file.fileno(), 0, access=mmap.ACCESS_READ)
+                start = os.pread(file.fileno(), 64, 0).lstrip().lower()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
-        start = self.bytes[:64].lstrip().lower()
+        self.bytes.file, self.address = self, _address(numpy.frombuffer(self.bytes, numpy.uint8))
         for sign, cure in NO_WEIGHTS.items():
             if start.startswith(sign):
                 raise CheckpointError(f"{path} {cure}")
@@ -74,14 +107,86 @@ class MappedFile:
         return numpy.ndarray(shape, carrier, self.bytes, offset, steps)
 
 
+class _Memory(mmap.mmap):
+    """Mapped memory that knows its file."""
+
+    file: MappedFile
+
+
+def _address(array: numpy.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _file_of(array: numpy.ndarray) -> MappedFile | None:
+    """The file that an array lies in; None for one in ordinary memory."""
+    base: object = array
+    while isinstance(base, numpy.ndarray):
+        base = base.base
+    return base.file if isinstance(base, _Memory) else None
+
+
+class Reader:
+    """Reads from mapped files, each opened at its first use and closed when the `with` block ends.
+
+    Raises `CheckpointError` for a file that changed since it was mapped.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[MappedFile, int] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+
+    def _handle(self, file: MappedFile) -> int:
+        if file not in self._handles:
+            try:
+                self._handles[file] = os.open(file.path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{file.path} cannot be read any more: {error}") from None
+            check_same(file.path, file.state, state_of(self._handles[file]))
+        return self._handles[file]
+
+    def read(self, file: MappedFile, offset: int, count: int) -> bytes:
+        """At most `count` bytes from `offset` on: fewer at the end of the file."""
+        return os.pread(self._handle(file), count, offset)
+
+    def fetch(self, array: numpy.ndarray) -> numpy.ndarray:
+        """The numbers of a mapped array in memory of their own; an array in ordinary memory as it is, contiguous."""
+        file = _file_of(array)
+        if file is None or array.size == 0:
+            return numpy.ascontiguousarray(array)
+        handle = self._handle(file)
+        if not array.flags.c_contiguous:  # transposed, in files of older engines: no run to be read at once
+            check_same(file.path, file.state, state_of(handle))
+            return numpy.ascontiguousarray(array)
+        found = numpy.empty(array.shape, array.dtype)
+        left, at = memoryview(found.reshape(-1)).cast("B"), _address(array) - file.address
+        while left:
+            count = os.preadv(handle, [left], at)
+            if count == 0:
+                check_same(file.path, file.state, state_of(handle))
+                raise CheckpointError(f"{file.path} cannot be read at byte {at}")
+            left, at = left[count:], at + count
+        return found
+
+
 class MappedFiles(dict[Path, MappedFile]):
     """Files by path, each mapped when it is first asked for."""
 
     def __missing__(self, path: Path) -> MappedFile:
         return self.setdefault(path, MappedFile(path))
 
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` naming a file that is no longer the one that was mapped."""
+        for path, file in self.items():
+            check_unchanged(path, file.state)
+
     def release(self) -> None:
-        """Give the mapped pages back to the system; they come again when touched."""
+        """Give mapped pages back to the system that were touched without a `Reader`; they come again when touched."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for file in list(self.values()):  # other threads map more
                 file.bytes.madvise(mmap.MADV_DONTNEED)

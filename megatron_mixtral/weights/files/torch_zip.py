@@ -5,9 +5,9 @@ that it refers to. Format: `torch.serialization._save` and `torch._utils._rebuil
 """
 
 import io
-import mmap
 import struct
 import zipfile
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS, OTHER_STORAGES
 from megatron_mixtral.weights.files.file_layout import LABEL
 from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, unpickle
-from megatron_mixtral.weights.files.mapped import MappedFile, Stored
+from megatron_mixtral.weights.files.mapped import MappedFile, Reader, Stored
 
 _LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # of a zip entry: signature, flags, ... length of name and of extra field
 _ZIP, _DESCRIPTOR, _DESCRIBED = b"PK\x03\x04", b"PK\x07\x08", 8  # flag: size and CRC are behind the data
@@ -25,10 +25,10 @@ STORAGES = {kind.storage: kind for kind in FLOATS.values()}
 
 
 class _Window:
-    """A part of a memory-mapped file as a stream, for `zipfile`."""
+    """A part of a file as a stream, for `zipfile`."""
 
-    def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
-        self.data, self.offset, self.length, self._at = data, offset, length, 0
+    def __init__(self, reader: Reader, file: MappedFile, offset: int, length: int) -> None:
+        self.reader, self.file, self.offset, self.length, self._at = reader, file, offset, length, 0
 
     def seekable(self) -> bool:
         return True
@@ -43,7 +43,7 @@ class _Window:
     def read(self, count: int = -1) -> bytes:
         left = max(0, self.length - self._at)
         start, self._at = self._at, self._at + (left if count < 0 else min(count, left))
-        return self.data[self.offset + start:self.offset + self._at]
+        return self.reader.read(self.file, self.offset + start, self._at - start)
 
 
 class _Storage:
@@ -55,10 +55,10 @@ class _Storage:
             raise ValueError("refers to something that is no storage")
 
 
-class _Reader:
-    def __init__(self, file: MappedFile, offset: int, length: int) -> None:
-        self.file, self.base = file, offset
-        with zipfile.ZipFile(_Window(file.bytes, offset, length)) as archive:
+class _Archive:
+    def __init__(self, reader: Reader, file: MappedFile, offset: int, length: int) -> None:
+        self.reader, self.file, self.base = reader, file, offset
+        with zipfile.ZipFile(_Window(reader, file, offset, length)) as archive:
             self.entries = {entry.filename: entry for entry in archive.infolist()}
             # Where each entry ends at the latest: nothing lies between entries.
             self.ends = sorted([*(entry.header_offset for entry in archive.infolist()), archive.start_dir])
@@ -83,16 +83,16 @@ class _Reader:
         size = storage.count * itemsize
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
             raise ValueError(f"its storage {storage.key} has {entry.file_size} bytes, expected {size}, uncompressed")
-        data, named = self.file.bytes, self.base + entry.header_offset + _LOCAL_HEADER.size
-        header = data[named - _LOCAL_HEADER.size:named]
+        read, named = partial(self.reader.read, self.file), self.base + entry.header_offset + _LOCAL_HEADER.size
+        header = read(named - _LOCAL_HEADER.size, _LOCAL_HEADER.size)
         if len(header) != _LOCAL_HEADER.size:
             raise ValueError(f"its storage {storage.key} has no header")
         signature, flags, name, extra = _LOCAL_HEADER.unpack(header)
-        same = data[named:named + name] == entry.orig_filename.encode("utf-8")
+        same = read(named, name) == entry.orig_filename.encode("utf-8")
         start = named + name + extra
         end = start + size
         # The header is not under any checksum, and a wrong length in it would move the data.
-        described = data[end:end + len(_DESCRIPTOR)] == _DESCRIPTOR
+        described = read(end, len(_DESCRIPTOR)) == _DESCRIPTOR
         ends = described if flags & _DESCRIBED else end - self.base in self.ends
         if signature != _ZIP or not same or not ends:
             raise ValueError(f"its storage {storage.key} lies elsewhere than its header says")
@@ -131,13 +131,14 @@ def load_torch(file: MappedFile, where: str, offset: int = 0, length: int | None
     Raises `CheckpointError` that begins with `where`.
     """
     length = len(file.bytes) - offset if length is None else length
-    if file.bytes[offset:offset + len(_ZIP)] != _ZIP:
-        raise CheckpointError(f"{where} is not a whole torch file: it does not begin as an archive")
     try:
-        reader = _Reader(file, offset, length)
-        if label is not None and LABEL in reader.label and reader.label != label:
-            raise ValueError(f"it holds {reader.label}, expected {label}; were files swapped?")
-        return reader.load(where)
+        with Reader() as reader:
+            if reader.read(file, offset, len(_ZIP)) != _ZIP:
+                raise ValueError("it does not begin as an archive")
+            archive = _Archive(reader, file, offset, length)
+            if label is not None and LABEL in archive.label and archive.label != label:
+                raise ValueError(f"it holds {archive.label}, expected {label}; were files swapped?")
+            return archive.load(where)
     except (zipfile.BadZipFile, NotImplementedError, struct.error, *UNPICKLING_ERRORS) as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{where} is not a whole torch file: {text}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files import Region, inert_pickle, pickle_writer
+from megatron_mixtral.weights.files import file_layout, inert_pickle, pickle_writer
 from megatron_mixtral.weights.formats.directory import file_beside
 from megatron_mixtral.weights.rules import Shape, dist_names
 
@@ -19,7 +19,7 @@ COMMON = "common_state/shard_0_1"  # arguments, iteration and other small state
 COMMON_FILE = "common.pt"  # where older engines put it
 
 _MODULE = "torch.distributed.checkpoint.metadata"
-Call, Global = pickle_writer.Call, pickle_writer.Global
+Call, Global, Region = pickle_writer.Call, pickle_writer.Global, file_layout.Region
 
 
 @dataclass(frozen=True)

@@ -123,14 +123,14 @@ def test_resuming_something_else_starts_anew(hf, tmp_path):
 
 
 def test_a_failing_file_stops_the_others_and_leaves_nothing(hf, tmp_path, monkeypatch):
-    write = writer.FileWriter.write
+    whole = writer.FileWriter.open
 
-    def fail(self, part):
+    def fail(self):
         if "00_001" in str(self.path):
             raise OSError("No space left on device")
-        write(self, part)
+        return whole(self)
 
-    monkeypatch.setattr(writer.FileWriter, "write", fail)
+    monkeypatch.setattr(writer.FileWriter, "open", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         to_ranks(hf, tmp_path / "mg", jobs=4)
     assert list(tmp_path.iterdir()) == []
