@@ -7,6 +7,7 @@ its name only when it is complete and on the disk (`files.atomic.staged`).
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -84,6 +85,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     `companions` are files to copy beside the weights, before those that the source itself has. `jobs` threads
     write (default: one for each core). `resume` keeps finished files of a killed conversion of the same
     source to the same target. `verify` reads the result back and compares checksums with the source's.
+    A source that is written to meanwhile is refused at the end.
     Raises `CheckpointError`; then nothing is at the target that was not there before.
     """
     started = time.monotonic()
@@ -91,6 +93,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     if sink.replace and source.where.resolve().is_relative_to(sink.target.resolve()):
         raise CheckpointError(f"{sink.target} holds the source {source.where}; choose another target")
     name = type_name(dtype)
+    _watch(source, sink.target)
     output = _plan(source, sink, name)
     found = [*companions, *output.companions, *source.companions]
     companions = list({path.name: path for path in reversed(found)}.values())  # the first of each name
@@ -107,9 +110,17 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
         if verify:
             report.checksums = compare(source, open_source(stage.root), name, jobs)
             _compare_copied(stage.root, output)
+        source.mapped.check_unchanged()
         report.seconds = time.monotonic() - started
         (stage.root / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
+
+
+def _watch(source: TensorSource, target: Path) -> None:
+    """Note the state of every file of a source, but of no target in its folder."""
+    folders = {Path(os.path.abspath(target)), atomic.partial_of(target)}
+    source.mapped.watch(path for path in [*source.where.rglob("*"), *source.companions]
+                        if path.is_file() and not folders & set(Path(os.path.abspath(path)).parents))
 
 
 def preview(source: TensorSource, sink: TensorSink, *, dtype: Any = None, companions: Iterable[Path] = (),
@@ -128,8 +139,7 @@ def preview(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     lines += [
         f"{len(output.files)} files, {tensors} tensors, {human_size(output.size + copied)} with {human_size(copied)} "
         f"of other files; {human_size(free_space(sink.target))} free there",
-        f"{threads} thread(s), about {human_size(own_memory(threads, name is not None))} of memory, and up to "
-        f"{human_size(threads * writer.RELEASE)} of the source mapped at a time",
+        f"{threads} thread(s), about {human_size(own_memory(threads, name is not None))} of memory",
     ]
     if output.carried:
         lines.append(f"carried along: {', '.join(output.carried)}")
@@ -209,9 +219,8 @@ def _compare_copied(root: Path, output: Output) -> None:
 def _fingerprint(source: TensorSource, output: Output) -> str:
     """Says whether a started conversion is this one: the source's files as they are now, and the plan to the byte."""
     digest = hashlib.sha256(str(source.where.resolve()).encode())
-    for path in sorted(path for path in source.where.rglob("*") if path.is_file()):
-        state = path.stat()
-        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+    for path, (size, written, _) in sorted(source.mapped.watch(()).items()):
+        digest.update(f"{path} {size} {written}\n".encode())
     for path, layout in output.files.items():
         digest.update(f"{path} {layout.size}\n".encode())
         for placed in layout.placed:

@@ -7,21 +7,16 @@ a read that comes up short is an error like any other. Nor does reading leave ma
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 
+from megatron_mixtral.disk import START, placeholder
 from megatron_mixtral.errors import CheckpointError
 
 BLOCK = 1 << 20  # bytes of a region that are read at a time
-# What a download leaves in the place of weights, by how it begins: no format that is read here begins so.
-NO_WEIGHTS = {
-    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder",
-    b"<!doctype html": "is a web page (of a log-in or an error?), not the file itself; download it again",
-    b"<html": "is a web page (of a log-in or an error?), not the file itself; download it again",
-}
 
 
 @dataclass(frozen=True)
@@ -74,17 +69,9 @@ def check_same(path: Path, before: State, now: State) -> None:
         raise CheckpointError(f"{path} {how} since it was opened; start again when nothing writes to it any more")
 
 
-def check_unchanged(path: Path, before: State) -> None:
-    """`check_same` with the file as it is now."""
-    try:
-        now = state_of(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read any more: {error}") from None
-    check_same(path, before, now)
-
-
 class MappedFile:
-    """A file as read-only memory. Raises `CheckpointError` when it is empty, cannot be opened or is of `NO_WEIGHTS`."""
+    """A file as read-only memory. Raises `CheckpointError` when it is empty, cannot be opened, or is
+    none of weights (`placeholder`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,13 +79,12 @@ class MappedFile:
             with open(path, "rb") as file:
                 self.state = state_of(file.fileno())
                 self.bytes = _Memory(file.fileno(), 0, access=mmap.ACCESS_READ)
-                start = os.pread(file.fileno(), 64, 0).lstrip().lower()
+                cure = placeholder(os.pread(file.fileno(), START, 0))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         self.bytes.file, self.address = self, _address(numpy.frombuffer(self.bytes, numpy.uint8))
-        for sign, cure in NO_WEIGHTS.items():
-            if start.startswith(sign):
-                raise CheckpointError(f"{path} {cure}")
+        if cure is not None:
+            raise CheckpointError(f"{path} {cure}")
 
     def array(self, carrier: numpy.dtype, shape: tuple[int, ...], offset: int,
               strides: tuple[int, ...] | None = None) -> numpy.ndarray:
@@ -177,13 +163,27 @@ class Reader:
 class MappedFiles(dict[Path, MappedFile]):
     """Files by path, each mapped when it is first asked for."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: dict[Path, State] = {}
+
     def __missing__(self, path: Path) -> MappedFile:
         return self.setdefault(path, MappedFile(path))
 
+    def watch(self, paths: Iterable[Path]) -> dict[Path, State]:
+        """Note the state of other files for `check_unchanged`; of all these files, each as it was when first seen."""
+        for path in paths:
+            self._watched.setdefault(path, state_of(path))
+        return self._watched | {path: file.state for path, file in self.items()}
+
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError` naming a file that is no longer the one that was mapped."""
-        for path, file in self.items():
-            check_unchanged(path, file.state)
+        """Raise `CheckpointError` naming a mapped or watched file that is no longer the one that was there."""
+        for path, before in self.watch(()).items():
+            try:
+                now = state_of(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read any more: {error}") from None
+            check_same(path, before, now)
 
     def release(self) -> None:
         """Give mapped pages back to the system that were touched without a `Reader`; they come again when touched."""

@@ -1,5 +1,6 @@
 """Planned files: what plain torch and zip readers make of them, checksums, NaN, disk space, one writer at a time."""
 
+import os
 import shutil
 import zipfile
 from collections import namedtuple
@@ -154,3 +155,50 @@ def test_moving_weights_needs_no_torch(hf, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir",
                            str(tmp_path / "mg")], check=False)
     assert done.returncode == 0
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _write_anew(path: Path) -> None:
+    path.write_bytes(path.read_bytes())
+
+
+def _replace(path: Path) -> None:
+    before = path.stat()
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    path.with_suffix(".new").replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("moment", ["the first byte", "the last file"])
+@pytest.mark.parametrize("change", [_truncate, _write_anew, _replace, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_source_that_changes_while_it_is_converted_is_refused(hf, tmp_path, monkeypatch, name, change, moment):
+    """Truncated, it ended the process by SIGBUS; written anew, the result was a mixture, with status 0."""
+    source, write, sync = Path(shutil.copytree(hf, tmp_path / "hf")), writer._write, writer.sync
+    due = [change]
+
+    def meddle(_: object) -> None:
+        if due:
+            due.pop()(source / name)
+
+    def first(handle: int, data: object, at: int) -> None:
+        meddle(handle)
+        write(handle, data, at)
+
+    if moment == "the first byte":
+        monkeypatch.setattr(writer, "_write", first)
+    else:
+        monkeypatch.setattr(writer, "sync", lambda path: (sync(path), "00_000" in str(path) and meddle(path)))
+    with pytest.raises(CheckpointError, match=rf"{name} (had|was|cannot).*(start again|No such file)"):
+        to_ranks(source, tmp_path / "mg", verify=moment != "the first byte")
+    assert not due and list(tmp_path.iterdir()) == [source]
+
+
+def test_a_target_in_the_folder_of_the_source_is_not_of_the_source(hf, tmp_path):
+    source = Path(shutil.copytree(hf, tmp_path / "hf"))
+    (source / ".mg.partial" / "left").mkdir(parents=True)
+    to_ranks(source, source / "mg")
+    assert (source / "mg" / "conversion.json").exists()
