@@ -122,13 +122,18 @@ class _Entry:
                              _MOST32 if far else self.header) + self.name + extra
 
 
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Steps, in elements, of each dim of a tensor that lies in order. Where a dim is 0 torch counts it as 1."""
+    return tuple(prod(max(1, size) for size in shape[dim + 1:]) for dim in range(len(shape)))
+
+
 def _reference(key: int, tensor: Payload) -> Call:
     """What stands for a tensor in the pickle of an archive: storage `key`, contiguous, of the tensor's shape."""
     storage = Persistent(("storage", Global("torch", FLOATS[tensor.dtype].storage), str(key), "cpu",
                           prod(tensor.shape)))
-    strides = tuple(prod(tensor.shape[dim + 1:]) for dim in range(len(tensor.shape)))
     return Call(Global("torch._utils", "_rebuild_tensor_v2"),
-                (storage, 0, tensor.shape, strides, False, Call(Global("collections", "OrderedDict"))))
+                (storage, 0, tensor.shape, contiguous_strides(tensor.shape), False,
+                 Call(Global("collections", "OrderedDict"))))
 
 
 def _referred(value: Any, found: list[Payload]) -> Any:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.disk import START, placeholder
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.files import file_layout, inert_pickle, pickle_writer
 from megatron_mixtral.weights.formats.directory import file_beside
@@ -55,8 +56,12 @@ class Contents:
 def read_contents(directory: Path) -> Contents:
     """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""
     path = directory / METADATA_FILE
+    contents = path.read_bytes()
+    cure = placeholder(contents[:START])
+    if cure is not None:
+        raise CheckpointError(f"{path} {cure}")
     try:
-        metadata = inert_pickle.unpickle(path.read_bytes(), str(path))
+        metadata = inert_pickle.unpickle(contents, str(path))
         regions = {(index.fqn, _offset(index)): info for index, info in metadata.storage_data.items()}
         entries = dict(metadata.state_dict_metadata)
         tensors, objects = {}, {}

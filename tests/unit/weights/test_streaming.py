@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights import conversion
-from megatron_mixtral.weights.files import atomic, file_layout, torch_zip, writer
+from megatron_mixtral.weights.files import atomic, file_layout, torch_files, writer
 from megatron_mixtral.weights.files.mapped import MappedFile
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
@@ -65,7 +65,7 @@ def test_offsets_beyond_4_gib(tmp_path):
     loaded = torch.load(tmp_path / "large.pt", mmap=True, weights_only=True)
     assert loaded["plain"] == plain
     assert loaded["tensors"][2].tolist() == [1, 1, 1] and loaded["tensors"][1].shape == (1_500_000_000,)
-    ours = torch_zip.load_torch(MappedFile(tmp_path / "large.pt"), "large.pt")
+    ours = torch_files.load_torch(MappedFile(tmp_path / "large.pt"), "large.pt")
     assert ours["tensors"][2].data.tolist() == [0x3F80] * 3 and ours["plain"] == plain
 
 
@@ -137,10 +137,11 @@ def test_a_failing_file_stops_the_others_and_leaves_nothing(hf, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bin_files_are_read(hf, tmp_path):
+@pytest.mark.parametrize("new", [True, False])
+def test_bin_files_are_read(hf, tmp_path, new):
     (tmp_path / "bin").mkdir()
     shutil.copy(hf / "config.json", tmp_path / "bin")
-    torch.save(tensors_of(hf), tmp_path / "bin" / "pytorch_model.bin")
+    torch.save(tensors_of(hf), tmp_path / "bin" / "pytorch_model.bin", _use_new_zipfile_serialization=new)
     source = HFSource(tmp_path / "bin")
     conversion.convert(source, HFSink(tmp_path / "back"))
     assert_same_weights(hf, tmp_path / "back")
@@ -199,6 +200,9 @@ def test_a_source_that_changes_while_it_is_converted_is_refused(hf, tmp_path, mo
 
 def test_a_target_in_the_folder_of_the_source_is_not_of_the_source(hf, tmp_path):
     source = Path(shutil.copytree(hf, tmp_path / "hf"))
-    (source / ".mg.partial" / "left").mkdir(parents=True)
     to_ranks(source, source / "mg")
-    assert (source / "mg" / "conversion.json").exists()
+    (source / "mg").rename(source / ".mg.partial")
+    (source / ".mg.partial" / "left").write_text("of a conversion that was killed")
+    to_ranks(source, source / "mg")
+    to_ranks(source, source / "mg2")
+    assert sorted(path.name for path in source.iterdir() if path.is_dir()) == ["mg", "mg2"]

@@ -1,27 +1,37 @@
-"""Reading `torch.save` archives, whole files or windows of larger ones, as arrays over the mapped bytes.
+"""Reading what `torch.save` writes, as arrays over the mapped bytes.
 
-An archive is an uncompressed zip: `NAME/data.pkl`, the pickled object, and `NAME/data/KEY`, the bytes of each storage
-that it refers to. Format: `torch.serialization._save` and `torch._utils._rebuild_tensor_v2`.
+An archive, a whole file or a window of a larger one, is an uncompressed zip: `NAME/data.pkl`, the pickled object, and
+`NAME/data/KEY`, the bytes of each storage that it refers to. Files of torch before 1.6 (and of
+`_use_new_zipfile_serialization=False`) are pickles one behind the other (a magic number, a version, the machine, the
+object, the storages' keys), and then each storage, its number of elements in front of it.
+Format: `torch.serialization._save` and `_legacy_save`, and `torch._utils._rebuild_tensor_v2`.
 """
 
 import io
+import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any
 
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS, OTHER_STORAGES
-from megatron_mixtral.weights.files.file_layout import LABEL
-from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, unpickle
+from megatron_mixtral.weights.files.file_layout import LABEL, contiguous_strides
+from megatron_mixtral.weights.files.inert_pickle import UNPICKLING_ERRORS, scan, unpickle
 from megatron_mixtral.weights.files.mapped import MappedFile, Reader, Stored
 
 _LOCAL_HEADER = struct.Struct("<4s2xH18xHH")  # of a zip entry: signature, flags, ... length of name and of extra field
 _ZIP, _DESCRIPTOR, _DESCRIBED = b"PK\x03\x04", b"PK\x07\x08", 8  # flag: size and CRC are behind the data
+_STREAM = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # the magic number
+STREAM_VERSION = 1001
+FIRST = 1 << 20  # bytes in which the pickles of a stream are looked for first
 MOST_PICKLE = 1 << 28  # bytes of data.pkl; a checkpoint's has a few hundred thousand
 MOST_ORDER = 16  # bytes of byteorder: "little" or "big"
 STORAGES = {kind.storage: kind for kind in FLOATS.values()}
+ITEM_SIZES = {name: kind.itemsize for name, kind in STORAGES.items()} | OTHER_STORAGES
 
 
 class _Window:
@@ -50,7 +60,10 @@ class _Storage:
     """What a persistent id names: the type and the number of elements of one storage."""
 
     def __init__(self, pid: Any) -> None:
-        kind, self.type, self.key, _, self.count = pid
+        kind, self.type, self.key, _, self.count, *part = pid
+        if part not in ([], [None]):
+            raise ValueError("has a storage within another, as torch before 0.4 wrote it; save the model again with a "
+                             "newer torch")
         if kind != "storage" or not isinstance(self.type, str) or not isinstance(self.count, int) or self.count < 0:
             raise ValueError("refers to something that is no storage")
 
@@ -98,7 +111,64 @@ class _Archive:
             raise ValueError(f"its storage {storage.key} lies elsewhere than its header says")
         return start
 
-    def rebuild(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
+    def load(self, where: str) -> Any:
+        return _load(self.pickle, where, self.file, self.storage_offset)
+
+
+class _Stream:
+    """A file of the older form."""
+
+    def __init__(self, reader: Reader, file: MappedFile) -> None:
+        self.file, size = file, min(len(file.bytes), MOST_PICKLE)
+        data = reader.read(file, 0, min(FIRST, size))
+        while True:
+            try:
+                at = [0]
+                for _ in range(5):
+                    at.append(scan(data, at[-1]))
+                break
+            except EOFError:
+                if len(data) == size:
+                    raise
+                data = reader.read(file, 0, min(4 * len(data), size))
+        magic, version, machine, self.pickle, keys = (data[start:end] for start, end in pairwise(at))
+        head = [unpickle(one, str(file.path)) for one in (magic, version, machine, keys)]
+        if head[1] != STREAM_VERSION or not head[2].get("little_endian"):
+            raise ValueError(f"it is of version {head[1]}, little endian: {head[2].get('little_endian')}")
+        found: dict[str, _Storage] = {}
+
+        def note(pid: Any) -> _Storage:
+            one = _Storage(pid)
+            same = found.setdefault(one.key, one)
+            if (one.type, one.count) != (same.type, same.count):
+                raise ValueError(f"says two things of its storage {one.key}")
+            return one
+
+        unpickle(self.pickle, str(file.path), _known(lambda *_: None), note)
+        if sorted(found) != sorted(head[3]):
+            raise ValueError("its list of storages is not that of its tensors")
+        self.starts, begin = dict[str, int](), at[-1]
+        for key in head[3]:
+            if int.from_bytes(reader.read(file, begin, 8), "little") != found[key].count:
+                raise ValueError(f"its storage {key} has not the {found[key].count} elements that its tensor has")
+            self.starts[key] = begin + 8
+            begin += 8 + found[key].count * ITEM_SIZES[found[key].type]
+        if begin != len(file.bytes):
+            raise ValueError(f"it should have {begin} bytes, it has {len(file.bytes)}")
+
+    def load(self, where: str) -> Any:
+        return _load(self.pickle, where, self.file, lambda storage, _: self.starts[storage.key], True)
+
+
+def _load(pickled: bytes, where: str, file: MappedFile, locate: Callable[[_Storage, int], int],
+          whole: bool = False) -> Any:
+    """The object of a pickle; `locate` says at which byte of the file a storage of items of a size begins.
+
+    `whole` refuses tensors that are not all of their storage, in its order: in a file without a checksum that may be
+    a bit that flipped.
+    """
+
+    def rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
         """`torch._utils._rebuild_tensor_v2`."""
         if not isinstance(storage, _Storage) or not isinstance(offset, int) or offset < 0:
             raise ValueError("has a tensor without a storage")
@@ -108,19 +178,26 @@ class _Archive:
             return Stored(None, storage.type.removesuffix("Storage").lower(), shape)
         if min((*shape, *strides, 0)) < 0 or len(shape) != len(strides):
             raise ValueError("has a tensor of a negative shape")
+        if whole and (offset, prod(shape), strides) != (0, storage.count, contiguous_strides(shape)):
+            raise ValueError(f"a tensor of {shape} is not all of its storage, in its order; save the model again with "
+                             "a newer torch, which adds checksums")
         reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if prod(shape) else 0
         if offset + reach > storage.count:
             raise ValueError(f"a tensor of {shape} does not fit its storage of {storage.count} elements")
-        start = self.storage_offset(storage, kind.itemsize) + offset * kind.itemsize
-        return Stored(self.file.array(kind.carrier, shape, start, strides if prod(shape) else None), kind.name, shape)
+        start = locate(storage, kind.itemsize) + offset * kind.itemsize
+        return Stored(file.array(kind.carrier, shape, start, strides if prod(shape) else None), kind.name, shape)
 
-    def load(self, where: str) -> Any:
-        known: dict[tuple[str, str], Any] = {
-            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild, ("torch._utils", "_rebuild_tensor"): self.rebuild,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
-        for name in (*STORAGES, *OTHER_STORAGES):
-            known["torch", name] = known["torch.storage", name] = name
-        return unpickle(self.pickle, where, known, _Storage)
+    return unpickle(pickled, where, _known(rebuild), _Storage)
+
+
+def _known(rebuild: Callable[..., Any]) -> dict[tuple[str, str], Any]:
+    """The globals of torch that have a meaning here."""
+    known: dict[tuple[str, str], Any] = {
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild, ("torch._utils", "_rebuild_tensor"): rebuild,
+        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
+    for name in ITEM_SIZES:
+        known["torch", name] = known["torch.storage", name] = name
+    return known
 
 
 def load_torch(file: MappedFile, where: str, offset: int = 0, length: int | None = None,
@@ -133,7 +210,10 @@ def load_torch(file: MappedFile, where: str, offset: int = 0, length: int | None
     length = len(file.bytes) - offset if length is None else length
     try:
         with Reader() as reader:
-            if reader.read(file, offset, len(_ZIP)) != _ZIP:
+            start = reader.read(file, offset, len(_STREAM))
+            if start == _STREAM and not offset:
+                return _Stream(reader, file).load(where)
+            if not start.startswith(_ZIP):
                 raise ValueError("it does not begin as an archive")
             archive = _Archive(reader, file, offset, length)
             if label is not None and LABEL in archive.label and archive.label != label:
