@@ -119,7 +119,8 @@ def timed(command: list[str], log: Path) -> Run:
 
 def util(clone: Path, source: Path, target: Path, *more: str) -> list[str]:
     """The converting command of a clone."""
-    return ["env", f"PYTHONPATH={clone}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", sys.executable,
+    path = f"{clone}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return ["env", "-u", "PYTHONDONTWRITEBYTECODE", f"PYTHONPATH={path}", sys.executable,
             str(clone / "tools" / "checkpoint" / "util.py"), "--saver", "mixtral", "--loader",
             "mixtral_hf" if source.name == "hf" else "mixtral_mg", "--load-dir", str(source), "--save-dir",
             str(target), *more]
@@ -137,8 +138,8 @@ LAYOUT = sizes(2, 2, 2)
 SOURCES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "hf": ([], {
         "HF -> tp2-pp2-ep2": LAYOUT, "HF -> tp1-pp4-ep1": sizes(1, 4, 1), "HF -> torch_dist": TO_DIST,
-        "HF -> tp2-pp2-ep2 --check-finite": [*LAYOUT, "--check-finite"],
-        "HF -> tp2-pp2-ep2 --verify": [*LAYOUT, "--verify"]}),
+        "HF --check-finite -> tp2-pp2-ep2": [*LAYOUT, "--check-finite"],
+        "HF --verify -> tp2-pp2-ep2": [*LAYOUT, "--verify"]}),
     "ranks": (LAYOUT, {"tp2-pp2-ep2 -> tp1-pp4-ep1": sizes(1, 4, 1), "tp2-pp2-ep2 -> HF": TO_HF}),
     "dist": (TO_DIST, {"torch_dist -> HF": TO_HF, "torch_dist -> tp2-pp2-ep2": LAYOUT}),
 }

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Buffer, Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import batched, zip_longest
 from pathlib import Path
 
 from megatron_mixtral.disk import sync
@@ -147,14 +148,22 @@ def _pass(targets: list[_Target], meter: Meter, check_finite: bool) -> None:
             target.end(crc, fine)
 
 
-def _passes(files: list[FileWriter]) -> list[list[_Target]]:
-    """What is to be written, grouped by what one pass over the source gives, in the order of the first file of each."""
+def _passes(files: list[FileWriter], threads: int) -> list[list[_Target]]:
+    """What is to be written, grouped by what one pass over the source gives.
+
+    The kernel lets one thread at a time write to a file. So as many files as there are threads take turns, and then the
+    next ones; those that share passes (the tensor-parallel ranks of a pipeline stage) count as one.
+    """
     found: dict[Hashable, list[_Target]] = {}
     for file in files:
         for number, placed in enumerate(file.layout.placed):
             key = placed.payload.key
             found.setdefault((file.path, number) if key is None else key, []).append(_Target(file, number))
-    return list(found.values())
+    by_file: dict[Path, list[list[_Target]]] = {}
+    for targets in found.values():
+        by_file.setdefault(targets[0].file.path, []).append(targets)
+    return [targets for some in batched(by_file.values(), threads) for turn in zip_longest(*some)
+            for targets in turn if targets is not None]
 
 
 def write_files(root: Path, files: Mapping[str, FileLayout], meter: Meter, jobs: int | None, check_finite: bool,
@@ -173,9 +182,10 @@ def write_files(root: Path, files: Mapping[str, FileLayout], meter: Meter, jobs:
             raise
 
     writers = [FileWriter(root / path, layout, partial(done, path)) for path, layout in files.items()]
-    tasks = _passes(writers)
+    threads = workers(jobs, sum(len(layout.placed) for layout in files.values()))
+    tasks = _passes(writers, threads)
     try:
-        with ThreadPoolExecutor(workers(jobs, len(tasks))) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             futures = [pool.submit(write, task) for task in tasks]
             try:
                 failures = [error for error in (future.exception() for future in futures) if error is not None]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import zipfile
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights import conversion
-from megatron_mixtral.weights.files import atomic, file_layout, torch_files, writer
+from megatron_mixtral.weights.files import atomic, file_layout, mapped, torch_files, writer
 from megatron_mixtral.weights.files.mapped import MappedFile
+from megatron_mixtral.weights.formats.dist_sink import DistSink
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
@@ -95,6 +97,39 @@ def test_a_bit_that_flips_on_the_way_is_found(hf, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"layers\.0\.block_sparse_moe\.gate.*when read back"):
         to_ranks(hf, tmp_path / "mg", verify=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sink", [
+    lambda target: RankDirSink(target, ParallelLayout(tp=2, ep=2)), HFSink,
+    lambda target: RankDirSink(target, ParallelLayout(tp=1, pp=2)), DistSink], ids=["tp2", "hf", "pp2", "dist"])
+def test_every_byte_of_the_source_is_read_once(hf, tmp_path, monkeypatch, sink):
+    """Column slices read the rows of every tensor-parallel rank, and copies those of every expert-parallel one."""
+    to_ranks(hf, tmp_path / "ranks")
+    fetch, read = mapped.Reader.fetch, []
+
+    def count(self, array):
+        read.append(array.nbytes)
+        return fetch(self, array)
+
+    monkeypatch.setattr(mapped.Reader, "fetch", count)
+    sources = [HFSource(hf), RankDirSource(tmp_path / "ranks", compare_copies=False)]
+    size = 2 * sources[0].config.total_parameters
+    for number, source in enumerate(sources):
+        read.clear()
+        conversion.convert(source, sink(tmp_path / f"out{number}"))
+        assert sum(read) == size
+
+
+def test_every_checksum_is_right_with_and_without_the_fast_one(hf, tmp_path, monkeypatch):
+    to_ranks(hf, tmp_path / "mg")
+    conversion.convert(RankDirSource(tmp_path / "mg"), DistSink(tmp_path / "dist"))
+    for path in tmp_path.rglob("*.pt"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+    monkeypatch.setattr(writer, "crc32", zlib.crc32)
+    to_ranks(hf, tmp_path / "plain")
+    for path in (tmp_path / "mg" / "release").rglob("*.pt"):
+        assert path.read_bytes() == (tmp_path / "plain" / path.relative_to(tmp_path / "mg")).read_bytes()
 
 
 def test_a_disk_too_small_is_noticed_before_the_first_byte(hf, tmp_path, monkeypatch):
