@@ -145,19 +145,29 @@ class Reader:
         file = _file_of(array)
         if file is None or array.size == 0:
             return numpy.ascontiguousarray(array)
-        handle = self._handle(file)
-        if not array.flags.c_contiguous:  # transposed, in files of older engines: no run to be read at once
-            check_same(file.path, file.state, state_of(handle))
-            return numpy.ascontiguousarray(array)
         found = numpy.empty(array.shape, array.dtype)
-        left, at = memoryview(found.reshape(-1)).cast("B"), _address(array) - file.address
-        while left:
-            count = os.preadv(handle, [left], at)
-            if count == 0:
-                check_same(file.path, file.state, state_of(handle))
-                raise CheckpointError(f"{file.path} cannot be read at byte {at}")
-            left, at = left[count:], at + count
+        self._fill(found, array, file)
         return found
+
+    def _fill(self, found: numpy.ndarray, array: numpy.ndarray, file: MappedFile) -> None:
+        """Read an array into a contiguous one, run by run."""
+        if array.flags.c_contiguous:
+            left, at = memoryview(found.reshape(-1)).cast("B"), _address(array) - file.address
+            while left:
+                count = os.preadv(self._handle(file), [left], at)
+                if count == 0:
+                    raise CheckpointError(f"{file.path} ends at byte {at}; start again when nothing writes to it")
+                left, at = left[count:], at + count
+        elif array.ndim > 1 and array.strides[-1] == array.itemsize:
+            for one, part in zip(found, array, strict=True):
+                self._fill(one, part, file)
+        else:
+            self._copy(found, array, file)
+
+    def _copy(self, found: numpy.ndarray, array: numpy.ndarray, file: MappedFile) -> None:
+        """Out of mapped memory, for what is transposed, in files of older engines: no run could be read at once."""
+        check_same(file.path, file.state, state_of(self._handle(file)))
+        found[...] = array
 
 
 class MappedFiles(dict[Path, MappedFile]):
