@@ -212,16 +212,18 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 48
     (POINTER, ("git-lfs pointer", "git lfs pull")),
     (b"<!DOCTYPE html>\n<html><head>", ("web page", "download")), (b"\n  <html lang='en'>", ("web page", "download")),
 ])
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-1.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-1.safetensors", "config.json",
+                                  "model.safetensors.index.json", "pytorch_model.bin.index.json"])
 def test_what_is_saved_in_the_place_of_weights_is_named_with_its_cure(hf, contents, words, name):
-    if name != "model.safetensors":
+    if name not in ("model.safetensors", "config.json"):
         (hf / "model.safetensors").unlink()
     if name == "model-1.safetensors":
         (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: name}}))
     (hf / name).write_bytes(contents)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(MixtralError) as error:
         open_source(hf)
     assert all(word in str(error.value) for word in (str(hf / name), *words))
+    assert str(error.value).count(str(hf)) == 1
 
 
 def test_a_folder_saved_by_automodel_is_named_with_its_cure(hf, tmp_path):
