@@ -122,6 +122,31 @@ def test_resuming_something_else_starts_anew(hf, tmp_path):
     assert_same_weights(hf, tmp_path / "hf")
 
 
+def test_a_source_written_again_is_read_again(hf, tmp_path, monkeypatch):
+    """Killed after a file; then the source gets other weights of the same sizes, and the conversion is taken up."""
+    source, note = shutil.copytree(hf, tmp_path / "source"), atomic.Stage.note
+
+    def killed(self, *args):
+        note(self, *args)
+        shutil.copytree(self.root, tmp_path / "left")
+        raise OSError("killed")
+
+    monkeypatch.setattr(atomic.Stage, "note", killed)
+    with pytest.raises(CheckpointError, match="killed"):
+        to_ranks(source, tmp_path / "mg", jobs=1)
+    monkeypatch.undo()
+    left = tmp_path / "left"
+    shutil.copytree(left, tmp_path / ".mg.partial")
+    assert len(to_ranks(source, tmp_path / "mg", resume=True).resumed) == 1
+    weights = source / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in tensors_of(hf).items()}, weights, {"format": "pt"})
+    assert weights.stat().st_size == (hf / "model.safetensors").stat().st_size
+    left.rename(tmp_path / ".again.partial")
+    assert to_ranks(source, tmp_path / "again", resume=True).resumed == []
+    conversion.convert(RankDirSource(tmp_path / "again"), HFSink(tmp_path / "back"))
+    assert_same_weights(source, tmp_path / "back")
+
+
 def test_a_failing_file_stops_the_others_and_leaves_nothing(hf, tmp_path, monkeypatch):
     write = writer.FileWriter.write
 

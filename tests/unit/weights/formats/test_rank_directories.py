@@ -16,6 +16,7 @@ from helpers.models import TINY, assert_same_weights, random_hf_directory, tenso
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.conversion import convert
+from megatron_mixtral.weights.formats import rank_source
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
@@ -120,6 +121,29 @@ def test_a_file_holds_what_the_engine_expects(hf, tmp_path):
     args = contents["args"]
     assert (args.tensor_model_parallel_size, args.expert_model_parallel_size, args.padded_vocab_size) == (2, 2, 100)
     assert args.virtual_pipeline_model_parallel_size == 2 and args.params_dtype == torch.bfloat16
+
+
+def test_square_matrices_are_not_turned(tmp_path):
+    """Where rows and columns are as many, no shape tells that a matrix lies the wrong way round."""
+    config = MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+                           num_key_value_heads=4, head_dim=2, num_local_experts=8, num_experts_per_tok=2)
+    original = random_hf_directory(tmp_path / "hf", config)
+    hf = tensors_of(original)
+    root = to_ranks(HFSource(original), tmp_path / "mg", ParallelLayout())
+    stored = torch.load(root / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
+    layer, block = "decoder.layers.0.", "model.layers.0."
+    for name, theirs in (("embedding.word_embeddings", "model.embed_tokens"), ("output_layer", "lm_head"),
+                         (f"{layer}mlp.router", f"{block}block_sparse_moe.gate"),
+                         (f"{layer}self_attention.linear_proj", f"{block}self_attn.o_proj"),
+                         (f"{layer}mlp.experts.local_experts.5.linear_fc2", f"{block}block_sparse_moe.experts.5.w2")):
+        assert torch.equal(stored[f"{name}.weight"], hf[f"{theirs}.weight"]), name
+    gate, up = stored[f"{layer}mlp.experts.local_experts.5.linear_fc1.weight"].chunk(2)
+    assert torch.equal(gate, hf[f"{block}block_sparse_moe.experts.5.w1.weight"])
+    assert torch.equal(up, hf[f"{block}block_sparse_moe.experts.5.w3.weight"])
+    qkv = stored[f"{layer}self_attention.linear_qkv.weight"].reshape(4, 3, 2, 8)
+    for index, name in enumerate("qkv"):
+        assert torch.equal(qkv[:, index].reshape(8, 8), hf[f"{block}self_attn.{name}_proj.weight"])
+    assert_same_weights(original, to_hf(open_source(root), tmp_path / "back"))
 
 
 def test_a_tensor_is_stored_without_the_rest_of_its_file(ranks):
@@ -253,6 +277,18 @@ def test_a_pickled_payload_does_not_run(ranks, tmp_path, place):
         open_source(ranks).check()
     assert "mp_rank_00_000" in str(error.value)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("shape", [(13,), (13, 5), (1, 13, 5), (4, 1, 16)], ids=str)
+def test_copies_are_compared_whole(shape, monkeypatch):
+    """Large ones in parts, whose ends lie anywhere."""
+    monkeypatch.setattr(rank_source, "COMPARED", 8)
+    one = numpy.arange(numpy.prod(shape), dtype="<u2").reshape(shape)
+    assert rank_source.same_bits(one, one.copy())
+    for place in range(one.size):
+        other = one.copy()
+        other.reshape(-1)[place] ^= 1
+        assert not rank_source.same_bits(one, other), place
 
 
 def test_copies_may_be_left_uncompared(hf, ranks, tmp_path):
