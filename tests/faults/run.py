@@ -6,8 +6,8 @@
 
 ROOM.toml lists the faults of a room: `name`, `file`, the edit (`old` becomes `new`, or `append` is added at the end),
 the `test` that must fail, and `why`: what a user would not notice. Each is planted in a copy of the tree of its own.
-Before, the named tests must pass without any fault. The exit status is 1 where a fault survives, its test has another
-reason to fail (an import, a set-up, a name that does not exist: then the edit is broken), or its edit no longer applies.
+Before, the named tests must pass without any fault. The exit status is 1 where a fault survives, its edit no longer
+applies, or its test fails for another reason (an import, a set-up, a name that does not exist: the edit is broken).
 """
 
 import argparse

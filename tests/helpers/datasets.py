@@ -45,6 +45,25 @@ def write_rows(prefix: Path, rows: list[list[tuple[list[int], list[int]]]]) -> s
     return str(prefix)
 
 
+def numbered_dataset(prefix: Path, first: int, count: int) -> str:
+    """Documents of 40 tokens, all of one document its number: the tokens of a sample say which documents it reads."""
+    scratch = prefix.with_name(prefix.name + ".scratch")
+    scratch.mkdir(parents=True)
+    writer = IndexedWriter(prefix, np.dtype(np.uint16), scratch)
+    for number in range(first, first + count):
+        writer.add(np.full(40, number, dtype=np.uint16), np.array([40], dtype=np.int32))
+    writer.finish()
+    writer.publish()
+    writer.close()
+    return str(prefix)
+
+
+def numbered_rows(prefix: Path, first: int, count: int) -> str:
+    """Instruction data: rows of one sample of three ids, of which the second is the row's number."""
+    ids = [[1, number, 2] for number in range(first, first + count)]
+    return write_rows(prefix, [[(one, [-100, *one[1:]])] for one in ids])
+
+
 def samples(rank: int, prefix: str, cache: str, seq_length: int, wanted: tuple[int, int, int], count: int,
             seed: int = 1234) -> torch.Tensor:
     """The first `count` training samples [count, seq_length + 1] in the order in which a run reads them."""

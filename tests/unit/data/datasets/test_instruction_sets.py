@@ -1,24 +1,17 @@
 """Instruction sets as a run reads them: every row once an epoch, each epoch anew, splits apart, rows that fit."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.datasets import write_rows
+from helpers.datasets import numbered_rows, write_rows
 
 from megatron_mixtral.data.datasets import build_instruction, check_instruction, instruction_blend, row_tensors
 from megatron_mixtral.data.datasets.instruction_files import InstructionFiles
 from megatron_mixtral.errors import DataError
 
 SEQUENCE = 8
-
-
-def numbered(prefix: Path, first: int, count: int) -> str:
-    """Rows of one sample of three ids, of which the second is the row's number."""
-    ids = [[1, number, 2] for number in range(first, first + count)]
-    return write_rows(prefix, [[(one, [-100, *one[1:]])] for one in ids])
 
 
 def build(words: list[str], samples: tuple[int, int, int], seed: int = 5, split: str = "1,0,0") -> Any:
@@ -31,21 +24,24 @@ def numbers(data: Any, first: int, last: int) -> list[int]:
 
 
 def test_sets_without_weights_are_read_row_by_row(tmp_path):
-    """A set of 10 rows and one of 30: an epoch of both is 40 rows, each once, not as many of the one as of the other."""
-    train, _, _ = build([numbered(tmp_path / "few", 100, 10), numbered(tmp_path / "many", 200, 30)], (40, 0, 0))
+    """A set of 10 rows and one of 30: an epoch of both is 40 rows, each once, and not as many of the one as of the
+    other.
+    """
+    sets = [numbered_rows(tmp_path / "few", 100, 10), numbered_rows(tmp_path / "many", 200, 30)]
+    train, _, _ = build(sets, (40, 0, 0))
     assert sorted(numbers(train, 0, 40)) == [*range(100, 110), *range(200, 230)]
     few = sum(number < 200 for number in numbers(train, 0, 20))
     assert 4 <= few <= 6, "a quarter of each half"
 
 
 def test_weights_that_are_given_count(tmp_path):
-    blend = ["0.5", numbered(tmp_path / "few", 100, 10), "0.5", numbered(tmp_path / "many", 200, 30)]
+    blend = ["0.5", numbered_rows(tmp_path / "few", 100, 10), "0.5", numbered_rows(tmp_path / "many", 200, 30)]
     train, _, _ = build(blend, (40, 0, 0))
     assert sum(number < 200 for number in numbers(train, 0, 40)) == 20
 
 
 def test_each_epoch_has_an_order_of_its_own(tmp_path):
-    prefix = numbered(tmp_path / "set", 100, 20)
+    prefix = numbered_rows(tmp_path / "set", 100, 20)
     train, _, _ = build([prefix], (60, 0, 0))
     epochs = [numbers(train, start, start + 20) for start in (0, 20, 40)]
     assert all(sorted(epoch) == list(range(100, 120)) for epoch in epochs)
@@ -57,7 +53,7 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path):
 
 
 def test_splits_share_no_row(tmp_path):
-    sets = build([numbered(tmp_path / "set", 100, 20)], (40, 20, 20), split="10,6,4")
+    sets = build([numbered_rows(tmp_path / "set", 100, 20)], (40, 20, 20), split="10,6,4")
     read = [Counter(numbers(one, 0, size)) for one, size in zip(sets, (40, 20, 20), strict=True)]
     assert [len(one) for one in read] == [10, 6, 4]
     assert sorted(number for one in read for number in one) == list(range(100, 120))

@@ -4,12 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from helpers.datasets import write_dataset
+from helpers.datasets import numbered_dataset, write_dataset
 
 from megatron_mixtral.data.datasets import blend_of, build_pretraining, check_pretraining
-from megatron_mixtral.data.indexed import IndexedWriter, IndexFile
+from megatron_mixtral.data.indexed import IndexFile
 from megatron_mixtral.errors import DataError
 
 
@@ -112,16 +111,8 @@ def test_a_data_set_and_a_split_suffice_to_the_token(prefix: str) -> None:
 
 
 def test_splits_share_no_document_and_have_all(tmp_path: Path) -> None:
-    """Each document is of a token of its own, so the tokens of a split say which documents it reads."""
-    (tmp_path / "scratch").mkdir()
-    writer = IndexedWriter(tmp_path / "set", np.dtype(np.uint16), tmp_path / "scratch")
-    for number in range(50):
-        writer.add(np.full(40, number, dtype=np.uint16), np.array([40], dtype=np.int32))
-    writer.finish()
-    writer.publish()
-    writer.close()
     read = []
-    for data in build(str(tmp_path / "set"), (60, 30, 10), "60,30,10", seq_length=16):
+    for data in build(numbered_dataset(tmp_path / "set", 0, 50), (60, 30, 10), "60,30,10", seq_length=16):
         read.append({int(token) for index in range(len(data)) for token in data[index]["tokens"]})
     assert [len(tokens) for tokens in read] == [30, 15, 5]
     assert set.union(*read) == set(range(50))

@@ -32,9 +32,12 @@ def test_pieces_of_other_flags_are_not_taken_up(tmp_path: Path, options: dict) -
 
 
 def test_pieces_of_another_tokenizer_or_engine_are_not_taken_up() -> None:
-    other = SimpleNamespace(name="json", sha256="abd"), SimpleNamespace(engine=SimpleNamespace(name="json", version="1"))
-    plain = made_with(OPTIONS, TOKENIZER, CHOICE)
-    assert plain not in (made_with(OPTIONS, other[0], CHOICE), made_with(OPTIONS, TOKENIZER, other[1]))
+    tokenizer = SimpleNamespace(name="json", sha256="abd")
+    choices = [SimpleNamespace(engine=SimpleNamespace(name=name, version=version))
+               for name, version in (("json", "1"), ("native", "2"))]
+    found = [made_with(OPTIONS, TOKENIZER, CHOICE), made_with(OPTIONS, tokenizer, CHOICE),
+             *(made_with(OPTIONS, TOKENIZER, choice) for choice in choices)]
+    assert all(one not in found[:number] for number, one in enumerate(found))
 
 
 def test_a_piece_is_named_by_all_that_says_whether_its_input_changed(tmp_path: Path) -> None:
