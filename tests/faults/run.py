@@ -154,6 +154,7 @@ def check_all(faults: Sequence[Fault], root: Path = ROOT, jobs: int = 1,
     """The verdict on each fault. Copies of the tree `root` are made and removed."""
     verdicts = {str(fault): why for fault in faults if (why := unfit(fault, root)) is not None}
     with tempfile.TemporaryDirectory(prefix="faults-") as folder, ThreadPoolExecutor(jobs) as pool:
+        root = _copy(root, Path(folder) / "as it is")  # which may be worked on meanwhile
         due = [fault for fault in faults if str(fault) not in verdicts]
         wrong = _without_faults({fault.test for fault in due}, root, Path(folder), pool, jobs)
         verdicts |= {str(fault): wrong[fault.test] for fault in due if fault.test in wrong}
