@@ -111,10 +111,25 @@ def test_two_conversions_to_one_target_exclude_each_other(hf, tmp_path):
         assert (tmp_path / ".mg.partial").exists()
 
 
-def test_resuming_something_else_starts_anew(hf, tmp_path):
+def killed_after_a_file(source, folder, monkeypatch) -> Path:
+    """What a conversion leaves that was killed when it had finished its first file."""
+    note = atomic.Stage.note
+
+    def killed(self, *args):
+        note(self, *args)
+        shutil.copytree(self.root, folder / "left")
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.Stage, "note", killed)
+        with pytest.raises(CheckpointError, match="killed"):
+            to_ranks(source, folder / "killed", jobs=1)
+    return folder / "left"
+
+
+def test_resuming_something_else_starts_anew(hf, tmp_path, monkeypatch):
     other = random_hf_directory(tmp_path / "other", MixtralConfig(**TINY), torch.bfloat16, seed=5)
-    to_ranks(other, tmp_path / "mg")
-    (tmp_path / "mg").rename(tmp_path / ".mg.partial")
+    killed_after_a_file(other, tmp_path, monkeypatch).rename(tmp_path / ".mg.partial")
     report = to_ranks(hf, tmp_path / "mg", resume=True)
     assert report.resumed == []
     back = RankDirSource(tmp_path / "mg")
@@ -123,19 +138,9 @@ def test_resuming_something_else_starts_anew(hf, tmp_path):
 
 
 def test_a_source_written_again_is_read_again(hf, tmp_path, monkeypatch):
-    """Killed after a file; then the source gets other weights of the same sizes, and the conversion is taken up."""
-    source, note = shutil.copytree(hf, tmp_path / "source"), atomic.Stage.note
-
-    def killed(self, *args):
-        note(self, *args)
-        shutil.copytree(self.root, tmp_path / "left")
-        raise OSError("killed")
-
-    monkeypatch.setattr(atomic.Stage, "note", killed)
-    with pytest.raises(CheckpointError, match="killed"):
-        to_ranks(source, tmp_path / "mg", jobs=1)
-    monkeypatch.undo()
-    left = tmp_path / "left"
+    """The source gets other weights of the same sizes before the conversion is taken up."""
+    source = Path(shutil.copytree(hf, tmp_path / "source"))
+    left = killed_after_a_file(source, tmp_path, monkeypatch)
     shutil.copytree(left, tmp_path / ".mg.partial")
     assert len(to_ranks(source, tmp_path / "mg", resume=True).resumed) == 1
     weights = source / "model.safetensors"

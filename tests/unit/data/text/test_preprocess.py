@@ -15,13 +15,12 @@ from helpers.corpus import python_sources, write_jsonl
 from megatron_mixtral.data import cli, preprocess_command
 from megatron_mixtral.data import preprocess as preprocess_by_keywords
 from megatron_mixtral.data.cli import parse_flags
-from megatron_mixtral.data.indexed import IndexedWriter
 from megatron_mixtral.data.processes import run_tasks
 from megatron_mixtral.data.scratch import scratch_directory
 from megatron_mixtral.data.text import TextOptions, run, workers
 from megatron_mixtral.data.text import preprocess_text as preprocess
 from megatron_mixtral.data.text.account import TextAccount
-from megatron_mixtral.data.text.assemble import Assembly, output_prefix
+from megatron_mixtral.data.text.assemble import output_prefix
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 
@@ -174,36 +173,6 @@ def test_a_changed_input_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="70 bytes were listed, it ends before"):
         preprocess(options(tmp_path, path, on_error="skip"))
     assert left(tmp_path) == []
-
-
-def test_an_input_rewritten_in_place_is_noticed(tmp_path, monkeypatch):
-    """Of the same size, after it was read."""
-    path = write_jsonl(tmp_path / "x.jsonl", ["a"] * 5)
-    real = Assembly.collect
-
-    def rewrite_after_reading(self, results):
-        real(self, results)
-        path.write_bytes(path.read_bytes().replace(b"a", b"b"))
-
-    monkeypatch.setattr(Assembly, "collect", rewrite_after_reading)
-    with pytest.raises(DataError, match="x.jsonl has changed while it was read"):
-        preprocess(options(tmp_path, path))
-    assert left(tmp_path) == []
-
-
-def test_a_part_that_is_not_collected_is_noticed(tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "x.jsonl", ["a"] * 400)
-    real, parts = IndexedWriter.add_part, []
-
-    def forgetful(self, *paths):
-        parts.append(paths)
-        if len(parts) != 2:
-            real(self, *paths)
-
-    monkeypatch.setattr(IndexedWriter, "add_part", forgetful)
-    with pytest.raises(DataError, match=r"400 documents and \d+ tokens were encoded, \d+ and \d+ collected"):
-        preprocess(options(tmp_path, path, chunk_bytes=1000))
-    assert left(tmp_path) == [] and len(parts) > 2
 
 
 def test_lost_documents_are_noticed(tmp_path, monkeypatch):
