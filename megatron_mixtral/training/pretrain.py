@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import Coord, engine
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
-from megatron_mixtral.training import arguments, launch, preflight
+from megatron_mixtral.training import arguments, data_files, engine_flags, launch, preflight
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.checkpoints import Lease, lease
 from megatron_mixtral.training.flags import add_flags, without
@@ -42,6 +43,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(argv: list[str]) -> None:
+    typed, argv = argv, data_files.expand(argv)
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
     shape = preflight.shape_of(resolved)
     if resolved.flags.dry_run:
@@ -49,6 +51,7 @@ def _run(argv: list[str]) -> None:
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
         return
+    data_files.require(argv)
     from megatron_mixtral import runtime
 
     runtime.set_variables(resolved.ranks.to_train())
@@ -62,7 +65,7 @@ def _run(argv: list[str]) -> None:
         lease.refuse_if_held(save, lease.this_process(os.environ))
     if resolved.ranks.starts:
         logger.info("starting %d ranks on this machine", resolved.ranks.world)
-        command = launch.torchrun(resolved.ranks.world, argv)
+        command = launch.torchrun(resolved.ranks.world, typed)
         os.execv(command[0], command)  # signals reach torchrun, which passes them on
     held = lease.acquire(save, lease.this_process(os.environ)) if save is not None and rank == 0 else None
     try:
@@ -79,6 +82,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     if shape is not None:
         preflight.check_memory(shape, runtime.device_memory())
     backend = runtime.ready(training=True)
+    engine_flags.check_device(resolved.engine.named, backend.device)
     args = _engine_args(resolved, argv, backend)
     if args.rank == 0:
         logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)
@@ -124,6 +128,8 @@ def build_index_cache(argv: Sequence[str]) -> int:
 
     WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
     """
+    argv = data_files.expand(argv)
+    data_files.require(argv)
     resolved = arguments.resolve(argv, os.environ)
     preflight.check_data(resolved)
     from megatron_mixtral import runtime
@@ -132,8 +138,8 @@ def build_index_cache(argv: Sequence[str]) -> int:
     args = _engine_args(resolved, argv, runtime.ready(training=True))
     if args.is_instruction_dataset:
         raise ConfigError("--is-instruction-dataset needs no index cache: packed samples are read in their order")
-    if not any((args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)):
-        raise ConfigError("without --data-path (or --train-data-path ...) there is nothing to build a cache for")
+    if args.mock_data:
+        raise ConfigError("--mock-data are made as they are read: there is nothing to build a cache for")
     from megatron.training import get_train_valid_test_num_samples
     from megatron.training.training import update_train_iters
 
@@ -169,7 +175,7 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
         sys.argv = saved
     # --use-checkpoint-args takes it from the checkpoint, as if it were architecture. Our experts read either form.
     args.moe_grouped_gemm = grouped
-    arguments.check_contradictions(args, resolved.config)
+    engine.check_flags(args, resolved.config)
     if backend.device == "cpu":
         # A process forked for each save has the weights as they were at that moment. The persistent one would get them
         # as shared memory, in which training goes on.
@@ -181,6 +187,7 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
 def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, post_process: bool = True,
            vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
+    from megatron.core import mpu
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build, fill
@@ -191,7 +198,10 @@ def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, 
                   pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
                   pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
     if resolved.load_hf:
-        fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), resolved.layout.coord_of(args.rank),
-             resolved.layout, chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+        # The engine is asked where this rank is: --use-tp-pp-dp-mapping counts the ranks in another order.
+        coord = Coord(mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank(),
+                      mpu.get_expert_model_parallel_rank(), mpu.get_expert_tensor_parallel_rank())
+        fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), coord, resolved.layout,
+             chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
     load.watch(model)
     return model

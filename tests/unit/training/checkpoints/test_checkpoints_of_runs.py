@@ -299,8 +299,8 @@ def _loses_its_directory(rank: int, save: str) -> list[str]:
     from megatron_mixtral.training.checkpoints.manager import CheckpointManager
 
     held = lease.acquire(Path(save), lease.this_process({})) if rank == 0 else None
-    manager = CheckpointManager(Namespace(save=save, rank=rank, save_retain_interval=None, hf_checkpoint=None,
-                                          export_hf_interval=None), held)
+    manager = CheckpointManager(Namespace(save=save, load=None, rank=rank, save_retain_interval=None,
+                                          hf_checkpoint=None, export_hf_interval=None), held)
     folder = manager.begin(2)
     if held is not None:
         (Path(save) / lease.NAME).unlink()
