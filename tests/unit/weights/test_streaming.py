@@ -167,15 +167,45 @@ def test_two_conversions_to_one_target_exclude_each_other(hf, tmp_path):
         assert (tmp_path / ".mg.partial").exists()
 
 
-def test_resuming_something_else_starts_anew(hf, tmp_path):
+def killed_after_a_file(source, folder, monkeypatch) -> Path:
+    """What a conversion leaves that was killed when it had finished its first file."""
+    note = atomic.Stage.note
+
+    def killed(self, *args):
+        note(self, *args)
+        shutil.copytree(self.root, folder / "left")
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.Stage, "note", killed)
+        with pytest.raises(CheckpointError, match="killed"):
+            to_ranks(source, folder / "killed", jobs=1)
+    return folder / "left"
+
+
+def test_resuming_something_else_starts_anew(hf, tmp_path, monkeypatch):
     other = random_hf_directory(tmp_path / "other", MixtralConfig(**TINY), torch.bfloat16, seed=5)
-    to_ranks(other, tmp_path / "mg")
-    (tmp_path / "mg").rename(tmp_path / ".mg.partial")
+    killed_after_a_file(other, tmp_path, monkeypatch).rename(tmp_path / ".mg.partial")
     report = to_ranks(hf, tmp_path / "mg", resume=True)
     assert report.resumed == []
     back = RankDirSource(tmp_path / "mg")
     conversion.convert(back, HFSink(tmp_path / "hf"))
     assert_same_weights(hf, tmp_path / "hf")
+
+
+def test_a_source_written_again_is_read_again(hf, tmp_path, monkeypatch):
+    """The source gets other weights of the same sizes before the conversion is taken up."""
+    source = Path(shutil.copytree(hf, tmp_path / "source"))
+    left = killed_after_a_file(source, tmp_path, monkeypatch)
+    shutil.copytree(left, tmp_path / ".mg.partial")
+    assert len(to_ranks(source, tmp_path / "mg", resume=True).resumed) == 1
+    weights = source / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in tensors_of(hf).items()}, weights, {"format": "pt"})
+    assert weights.stat().st_size == (hf / "model.safetensors").stat().st_size
+    left.rename(tmp_path / ".again.partial")
+    assert to_ranks(source, tmp_path / "again", resume=True).resumed == []
+    conversion.convert(RankDirSource(tmp_path / "again"), HFSink(tmp_path / "back"))
+    assert_same_weights(source, tmp_path / "back")
 
 
 def test_a_failing_file_stops_the_others_and_leaves_nothing(hf, tmp_path, monkeypatch):

@@ -112,6 +112,26 @@ def test_killed_between_any_two_renames(at: int, tmp_path: Path, monkeypatch: py
     assert found == ("old" if at < 2 else "new") and (tmp_path / retention.TRACKER).read_text() == "7"
 
 
+@pytest.mark.parametrize("at", range(2))
+def test_killed_before_a_new_checkpoint_has_its_name(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracker names one that is whole, without any tidying: another program may read it meanwhile."""
+    retention.publish(drafted(tmp_path, 5), tmp_path, 5)
+    folder, done, rename = drafted(tmp_path, 7), [], Path.rename
+
+    def counted(self: Path, target: Path) -> Path:
+        if len(done) == at:
+            raise Killed
+        done.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    with pytest.raises(Killed):
+        retention.publish(folder, tmp_path, 7)
+    monkeypatch.undo()
+    assert (tmp_path / retention.TRACKER).read_text() == "5"
+    assert retention.iterations(tmp_path) == ([5], [5, 7])[at]
+
+
 def test_a_removed_checkpoint_loses_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     retention.publish(drafted(tmp_path, 5), tmp_path, 5)
     monkeypatch.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before it
