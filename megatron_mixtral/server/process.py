@@ -4,6 +4,7 @@ import logging
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_mixtral.server.desk import GRACE, Desk
 
 logger = logging.getLogger(__name__)
 
+BACKLOG = 1024  # connections that may wait to be taken
 WEB_SECONDS = 3  # in which connections that are open at the end have to close
 
 
@@ -30,16 +32,17 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"--host {host} is no address of this machine: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1)  # two could bind, but only one can listen
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"--host {host} --port {port} cannot be opened: {error.strerror}. Another program, maybe "
-                          f"another server, has the port: end it, or give another one, such as --port {port + 1}."
-                          ) from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _open(listener.bind, address, host, port)
     return listener
+
+
+def _open(step: Callable[[Any], None], argument: Any, host: str, port: int) -> None:
+    try:
+        step(argument)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port} cannot be opened: {error.strerror}. Where another program has "
+                          f"the port, end it or give another port, such as --port {port + 1}.") from error
 
 
 def serve(generator: Generator, prompts: Any, settings: Settings, listener: socket.socket | None) -> None:
@@ -83,12 +86,13 @@ class _Web:
 
         self._server = uvicorn.Server(uvicorn.Config(
             application(api), log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False,
-            timeout_graceful_shutdown=WEB_SECONDS, backlog=1024))
+            timeout_graceful_shutdown=WEB_SECONDS, backlog=BACKLOG))
         self._listener, self._desk = listener, api.desk
         self._thread = threading.Thread(target=self._run, name="web", daemon=True)
 
     def start(self) -> None:
-        """Returns when connections are taken."""
+        """Returns when connections are taken. Until now none were: a client of a server that loads is told at once."""
+        _open(self._listener.listen, BACKLOG, *self._listener.getsockname()[:2])
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             self._thread.join(0.01)
