@@ -57,7 +57,7 @@ def serve(generator: Generator, prompts: Any, settings: Settings, listener: sock
         generator.engine.follow()
         return
     desk = Desk(generator.engine, settings.max_queue)
-    web = _Web(Api(desk, generator, prompts, settings), listener)
+    web = Web(Api(desk, generator, prompts, settings), listener)
 
     def end(number: int, frame: FrameType | None) -> None:
         if desk.ending:
@@ -78,7 +78,7 @@ def serve(generator: Generator, prompts: Any, settings: Settings, listener: sock
             signal.signal(number, handler)
 
 
-class _Web:
+class Web:
     """uvicorn on a thread of its own. Where it ends by itself, the desk closes."""
 
     def __init__(self, api: Api, listener: socket.socket) -> None:
