@@ -39,7 +39,7 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayo
     """
     source = open_source(directory)
     _validate(source.config, layout)
-    name = _type_name(dtype, source)
+    name = type_name(dtype, source)
     layout = initialize(layout)
 
     import torch
@@ -120,7 +120,10 @@ def _validate(config: MixtralConfig, layout: ParallelLayout) -> None:
     dataclasses.replace(layout, world=None).validate(config, _SIZES)
 
 
-def _type_name(dtype: Any, source: Any) -> str:
+def type_name(dtype: Any, source: Any) -> str:
+    """The name of the type that a model of these weights gets: that of `dtype`, or else as they are stored.
+    `ConfigError` for one in which no model computes.
+    """
     name = str(dtype).removeprefix("torch.") if dtype is not None else \
         source.dtype(next(iter(hf_tensors(source.config).values())))
     if name not in DTYPES:

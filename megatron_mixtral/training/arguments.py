@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_mixtral.config import CONFIG_FILE, TRAINING_FLAGS, MixtralConfig, ParallelLayout, engine, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training import launch
+from megatron_mixtral.runtime import launch
 from megatron_mixtral.training.flags import EngineFlags, Flags, parse
 from megatron_mixtral.weights import directory as checkpoints
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_mixtral.errors import ConfigError, DivergedError, MixtralError, RankLostError
 from megatron_mixtral.planning import describe
-from megatron_mixtral.training import arguments, launch, preflight
+from megatron_mixtral.runtime import launch
+from megatron_mixtral.training import arguments, preflight
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.flags import add_flags, without
 
@@ -49,11 +50,7 @@ def _run(argv: list[str]) -> None:
         preflight.check_disk(resolved, shape)
     from megatron_mixtral import runtime
 
-    runtime.set_variables(resolved.ranks.to_train())
-    if resolved.ranks.starts:
-        logger.info("starting %d ranks on this machine", resolved.ranks.world)
-        command = launch.torchrun(resolved.ranks.world, argv)
-        os.execv(command[0], command)  # signals reach torchrun, which passes them on
+    launch.take_part(resolved.ranks, "pretrain", argv)
     if shape is not None:
         preflight.check_memory(shape, runtime.device_memory())
     backend = runtime.ready(training=True)
@@ -104,7 +101,7 @@ def build_index_cache(argv: Sequence[str]) -> int:
     preflight.check_data(resolved)
     from megatron_mixtral import runtime
 
-    runtime.set_variables({"WORLD_SIZE": str(resolved.ranks.world)})
+    launch.set_variables({"WORLD_SIZE": str(resolved.ranks.world)})
     args = _engine_args(resolved, argv, runtime.ready(training=True))
     if args.is_instruction_dataset:
         raise ConfigError("--is-instruction-dataset needs no index cache: packed samples are read in their order")

@@ -4,10 +4,12 @@
     srun ... pretrain ...         SLURM_PROCID, SLURM_NTASKS, ...: this process is a rank; rank 0 is on the first node
     pretrain ...                  one rank in this process, or torchrun with as many as the layout needs (--nproc)
 
-`decide()` is a pure function of the environment and the layout; `runtime.set_variables` does what it says. A variable
-of Slurm's is meant as in srun(1), OUTPUT ENVIRONMENT VARIABLES.
+`decide()` is a pure function of the environment and the layout; `take_part()` does what it says, for every command that
+computes with a model. A variable of Slurm's is meant as in srun(1), OUTPUT ENVIRONMENT VARIABLES.
 """
 
+import logging
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training.flags import without
+
+logger = logging.getLogger(__name__)
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # step ids from here on are the shells of sbatch and salloc, not tasks of srun
 _LOWEST_PORT, _PORTS = 10_000, 20_000  # below those that Linux gives to clients
@@ -65,13 +68,35 @@ def decide(environ: Mapping[str, str], needed: int, nproc: int | None = None) ->
                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})  # 0: any that is free
 
 
-def torchrun(processes: int, argv: Sequence[str]) -> list[str]:
+def take_part(found: Launch, command: str, argv: Sequence[str]) -> None:
+    """Make this process a rank; or, where it is to start them, torchrun, and do not return. `command` and `argv` are
+    those of this process. `ConfigError` where it is not said which rank this is. Imports no torch.
+    """
+    set_variables(found.to_train())
+    if found.starts:
+        logger.info("starting %d ranks on this machine", found.world)
+        words = torchrun(found.world, argv, command)
+        os.execv(words[0], words)  # signals reach torchrun, which passes them on
+
+
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set variables of this process's environment, which make it a rank. Call before `ready`; imports no torch."""
+    os.environ.update(variables)
+
+
+def torchrun(processes: int, argv: Sequence[str], command: str = "pretrain") -> list[str]:
     """The command that starts the program with this command line as so many ranks of this machine.
 
     torchrun would take `--nproc`, wherever it stands, for the beginning of a flag of its own.
     """
+    words, kept = iter(argv), []
+    for word in words:
+        if word == "--nproc":
+            next(words, None)
+        elif not word.startswith("--nproc="):
+            kept.append(word)
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-            "-m", "megatron_mixtral", "pretrain", *without(argv, "--nproc")]
+            "-m", "megatron_mixtral", command, *kept]
 
 
 def is_first(environ: Mapping[str, str]) -> bool:
@@ -82,6 +107,16 @@ def is_first(environ: Mapping[str, str]) -> bool:
         return environ.get("RANK", "0") == "0"
     rank = environ["SLURM_PROCID"]
     return rank == "0" or not rank.isdecimal() or int(rank) >= _tasks(environ)
+
+
+def decide_here(needed: int, nproc: int | None = None) -> Launch:
+    """`decide` in this process's own environment."""
+    return decide(os.environ, needed, nproc)
+
+
+def is_first_here() -> bool:
+    """`is_first` in this process's own environment."""
+    return is_first(os.environ)
 
 
 def _check_nproc(nproc: int | None, found: int, starter: str) -> None:
