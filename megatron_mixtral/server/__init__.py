@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.server.api import Settings
+    from megatron_mixtral.server.cli import serve as serve_command
     from megatron_mixtral.server.process import open_socket, serve
+    from megatron_mixtral.server.settings import Settings
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

@@ -6,7 +6,7 @@ A stream and an answer in one piece are made of the same events, so the chunks, 
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -37,26 +37,31 @@ class Choice:
     tokens: int = 0
     finish_reason: str | None = None
 
-    def add(self, event: Event) -> Mapping[str, Any]:
-        """Take an event in. Raises `Refused` for an end that is none of the model's."""
+    def add(self, event: Event, begin: Callable[[str], str]) -> Mapping[str, Any]:
+        """Take an event in; `begin` is for the first text. Raises `Refused` for an end that is none of the model's."""
         if event.finish_reason in ("cancelled", "error"):
             raise Refused(503 if event.finish_reason == "cancelled" else 500,
                           event.message or "the server ended before the answer did")
         logprobs = list(event.logprobs)
         if event.finish_reason == "stop" and isinstance(event.stop_reason, int):
             logprobs = logprobs[:-1]  # the stop id itself is no part of the text
-        self.text.append(event.text)
+        text = event.text if any(self.text) else begin(event.text)
+        self.text.append(text)
         self.logprobs += logprobs
         self.tokens += len(event.token_ids)
         self.finish_reason = event.finish_reason
-        return {"text": event.text, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        return {"text": text, "logprobs": logprobs, "finish_reason": event.finish_reason}
 
 
 class Answer:
-    """The objects of one request. `prompt_tokens` are the lengths of its prompts."""
+    """The objects of one request. `prompt_tokens` are the lengths of its prompts, `begin` what a chat's prompts do to
+    the beginning of an answer (a completion goes on from its prompt, and keeps its first space).
+    """
 
-    def __init__(self, kind: str, model: str, asked: Asked, prompt_tokens: Iterable[int], texts: TokenTexts) -> None:
+    def __init__(self, kind: str, model: str, asked: Asked, prompt_tokens: Iterable[int], texts: TokenTexts,
+                 begin: Callable[[str], str]) -> None:
         self._chat, self._asked, self._texts = kind == "chat", asked, texts
+        self._begin = begin if self._chat else str
         self._prompt_tokens = list(prompt_tokens)
         self.choices = [Choice() for _ in range(len(self._prompt_tokens) * asked.params.n)]
         self._head = {"id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
@@ -66,7 +71,7 @@ class Answer:
         """Take an event of the request's prompt number `prompt`; the chunk that says it, or None if it says nothing."""
         number = prompt * self._asked.params.n + event.index
         first = not self.choices[number].text
-        news = self.choices[number].add(event)
+        news = self.choices[number].add(event, self._begin)
         if not (first or news["text"] or news["logprobs"] or news["finish_reason"]):
             return None
         if self._chat:
@@ -109,8 +114,8 @@ class Answer:
             return {"content": [self._entry(one.token_id, one.logprob) | {
                 "top_logprobs": [self._entry(*pair) for pair in one.top]} for one in found], "refusal": None}
         words = [self._texts.of(one.token_id) for one in found]
-        return {"tokens": words, "token_logprobs": [_finite(one.logprob) for one in found],
-                "top_logprobs": [{self._texts.of(number): _finite(value) for number, value in one.top} for one in found],
+        tops = [{self._texts.of(number): _finite(value) for number, value in one.top} for one in found]
+        return {"tokens": words, "token_logprobs": [_finite(one.logprob) for one in found], "top_logprobs": tops,
                 "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=start)) if words else []}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:

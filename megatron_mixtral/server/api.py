@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_mixtral.server.answers import Answer, TokenTexts
 from megatron_mixtral.server.desk import Closed, Desk, Full, Ticket
 from megatron_mixtral.server.metrics import TYPE, Metrics
 from megatron_mixtral.server.requests import Asked, Refused, parse
+from megatron_mixtral.server.settings import Settings
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS = 30.0  # in which the body of a request has to come
@@ -33,19 +34,6 @@ _PAGE_HEADERS = {
                                "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a server is told; `docs/inference.md` explains the flags."""
-
-    model: str  # the name under which the model is asked for
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    max_queue: int = 256
-    max_body: int = 2**20  # bytes
-    request_timeout: float = 600.0  # seconds
 
 
 class Api:
@@ -69,7 +57,8 @@ class Api:
                              stop_token_ids=(*params.stop_token_ids, *ends.ids))
         ticket = self.desk.submit(prompts, params)
         self.metrics.add("prompt_tokens_total", sum(map(len, prompts)))
-        writing = _Writing(self, ticket, Answer(kind, self.settings.model, asked, map(len, prompts), self._texts), since)
+        answer = Answer(kind, self.settings.model, asked, map(len, prompts), self._texts, self._prompts.begin)
+        writing = _Writing(self, ticket, answer, since)
         if asked.stream:
             return _EventStream(writing, asked.usage)
         return await _unless_gone(request.receive, writing.whole(), ticket)
@@ -91,8 +80,8 @@ class Api:
         """
         host = request.url.hostname or ""
         if self.settings.host in _LOOPBACK and host not in _LOOPBACK:
-            raise Refused(403, f"the host {host[:80]!r} is not this server's, which listens on {self.settings.host}: ask "
-                               "for localhost, or start it with --host 0.0.0.0 and --api-key")
+            raise Refused(403, f"the host {host[:80]!r} is not this server's, which listens on {self.settings.host}: "
+                               "ask for localhost, or start it with --host 0.0.0.0 and --api-key")
         if self.settings.api_key is not None and request.url.path.startswith("/v1/"):
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self.settings.api_key.encode()):

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from megatron_mixtral.errors import MixtralError
+from megatron_mixtral.errors import ConfigError, MixtralError
 from megatron_mixtral.inference import Engine, Event, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -99,13 +99,17 @@ class Desk:
         `ConfigError` for a prompt that does not fit.
         """
         ticket = Ticket(self, len(prompts) * params.n)
+        more, room = len(prompts) * params.n, self.engine.slots + self.max_queue
+        if more > room:
+            raise ConfigError(f"{len(prompts)} prompts x n {params.n} is {more} continuations, and this server takes "
+                              f"{room}: {self.engine.slots} slots and {self.max_queue} that may wait (--max-queue)")
         with self._lock:
             if self._closed is not None:
                 raise self._closed
-            waiting, more = self.engine.waiting, len(prompts) * params.n
-            if waiting + more > self.max_queue + max(0, self.engine.slots - self.engine.running):
-                raise Full(f"{waiting} continuations wait for one of {self.engine.slots} slots, and {more} more would "
-                           f"be beyond the {self.max_queue} that may (--max-queue): ask again later.")
+            there = sum(one.left for one in self._open.values())
+            if there + more > room:
+                raise Full(f"{there} continuations are under way, and {more} more would be beyond {self.engine.slots} "
+                           f"slots and the {self.max_queue} that may wait (--max-queue): ask again later.")
             taken: list[str] = []
             try:
                 for number, prompt in enumerate(prompts):

@@ -10,8 +10,9 @@ from typing import Any
 
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference import Generator
-from megatron_mixtral.server.api import Api, Settings, application
+from megatron_mixtral.server.api import Api, application
 from megatron_mixtral.server.desk import GRACE, Desk
+from megatron_mixtral.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -74,7 +74,8 @@ def parse(kind: str, body: bytes, model: str) -> Asked:
                       "model", "model_not_found")
     options = _of_type(fields, "stream_options", dict, {})
     if set(options) - {"include_usage", "include_obfuscation"}:
-        raise Refused(400, f"stream_options is {_said(options)}, expected {{\"include_usage\": true}}", "stream_options")
+        raise Refused(400, f"stream_options is {_said(options)}, expected an object with include_usage: true",
+                      "stream_options")
     content = ({"messages": _messages(fields.get("messages"))} if kind == "chat"
                else {"prompts": _prompts(fields.get("prompt"))})
     return Asked(SamplingParams(**_sampling(kind, fields)), _of_type(fields, "stream", bool, False),
@@ -139,8 +140,8 @@ def _prompts(prompt: Any) -> Sequence[str | list[int]]:
         if isinstance(one, str):
             _check_text(one, "prompt")
         elif not (isinstance(one, list) and one and _are_ids(one)):
-            raise Refused(400, f"prompt is {_said(prompt)}, expected a text, the ids of its tokens, or a list of either",
-                          "prompt")
+            raise Refused(400, f"prompt is {_said(prompt)}, expected a text, the ids of its tokens, or a list of "
+                               "either", "prompt")
     return found
 
 

@@ -48,11 +48,26 @@ class Ends:
     texts: tuple[str, ...] = ()
 
 
-class OwnPrompts:
+class _Prompts:
+    """What both kinds have: `name`, `ends`, and the tokenizer's way with a first space."""
+
+    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
+        self.name, self.ends, self._tokenizer = name, Ends(), tokenizer
+        self._spaced = tokenizer.encode("a") == tokenizer.encode("b a")[1:]  # puts a space before every text
+
+    def begin(self, text: str) -> str:
+        """The beginning of an answer without the space that the tokenizer puts before every text, and before this one
+        when it comes back in a later prompt.
+        """
+        return text.removeprefix(" ") if self._spaced else text
+
+
+class OwnPrompts(_Prompts):
     """Prompts as training writes them."""
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
-        self.name, self._tokenizer, self._template = name, tokenizer, TEMPLATES[name]
+        super().__init__(tokenizer, name)
+        self._template = TEMPLATES[name]
         check_template(self._template, tokenizer)
         self.ends = self._ends()
 
@@ -82,13 +97,13 @@ class OwnPrompts:
         return Ends(texts=(mark,)) if number is None else Ends(ids=(number,))
 
 
-class ModelPrompts:
+class ModelPrompts(_Prompts):
     """Prompts as the model's own template writes them, with the ids that `transformers` gives them
     (`apply_chat_template(..., add_generation_prompt=True, sanitize_control_tokens=True)`).
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str, path: Path, specials: Mapping[str, str | None]) -> None:
-        self.name, self.ends, self._tokenizer = path.name, Ends(), tokenizer
+        super().__init__(tokenizer, path.name)
         controls = tokenizer.control_tokens()
         names = {number: word for word, number in controls.items()}
         known = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id), **specials}
@@ -96,8 +111,7 @@ class ModelPrompts:
         words = "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)"
         self._control, self._marked = re.compile(words), re.compile(f"{_MARK}({words}){_MARK}|{_MARK}")
         # Where the tokenizer puts a space before every text, the one that a template has there is that space.
-        first, last = tokenizer.encode("a"), tokenizer.encode("b a")[1:]
-        spaced = first == last and first != tokenizer.encode(" a")
+        spaced = self._spaced and tokenizer.encode("a") != tokenizer.encode(" a")
         self._space = re.compile(f"(^|{words}) (?!$|{words})") if spaced else None
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

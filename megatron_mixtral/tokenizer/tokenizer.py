@@ -53,7 +53,8 @@ class _TokenizerFile:
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to another process: there the file is read again, but only if the tokenizer encodes."""
-        return {name: value for name, value in self.__dict__.items() if name != "_model"}
+        return {name: value for name, value in self.__dict__.items()
+                if name not in ("_model", "_with_controls")}
 
 
 class SentencePieceTokenizer(_TokenizerFile):
@@ -147,11 +148,14 @@ class JsonTokenizer(_TokenizerFile):
 
     def encode_with_controls(self, text: str) -> list[int]:
         """As `encode`, but control strings in the text become control ids (`--allow-special-in-text`)."""
-        self._model.encode_special_tokens = False
-        try:
-            return self.encode(text)
-        finally:
-            self._model.encode_special_tokens = True
+        return self._with_controls.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _with_controls(self) -> Any:
+        """A model of its own: another thread may be using the first one, whose setting therefore stays."""
+        model = type(self._model).from_str(self._model.to_str())
+        model.encode_special_tokens = False
+        return model
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)

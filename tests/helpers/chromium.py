@@ -115,8 +115,9 @@ class Chromium:
     def press(self, key: str, code: int, **more: Any) -> None:
         """A key, by its name and its Windows code."""
         text = {"text": "\r"} if key == "Enter" else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text, **more)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code, **more)
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                      **(text if kind == "keyDown" else {}), **more)
 
     def click(self, selector: str) -> None:
         """Click where the element is, as a mouse does: something on top of it would get the click."""

@@ -1,14 +1,26 @@
-"""A server in this process, on a fake engine or a real one: uvicorn on its thread, the engine's steps on another."""
+"""Servers for tests: one in this process on a fake engine (`serving`), and the command on ranks of its own (`Served`)."""
 
+import json
+import os
+import re
+import socket
+import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.server.api import Api, Settings
+from helpers.events import HANG, until
+from helpers.ranks import prepare_fork_server
+from megatron_mixtral import __main__ as commands
+from megatron_mixtral.server.api import Api
 from megatron_mixtral.server.desk import Desk
 from megatron_mixtral.server.process import Web, open_socket
+from megatron_mixtral.server.settings import Settings
 
 
 @dataclass
@@ -51,3 +63,71 @@ def serving(generator: Any, prompts: Any, **settings: Any) -> Iterator[Serving]:
         stepping.join()
         web.stop()
     assert not faults or generator.engine.fails in faults, faults
+
+
+class Served:
+    """The command `serve` as ranks of its own, forked from the server of `ranks.py`; rank 0 has a free port."""
+
+    def __init__(self, world: int, argv: list[str], folder: Path) -> None:
+        """Returns when rank 0 says where it serves."""
+        context = prepare_fork_server()
+        self.log = folder / "serve.log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.ranks = [context.Process(target=_rank, args=(rank, world, port, [*argv, "--port", "0"], str(self.log)))
+                      for rank in range(world)]
+        for process in self.ranks:
+            process.start()
+        until(lambda: "serving " in self.log_text() or not all(one.is_alive() for one in self.ranks))
+        found = re.search(r"serving \S+ at (http://\S+:\d+)/", self.log_text())
+        assert found, self.log_text()
+        self.address = found[1]
+
+    client = Serving.client
+
+    def log_text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        os.kill(self.ranks[rank].pid, number)
+
+    def end(self) -> list[int | None]:
+        """Wait for all ranks; their exit codes."""
+        for process in self.ranks:
+            process.join(HANG)
+        return [process.exitcode for process in self.ranks]
+
+    def kill(self) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.join()
+
+    def value(self, name: str) -> float:
+        """A sample of /metrics."""
+        with urllib.request.urlopen(f"{self.address}/metrics") as answer:
+            [line] = [line for line in answer.read().decode().splitlines() if line.startswith(f"mixtral_{name} ")]
+        return float(line.rpartition(" ")[2])
+
+
+def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    code = commands.run("serve", argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as in program.py: the interpreter's own end would close gloo's threads one by one
+
+
+def post(address: str, body: bytes, kind: str = "application/json", **headers: str) -> tuple[int, Any]:
+    """(status, object or text) of a raw request; without a body it is a GET."""
+    asked = urllib.request.Request(address, body or None, {"Content-Type": kind} | headers)
+    try:
+        with urllib.request.urlopen(asked) as answer:
+            status, text = answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read().decode()
+    return status, json.loads(text) if text.startswith("{") else text

@@ -3,16 +3,15 @@
 import json
 import socket
 import threading
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from helpers import serving
 from helpers.events import until
 from helpers.fake_engine import WORDS, fake_generator
 from helpers.malformed import malformed
-from helpers.serving import serving
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.errors import ConfigError, MixtralError
@@ -33,7 +32,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(parts):
-    with serving(fake_generator(parts[0]), parts[1]) as found:
+    with serving.serving(fake_generator(parts[0]), parts[1]) as found:
         yield found
 
 
@@ -52,17 +51,10 @@ def nothing_is_left(server):
     until(lambda: not server.engine.has_work and not server.desk._open, "a slot was not given back")
 
 
-def post(server, path, body=b"{}", kind="application/json", **headers):
+def post(server, path, body=None, kind="application/json", **headers):
     """(status, object or text) of a raw request."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    asked = urllib.request.Request(server.address + path, content if body is not None else None,
-                                   {"Content-Type": kind} | headers)
-    try:
-        with urllib.request.urlopen(asked) as answer:
-            status, text = answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        status, text = error.code, error.read().decode()
-    return status, json.loads(text) if text.startswith("{") else text
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    return serving.post(server.address + path, content, kind, **headers)
 
 
 def test_models(server):
@@ -194,9 +186,10 @@ def test_a_client_that_goes_frees_its_slots(held, stream):
     ("completions", {"prompt": "x", "echo": True}, "echo is True, which this server does not support"),
     ("completions", {"prompt": "x", "best_of": 3}, "best_of is 3, which this server does not support"),
     ("completions", {"prompt": "x", "temprature": 1}, "field 'temprature' is not known; known are prompt"),
-    ("completions", {"prompt": "word " * 99}, "the prompt has 100 tokens, and the context 64"),
+    ("completions", {"prompt": "word " * 99}, "the prompt has 101 tokens, and the context 64"),
     ("completions", {"prompt": [40000]}, "outside of the vocabulary"),
     ("completions", {"prompt": ["x", [40000]]}, "outside of the vocabulary"),
+    ("completions", {"prompt": "x", "n": 10**9}, "1 prompts x n 1000000000 is .*, and this server takes 260"),
     ("completions", {"prompt": ["x"] * 129}, "prompt has 129 entries, at most 128"),
     ("chat/completions", {"messages": []}, "expected a list such as"),
     ("chat/completions", {"messages": ["x"]}, r"messages\[0\] is 'x', expected an object"),
@@ -225,17 +218,17 @@ def test_fields_that_ask_for_nothing_are_taken(server):
 
 
 def test_other_requests(server):
-    status, answer = post(server, "/nothing", None)
+    status, answer = post(server, "/nothing")
     assert status == 404 and "there are GET /v1/models" in answer["error"]["message"]
-    assert post(server, "/v1/completions", None)[0] == 405
+    assert post(server, "/v1/completions")[0] == 405
     status, answer = post(server, "/v1/completions", {"prompt": "x"}, kind="text/plain")
     assert status == 400 and "'text/plain', expected application/json" in answer["error"]["message"]
     status, answer = post(server, "/v1/completions", b"x" * (2**20 + 1))
     assert status == 413 and "longer than 1048576 bytes (--max-body)" in answer["error"]["message"]
     status, answer = post(server, "/v1/completions", {"prompt": "x"}, Host="evil.example")
     assert status == 403 and "host 'evil.example' is not this server's" in answer["error"]["message"]
-    assert post(server, "/openapi.json", None)[0] == post(server, "/docs", None)[0] == 404
-    assert post(server, "/health", None) == (200, {"status": "ok"})
+    assert post(server, "/openapi.json")[0] == post(server, "/docs")[0] == 404
+    assert post(server, "/health") == (200, {"status": "ok"})
 
 
 def test_malformed_bodies_neither_end_nor_block_anything(held):
@@ -251,7 +244,7 @@ def test_malformed_bodies_neither_end_nor_block_anything(held):
 
 def test_metrics(server):
     def value(name):
-        [line] = [line for line in post(server, "/metrics", None)[1].splitlines() if line.startswith(name + " ")]
+        [line] = [line for line in post(server, "/metrics")[1].splitlines() if line.startswith(name + " ")]
         return float(line.rpartition(" ")[2])
 
     paths = 'mixtral_requests_total{path="/v1/completions",status="200"}'
@@ -261,8 +254,8 @@ def test_metrics(server):
     server.client().completions.create(model="tiny", prompt="x", max_tokens=3)
     assert [value(name) - was for name, was in zip(counts, before, strict=True)] == [1, 2, 3, 1]
     assert value("mixtral_slots") == 4 and value("mixtral_queue") == value("mixtral_slots_used") == 0
-    post(server, "/an/address/of/its/own", None)
-    assert "address" not in post(server, "/metrics", None)[1], "labels are of a few values"
+    post(server, "/an/address/of/its/own")
+    assert "address" not in post(server, "/metrics")[1], "labels are of a few values"
 
 
 def test_the_page_is_one_file_that_loads_nothing(server):
@@ -273,21 +266,25 @@ def test_the_page_is_one_file_that_loads_nothing(server):
 
 
 def test_a_key(parts):
-    with serving(fake_generator(parts[0]), parts[1], api_key="s3cret") as server:
+    with serving.serving(fake_generator(parts[0]), parts[1], api_key="s3cret") as server:
         assert [model.id for model in server.client(api_key="s3cret").models.list()] == ["tiny"]
         for wrong in ("none", "s3cre", "s3crett"):
             with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
                 server.client(api_key=wrong).chat.completions.create(model="tiny", messages=HELLO)
-        assert post(server, "/v1/models", None)[0] == 401 and post(server, "/health", None)[0] == 200
-        assert post(server, "/v1/models", None, Authorization="Bearer \u00fc")[0] == 401
+        assert post(server, "/v1/models")[0] == 401 and post(server, "/health")[0] == 200
+        assert post(server, "/v1/models", Authorization="Bearer \u00fc")[0] == 401
 
 
 def test_limits_of_queue_and_time(parts):
     generator = fake_generator(parts[0])
     generator.engine.gate.clear()
-    with serving(generator, parts[1], max_queue=2, request_timeout=0.2) as server:
-        with pytest.raises(openai.RateLimitError, match=r"7 more would be beyond the 2 that may \(--max-queue\)"):
-            server.client().completions.create(model="tiny", prompt="x", n=7)
+    with serving.serving(generator, parts[1], max_queue=2, request_timeout=0.2) as server:
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(post, server, "/v1/completions", {"prompt": "x", "n": 4})
+            until(lambda: generator.engine.waiting == 4)
+            with pytest.raises(openai.RateLimitError, match="4 continuations are under way, and 3 more"):
+                server.client().completions.create(model="tiny", prompt="x", n=3)
+            assert first.result()[0] == 504
         with pytest.raises(openai.APIStatusError, match=r"longer than 0.2 s \(--request-timeout\)") as late:
             server.client().completions.create(model="tiny", prompt="x", n=6)
         assert late.value.status_code == 504 and late.value.response.headers["x-should-retry"] == "false"
@@ -299,7 +296,7 @@ def test_limits_of_queue_and_time(parts):
 def test_an_engine_that_ends_tells_everybody_who_waits(parts):
     generator = fake_generator(parts[0])
     generator.engine.gate.clear()
-    with serving(generator, parts[1]) as server, ThreadPoolExecutor(2) as pool:
+    with serving.serving(generator, parts[1]) as server, ThreadPoolExecutor(2) as pool:
         def ask(stream):
             answer = server.client().chat.completions.create(model="tiny", messages=HELLO, stream=stream)
             return list(answer) if stream else answer
@@ -311,7 +308,7 @@ def test_an_engine_that_ends_tells_everybody_who_waits(parts):
             with pytest.raises(openai.APIError, match="the server ends: rank 1 has ended"):
                 one.result()
         assert not generator.engine.closed, "there is nobody left to tell"
-        assert post(server, "/health", None)[0] == 503
+        assert post(server, "/health")[0] == 503
         with pytest.raises(openai.InternalServerError, match="the server ends: rank 1 has ended"):
             ask(False)
 
@@ -319,7 +316,7 @@ def test_an_engine_that_ends_tells_everybody_who_waits(parts):
 def test_a_server_that_ends_finishes_what_runs(parts):
     generator = fake_generator(parts[0])
     generator.engine.gate.clear()
-    with serving(generator, parts[1]) as server, ThreadPoolExecutor(1) as pool:
+    with serving.serving(generator, parts[1]) as server, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(lambda: server.client().completions.create(model="tiny", prompt="x", max_tokens=4))
         until(lambda: generator.engine.waiting == 1)
         server.desk.close(grace=60)
@@ -333,7 +330,7 @@ def test_a_server_that_ends_finishes_what_runs(parts):
 def test_a_server_that_ends_waits_only_so_long(parts):
     generator = fake_generator(parts[0])
     generator.engine.gate.clear()
-    with serving(generator, parts[1]) as server, ThreadPoolExecutor(1) as pool:
+    with serving.serving(generator, parts[1]) as server, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(lambda: server.client().completions.create(model="tiny", prompt="x"))
         until(lambda: generator.engine.waiting == 1)
         server.desk.close(grace=0.05)
@@ -356,6 +353,6 @@ def test_a_busy_port_is_a_sentence():
 
 def test_an_engine_without_work_is_stepped_now_and_then(parts, monkeypatch):
     monkeypatch.setattr("megatron_mixtral.server.desk.HEARTBEAT", 0.01)
-    with serving(fake_generator(parts[0]), parts[1]) as server:
+    with serving.serving(fake_generator(parts[0]), parts[1]) as server:
         until(lambda: server.engine.steps > 3)
     assert threading.active_count() < 20

@@ -176,6 +176,16 @@ def test_what_ends_an_answer(tmp_path):
     assert ends(plain, "modellink") == ((), ("### Instruction:",))
 
 
+def test_an_answer_begins_without_the_tokenizers_own_space(tmp_path):
+    """What comes back in the next prompt has to be the ids that were written."""
+    spaced, plain = write_model(tmp_path / "a"), write_model(tmp_path / "b", SPACED, byte_level=True)
+    for folder, expected in ((spaced, "Hello"), (plain, " Hello")):
+        assert chat_prompts(ours(folder), folder, "chatml").begin(" Hello") == expected
+    answer = chat_prompts(ours(spaced), spaced).begin(" Hello")
+    asked = chat_prompts(ours(spaced), spaced).prompt(messages_of("", ["a", answer, "b"]))
+    assert ours(spaced).encode("b Hello")[1] in asked
+
+
 def test_where_a_template_is_found(tmp_path):
     folder = write_model(tmp_path)
     config = json.loads((folder / "tokenizer_config.json").read_text())
