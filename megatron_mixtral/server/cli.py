@@ -51,11 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False)
     inference.model_flags(parser)
     group, default = parser.add_argument_group("server"), Settings(model="")
-    group.add_argument("--host", default=default.host, help=f"address to listen on ({default.host}: this machine alone; "
-                                                            "0.0.0.0: any, with --api-key)")
+    group.add_argument("--host", default=default.host,
+                       help=f"address to listen on ({default.host}: this machine alone; 0.0.0.0: any, with --api-key)")
     group.add_argument("--port", type=int, default=default.port, help=f"({default.port}; 0: any that is free)")
-    group.add_argument("--api-key", metavar="KEY", help="what clients have to send; @FILE reads it from a file, so that "
-                                                        "the list of processes does not show it (default: none)")
+    group.add_argument("--api-key", metavar="KEY",
+                       help="what clients have to send; @FILE reads it from a file, so that the list of processes does "
+                            "not show it (default: none)")
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name (default: that of --load)")
     group.add_argument("--prompt-template", metavar="NAME",
                        help="of chats, one of training's (mixtral, chatml, ...); default: the model's own "

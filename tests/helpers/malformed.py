@@ -18,7 +18,8 @@ ODD: list[Any] = [None, True, False, 0, -1, 1.5, 2**31, 2**63, 2**64, -2**70, 10
                   [{"role": "user", "content": "x", "tool_calls": [1]}], {"include_usage": 1}, {"x": {}}]  # fmt: skip
 FIELDS = ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "n",
           "stop", "seed", "logprobs", "top_logprobs", "stream", "stream_options", "max_completion_tokens",
-          "stop_token_ids", "ignore_eos", "chat_template", "tools", "best_of", "logit_bias", "response_format", "echo", "nonsense", ""]
+          "stop_token_ids", "ignore_eos", "chat_template", "tools", "best_of", "logit_bias", "response_format",
+          "echo", "nonsense", ""]
 RAW = [b"", b"{", b"null", b"[]", b'"x"', b"1", b"NaN", b'{"temperature": NaN}', b"\xff\xfe", b'{"prompt": "\xff"}',
        b'{"prompt": "\\ud800"}', b'{"messages": [{"role": "user", "content": "\\udfff"}]}', b"[" * 100_000,
        b'{"a":' * 50_000, b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}", b"\0" * 100, b"{}", b'{"prompt": "x"',

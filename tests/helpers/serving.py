@@ -1,4 +1,4 @@
-"""Servers for tests: one in this process on a fake engine (`serving`), and the command on ranks of its own (`Served`)."""
+"""Servers for tests: one in this process on a fake engine (`serving`), and the command on its own ranks (`Served`)."""
 
 import json
 import os
@@ -72,9 +72,7 @@ class Served:
         """Returns when rank 0 says where it serves."""
         context = prepare_fork_server()
         self.log = folder / "serve.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         self.ranks = [context.Process(target=_rank, args=(rank, world, port, [*argv, "--port", "0"], str(self.log)))
                       for rank in range(world)]
         for process in self.ranks:
@@ -108,6 +106,15 @@ class Served:
         with urllib.request.urlopen(f"{self.address}/metrics") as answer:
             [line] = [line for line in answer.read().decode().splitlines() if line.startswith(f"mixtral_{name} ")]
         return float(line.rpartition(" ")[2])
+
+
+def _free_port() -> int:
+    """One below those that the system gives away, or the server itself could get it before its ranks meet there."""
+    for port in range(10_000 + os.getpid() % 20_000, 32_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no port is free")
 
 
 def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
