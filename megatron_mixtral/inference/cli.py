@@ -141,17 +141,23 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def _requests(args: argparse.Namespace, common: SamplingParams) -> tuple[list[Prompt], list[SamplingParams]]:
-    """The prompts and their settings. `DataError` for lines that are none."""
     if args.prompts:
         return list(args.prompts), [common] * len(args.prompts)
+    return read_prompts(args.prompts_file, common, args.jsonl)
+
+
+def read_prompts(path: Path | None, common: SamplingParams,
+                 as_json: bool = False) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The prompts of a file (None: of standard input), a line each, and their settings: `common`, unless a line of
+    JSON, which those of FILE.jsonl are, says otherwise. `DataError` for a file or lines that cannot be read.
+    """
     where, lines = "standard input", sys.stdin
-    if args.prompts_file:
-        where = str(args.prompts_file)
+    if path is not None:
+        where, as_json = str(path), as_json or path.suffix == ".jsonl"
         try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompts-file {where} cannot be read: {error}") from error
-    as_json = args.jsonl or where.endswith(".jsonl")
+            raise DataError(f"the prompts of {where} cannot be read: {error}") from error
     found = [_request(line.rstrip("\n"), as_json, f"{where}, line {number}", common)
              for number, line in enumerate(lines, 1) if line.strip()]
     if not found:

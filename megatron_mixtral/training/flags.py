@@ -58,6 +58,13 @@ class Flags:
                 "checkpoint saved then: a multiple of --save-interval"})
     verify_checkpoint: bool = field(default=False, metadata={
         "help": "compare every file of the checkpoint with its sum in integrity.json before it is loaded"})
+    evaluation_prompts: str | None = field(default=None, metadata={
+        "help": "file of prompts, a line each (or FILE.jsonl, as for generate), that the model continues before the "
+                "first step, every --evaluation-interval steps and after the last, greedily: into the log, "
+                "evaluation_prompts.jsonl beside the metrics file, and TensorBoard"})
+    evaluation_interval: int | None = field(default=None, metadata={
+        "help": "continue --evaluation-prompts every so many steps (default: before the first and after the last only)"
+        })
     is_instruction_dataset: bool = field(default=False, metadata={
         "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={
@@ -98,6 +105,8 @@ class EngineFlags:
     use_mp_args_from_checkpoint_args: bool = False
     save: str | None = None
     save_interval: int | None = None
+    tokenizer_model: str | None = None
+    overlap_param_gather: bool = False
     no_save_optim: bool = False
 
 

@@ -18,6 +18,7 @@ from megatron_mixtral.runtime import launch
 from megatron_mixtral.training import arguments, preflight
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.flags import add_flags, without
+from megatron_mixtral.training.metrics import evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def _run(argv: list[str]) -> None:
             logger.info("%s", line)
         return
     preflight.check_data(resolved)
+    prompts = evaluation.read(resolved)
     if shape is not None:
         preflight.check_disk(resolved, shape)
     from megatron_mixtral import runtime
@@ -70,16 +72,18 @@ def _run(argv: list[str]) -> None:
         directory.write_identity(Path(args.save), resolved.config)
     manager = CheckpointManager(args)
     runtime.lead_checkpoints_through(manager)
-    load = install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
+    writes_text = None if prompts is None else evaluation.Evaluation(prompts, resolved)
+    load = install(resolved, args, backend.device, _end_at_signals(args), writes_text)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
-    datasets = partial(micro_batch.datasets, args)
+    datasets = partial(_datasets, args, writes_text)
     datasets.is_distributed = True  # every rank that needs data reads its own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
     try:
         pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step,
-                 model_provider=partial(_model, resolved, args, load), store=runtime.store_of_this_start())
+                 model_provider=partial(_model, resolved, args, (load, writes_text)),
+                 store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
             manager.close()
@@ -167,7 +171,16 @@ def _end_at_signals(args: Namespace) -> Callable[[], None]:
     return save_first
 
 
-def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, post_process: bool = True,
+def _datasets(args: Namespace, writes_text: Any, *arguments: Any, **keywords: Any) -> Any:
+    """The engine's datasets provider. It is called on every rank when the model is loaded, before the first step."""
+    from megatron_mixtral.training import micro_batch
+
+    if writes_text is not None:
+        writes_text.after(args.iteration)
+    return micro_batch.datasets(args, *arguments, **keywords)
+
+
+def _model(resolved: Run, args: Namespace, watchers: Any, pre_process: bool = True, post_process: bool = True,
            vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -182,5 +195,6 @@ def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, 
     if resolved.load_hf:
         fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), resolved.layout.coord_of(args.rank),
              resolved.layout, chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
-    load.watch(model)
+    for watcher in filter(None, watchers):
+        watcher.watch(model)
     return model

@@ -1,5 +1,6 @@
 """The training program as a whole: starts, continues, learns what plain torch learns, refuses what cannot be right."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,33 @@ def stopped(folder: Path, hf: Path, data: list[str]) -> Outcome:
     save = ["--save", str(folder / "run"), "--load", str(folder / "run"), "--save-interval", "5"]
     argv = [*LAYOUT, *RECIPE, *data, *save, "--train-iters", str(STEPS), "--hf-checkpoint", str(hf)]
     return pretrain(4, [*argv, "--exit-interval", "5"], folder / "first")
+
+
+def test_prompts_are_continued_and_leave_no_trace(whole: Outcome, folder: Path, hf: Path, data: list[str]) -> None:
+    """Before the first step as transformers would; then as the model learns, with the same losses, bit for bit."""
+    from transformers import MixtralForCausalLM
+
+    from megatron_mixtral.tokenizer import mixtral_tokenizer_path
+
+    prompts = [[5, 9, 13], [7] * 11]
+    lines = "".join(json.dumps({"prompt": prompt, "max_tokens": 8, "ignore_eos": True}) + "\n" for prompt in prompts)
+    (folder / "prompts.jsonl").write_text(lines)
+    found = pretrain(4, [*LAYOUT, *RECIPE, *data, "--train-iters", str(STEPS), "--hf-checkpoint", str(hf),
+                         "--evaluation-prompts", str(folder / "prompts.jsonl"), "--evaluation-interval", "4",
+                         "--tokenizer-model", str(mixtral_tokenizer_path())], folder / "prompts")
+    assert ended_well(found), found.logs[-1][-3000:]
+    steps = range(1, STEPS + 1)
+    assert found.losses(*steps) == whole.losses(*steps) and found.norms(*steps) == whole.norms(*steps)
+    assert [found.steps[step]["expert_imbalance"] for step in steps] == \
+        [whole.steps[step]["expert_imbalance"] for step in steps]
+    answers = [json.loads(line) for line in (folder / "prompts" / "evaluation_prompts.jsonl").read_text().splitlines()]
+    assert [answer["iteration"] for answer in answers] == [0, 0, 4, 4, 8, 8, 10, 10]
+    assert len({tuple(answer["token_ids"]) for answer in answers}) > 2 and 'step 8 | ' in found.logs[-1]
+    model = MixtralForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    for prompt, answer in zip(prompts, answers, strict=False):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0,
+                             eos_token_id=None)
+        assert answer["token_ids"] == out[0, len(prompt):].tolist()
 
 
 def test_resumed_run_equals_uninterrupted(whole: Outcome, stopped: Outcome, folder: Path, hf: Path,
