@@ -12,9 +12,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_mixtral.errors import ConfigError, MixtralError
-from megatron_mixtral.inference import Engine, Event, SamplingParams
+from megatron_mixtral.inference import Event, SamplingParams
+
+if TYPE_CHECKING:
+    from megatron_mixtral.inference import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ class _Open:
 class Desk:
     """The engine's side of a server: `run` in the main thread, the rest from any."""
 
-    def __init__(self, engine: Engine, max_queue: int) -> None:
+    def __init__(self, engine: "Engine", max_queue: int) -> None:
         """`max_queue` is the most continuations that may wait for a slot."""
         self.engine, self.max_queue = engine, max_queue
         self._open: dict[str, _Open] = {}

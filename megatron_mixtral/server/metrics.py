@@ -3,8 +3,10 @@
 import threading
 import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from megatron_mixtral.inference import Engine
+if TYPE_CHECKING:
+    from megatron_mixtral.inference import Engine
 
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _HELP = {
@@ -38,7 +40,7 @@ class Metrics:
         self.add(f"{name}_sum", seconds)
         self.add(f"{name}_count")
 
-    def text(self, engine: Engine) -> str:
+    def text(self, engine: "Engine") -> str:
         """All of it; queue and slots are the engine's at this moment."""
         now = {"queue": engine.waiting, "slots_used": engine.running, "slots": engine.slots,
                "up_seconds": time.monotonic() - self._start}

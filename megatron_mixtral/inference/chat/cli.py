@@ -40,6 +40,8 @@ def chat(argv: Sequence[str]) -> int:
         prompts = chat_prompts(generator.tokenizer, generator.tokenizer.path.parent, args.prompt_template)
         with leading(generator) as is_first:
             if is_first:
+                for _ in generator.stream("", SamplingParams(max_tokens=1)):
+                    pass  # what the first pass has to say (warnings of the libraries) comes before the first prompt
                 with Lines(sys.stdin.fileno()) as lines:
                     Conversation(generator, prompts, params, lines, _say, args.system).run()
     except RankLostError:
