@@ -40,9 +40,7 @@ def test_prompts_from_standard_input_in_another_layout_than_the_checkpoints(tmp_
         assert answer["token_ids"] == out[0, len(prompt):].tolist()
 
 
-def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
-    hf = str(tiny_hf_mixtral(tmp_path / "hf"))
-    done = run(tmp_path, "--load", hf, "--prompts", "a")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1] == "error: there is no tokenizer in the model's directory, nor was one given " \
-        "(--tokenizer-model): give one, or prompts as token ids"
+def test_what_is_wrong_is_one_sentence_before_any_rank_is_started(tmp_path: Path) -> None:
+    done = run(tmp_path, "--load", "hf", "--prompts-file", "nowhere.txt", "--tensor-model-parallel-size", "2")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(
+        "error: the prompts of nowhere.txt cannot be read: ") and done.stderr.count("\n") == 1

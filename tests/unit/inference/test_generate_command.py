@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.inference import Completion, SamplingParams, TokenLogprobs, cli
+from megatron_mixtral.inference import Completion, Generator, SamplingParams, TokenLogprobs, cli
 
 GREEDY = SamplingParams()
 
@@ -53,6 +53,11 @@ def test_files_without_prompts(tmp_path, monkeypatch) -> None:
         requests(stdin="\n\n", monkeypatch=monkeypatch)
     with pytest.raises(DataError, match="nowhere cannot be read"):
         requests("--prompts-file", str(tmp_path / "nowhere"))
+
+
+def test_texts_need_a_tokenizer() -> None:
+    with pytest.raises(ConfigError, match="there is no tokenizer in the model's directory, nor was one given"):
+        Generator(None, None).generate("a")
 
 
 def test_flags_become_parameters() -> None:
