@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from megatron_mixtral.errors import MixtralError
 from megatron_mixtral.inference import Generator
+from megatron_mixtral.inference import cli as inference
 from megatron_mixtral.server.answers import Answer, TokenTexts
 from megatron_mixtral.server.desk import Closed, Desk, Full, Ticket
 from megatron_mixtral.server.metrics import TYPE, Metrics
@@ -52,9 +52,7 @@ class Api:
         prompts = await asyncio.get_running_loop().run_in_executor(self._encoder, self._ids, asked)
         params = asked.params
         if kind == "chat":
-            ends = self._prompts.ends
-            params = replace(params, stop=(*params.stop, *ends.texts),
-                             stop_token_ids=(*params.stop_token_ids, *ends.ids))
+            params = inference.with_ends(params, self._prompts)
         ticket = self.desk.submit(prompts, params)
         self.metrics.add("prompt_tokens_total", sum(map(len, prompts)))
         answer = Answer(kind, self.settings.model, asked, map(len, prompts), self._texts, self._prompts.begin)

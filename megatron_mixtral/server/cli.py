@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,6 @@ from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.inference import cli as inference
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.server.settings import Settings
-from megatron_mixtral.tokenizer import chat_prompts
-
-logger = logging.getLogger(__name__)
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -33,9 +29,7 @@ def serve(argv: Sequence[str]) -> int:
     listener = process.open_socket(settings.host, settings.port) if launch.is_first_here() else None
     try:
         generator = inference.open_generator(args, "serve", argv)
-        generator.encode("")  # says what is missing where there is no tokenizer
-        prompts = chat_prompts(generator.tokenizer, generator.tokenizer.path.parent, args.prompt_template)
-        process.serve(generator, prompts, settings, listener)
+        process.serve(generator, inference.prompts_of(generator, args.prompt_template), settings, listener)
     except RankLostError:
         raise
     except MixtralError:
@@ -58,9 +52,8 @@ def _parser() -> argparse.ArgumentParser:
                        help="what clients have to send; @FILE reads it from a file, so that the list of processes does "
                             "not show it (default: none)")
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name (default: that of --load)")
-    group.add_argument("--prompt-template", metavar="NAME",
-                       help="of chats, one of training's (mixtral, chatml, ...); default: the model's own "
-                            "chat_template.jinja, else mixtral")
+    inference.template_flag(group, "of chats, one of training's (mixtral, chatml, ...); default: the model's own "
+                                   "chat_template.jinja, else mixtral")
     group.add_argument("--max-queue", type=int, default=default.max_queue, metavar="N",
                        help=f"continuations that may wait for a slot ({default.max_queue})")
     group.add_argument("--max-body", type=int, default=default.max_body, metavar="BYTES",

@@ -19,19 +19,23 @@ from megatron_mixtral.tokenizer.tokenizer import Tokenizer, declared_specials
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, str]
-DEFAULT = "mixtral"
+DEFAULT, THE_MODELS = "mixtral", "model"
 _MARK = "\ue000"  # of private use: put into a control token's name that stands in a message, so that it is none
 
 
 def chat_prompts(tokenizer: Tokenizer, directory: str | Path, name: str | None = None) -> "OwnPrompts | ModelPrompts":
     """How a model is asked: by the template `name` of ours, else the one that lies in its directory, else Mixtral's.
+    The name "model" is the one in its directory and no other.
 
     Raises `ConfigError` for an unknown name or one that the tokenizer cannot write, or without jinja2 where a template
     needs it; `DataError` for a template that cannot be read.
     """
-    if name is not None and name not in TEMPLATES:
-        raise ConfigError(f"--prompt-template {name} is not one of: {', '.join(TEMPLATES)}.")
-    found = find_template(Path(directory)) if name is None else None
+    if name not in (None, THE_MODELS, *TEMPLATES):
+        raise ConfigError(f"--prompt-template {name} is not one of: {THE_MODELS}, {', '.join(TEMPLATES)}.")
+    found = find_template(Path(directory)) if name in (None, THE_MODELS) else None
+    if name == THE_MODELS and found is None:
+        raise ConfigError(f"--prompt-template {name}: {directory} brings no chat template; name one of ours: "
+                          f"{', '.join(TEMPLATES)}.")
     if found is not None:
         return ModelPrompts(tokenizer, *found, declared_specials(found[1].parent))
     if name is None:

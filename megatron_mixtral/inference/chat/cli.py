@@ -3,16 +3,23 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.inference.chat.terminal import LONGEST, Interrupt, Lines
-from megatron_mixtral.inference.cli import leading, model_flags, open_generator, sampling_flags, sampling_params
+from megatron_mixtral.inference.cli import (
+    leading,
+    model_flags,
+    open_generator,
+    prompts_of,
+    sampling_flags,
+    sampling_params,
+    template_flag,
+    with_ends,
+)
 from megatron_mixtral.inference.generator import Generator
 from megatron_mixtral.inference.parameters import SamplingParams
 from megatron_mixtral.runtime import launch
-from megatron_mixtral.tokenizer import chat_prompts
 
 HEARTBEAT = 1.0  # seconds after which the other ranks hear from this one while it waits for a line
 HELP = ("/clear forgets what was said; /system TEXT does, too, and sets the system text; /quit ends. "
@@ -24,9 +31,8 @@ def chat(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Talk to a Mixtral in the terminal.", epilog=HELP, allow_abbrev=False)
     model_flags(parser)
     sampling_flags(parser)
-    parser.add_argument("--prompt-template", metavar="NAME",
-                        help="one of training's (mixtral, chatml, ...); default: the model's own chat_template.jinja, "
-                             "else mixtral")
+    template_flag(parser, "one of training's (mixtral, chatml, ...); default: the model's own chat_template.jinja, "
+                          "else mixtral")
     parser.add_argument("--system", default="", metavar="TEXT", help="system text")
     parser.set_defaults(max_tokens=512)
     args = parser.parse_args(argv)
@@ -36,8 +42,7 @@ def chat(argv: Sequence[str]) -> int:
                           "--logprobs")
     try:
         generator = open_generator(args, "chat", argv)
-        generator.encode("")  # says what is missing where there is no tokenizer
-        prompts = chat_prompts(generator.tokenizer, generator.tokenizer.path.parent, args.prompt_template)
+        prompts = prompts_of(generator, args.prompt_template)
         with leading(generator) as is_first:
             if is_first:
                 for _ in generator.stream("", SamplingParams(max_tokens=1)):
@@ -63,8 +68,7 @@ class Conversation:
     def __init__(self, generator: Generator, prompts: Any, params: SamplingParams, lines: Lines,
                  say: Callable[[str], None], system: str = "") -> None:
         self._generator, self._prompts, self._lines, self._say = generator, prompts, lines, say
-        self._params = replace(params, stop=(*params.stop, *prompts.ends.texts),
-                               stop_token_ids=(*params.stop_token_ids, *prompts.ends.ids))
+        self._params = with_ends(params, prompts)
         self._system, self._said = system, []
 
     def run(self) -> None:

@@ -227,8 +227,10 @@ def test_messages_that_no_model_is_asked(tmp_path):
                            (["system"], "last message is system's"), ([], "there are no messages")):
         with pytest.raises(DataError, match=message):
             prompts.prompt([{"role": role, "content": "x"} for role in roles])
-    with pytest.raises(ConfigError, match="--prompt-template none is not one of: mixtral, chatml"):
+    with pytest.raises(ConfigError, match="--prompt-template none is not one of: model, mixtral, chatml"):
         chat_prompts(ours(folder), folder, "none")
+    with pytest.raises(ConfigError, match="brings no chat template; name one of ours: mixtral"):
+        chat_prompts(ours(folder), folder, "model")
 
 
 def test_a_missing_jinja_is_a_sentence(tmp_path, monkeypatch):
