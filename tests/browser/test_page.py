@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.chromium import FOUND, Chromium
 from helpers.fake_engine import WORDS, fake_generator
-from helpers.serving import serving
-
-from examples.quickstart.hf_tokenizer import write_hf_tokenizer
-from megatron_mixtral.tokenizer import chat_prompts, load_tokenizer
+from helpers.serving import serving, tokenizer_and_prompts
 
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(FOUND is None, reason="needs Chromium: apt-get install chromium fonts-noto-cjk")]
@@ -25,10 +22,7 @@ IDLE = "!document.querySelector('#send').hidden"
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_hf_tokenizer(folder)
-    tokenizer = load_tokenizer("HuggingFaceTokenizer", folder / "tokenizer.json")
-    return tokenizer, chat_prompts(tokenizer, folder)
+    return tokenizer_and_prompts(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from helpers.events import HANG, until
 from helpers.ranks import prepare_fork_server
 from megatron_mixtral import __main__ as commands
@@ -21,6 +22,7 @@ from megatron_mixtral.server.api import Api
 from megatron_mixtral.server.desk import Desk
 from megatron_mixtral.server.process import Web, open_socket
 from megatron_mixtral.server.settings import Settings
+from megatron_mixtral.tokenizer import chat_prompts, load_tokenizer
 
 
 @dataclass
@@ -129,9 +131,17 @@ def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:
     os._exit(code)  # as in program.py: the interpreter's own end would close gloo's threads one by one
 
 
-def post(address: str, body: bytes, kind: str = "application/json", **headers: str) -> tuple[int, Any]:
+def tokenizer_and_prompts(folder: Path) -> tuple[Any, Any]:
+    """Mixtral's tokenizer, written to a folder, and its prompts of a chat."""
+    write_hf_tokenizer(folder)
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", folder / "tokenizer.json")
+    return tokenizer, chat_prompts(tokenizer, folder)
+
+
+def post(server: Any, path: str, body: Any = None, kind: str = "application/json", **headers: str) -> tuple[int, Any]:
     """(status, object or text) of a raw request; without a body it is a GET."""
-    asked = urllib.request.Request(address, body or None, {"Content-Type": kind} | headers)
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    asked = urllib.request.Request(server.address + path, content, {"Content-Type": kind} | headers)
     try:
         with urllib.request.urlopen(asked) as answer:
             status, text = answer.status, answer.read().decode()

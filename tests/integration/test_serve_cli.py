@@ -79,7 +79,7 @@ def test_fifty_requests_sixteen_at_once_and_thirty_malformed(server):
 
     def spoil(case):
         path, body, kind = case
-        return post(server.address + path, body, kind)
+        return post(server, path, body, kind)
 
     alone = [ask(number) for number in range(5)]
     with ThreadPoolExecutor(16) as pool, ThreadPoolExecutor(2) as others:

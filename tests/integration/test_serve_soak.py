@@ -62,7 +62,7 @@ def test_a_server_stays_as_large_as_it_is(tmp_path):
                     time.sleep(max(0.0, start + (number - first) * SECONDS / REQUESTS - time.monotonic()))
                     asked.append(pool.submit(ask, server, number))
                     if number % 10 < 3 and (case := next(bodies, None)):
-                        status, _ = post(server.address + case[0], *case[1:])
+                        status, _ = post(server, *case)
                         assert status == 200 or 400 <= status < 500, case
             for one in asked:
                 one.result()

@@ -72,7 +72,7 @@ def test_ctrl_c_stops_an_answer_and_the_next_one_ends(parts):
     room = Room(parts)
     seen = room.talk(b"stop me\n", b"and then\n", b"/clear\n", b"stop me\n", b"\x03", b"never\n")
     assert seen.count("(stopped)") == 2 and len(room.asked) == 3
-    assert "[INST] stop me [/INST] one two [INST] and then" in room.asked[1], "what came is remembered"
+    assert room.asked[1] == "[INST] stop me [/INST] one two \U0001f600 [INST] and then [/INST]", "it is remembered"
 
 
 def test_ctrl_c_drops_a_line_and_a_second_one_ends(parts):
