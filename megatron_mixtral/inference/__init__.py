@@ -1,8 +1,8 @@
 """Text from a trained Mixtral: in Python (`Generator`), and as the `generate` command. docs/inference.md is the page.
 
 Read in this order: `parameters` (what a request may ask for), `engine` (requests to tokens, in lockstep on all ranks),
-`cache` and `stage` (keys and values of what was read, and one packed pass over the model), `sampling`, `text`,
-`generator`, `cli`.
+`lockstep` (what they tell one another), `cache` and `stage` (keys and values of what was read, and one packed pass over
+the model), `sampling`, `continuation` (tokens to text, and when it ends), `generator`, `cli`.
 """
 
 from typing import TYPE_CHECKING

@@ -60,7 +60,7 @@ class Cache:
         placed = list(zip(rows, (ends - counts).tolist(), strict=True))
         self._long = [(row, at) for row, at in placed if row.count > 1]
         self._plan_single([(row, at) for row, at in placed if row.count == 1])
-        if self.device.type == "cuda":
+        if rows and self.device.type == "cuda":
             self._plan_pages(rows, ends)
 
     def _plan_single(self, single: list[tuple[Row, int]]) -> None:
@@ -82,8 +82,7 @@ class Cache:
         self._page_table = (first + torch.arange(pages, dtype=torch.int32)).to(self.device)
         self._row_ends = torch.nn.functional.pad(ends, (1, 0)).to(self.device, torch.int32)
         self._row_keys = torch.tensor([row.start + row.count for row in rows], dtype=torch.int32, device=self.device)
-        self._longest = max((row.count for row in rows), default=0), max((row.start + row.count for row in rows),
-                                                                         default=0)
+        self._longest = max(row.count for row in rows), max(row.start + row.count for row in rows)
 
     def _mask(self, positions_q: torch.Tensor, keys: int) -> torch.Tensor:
         """[*positions, keys], True where a token at that position may look."""
@@ -101,7 +100,7 @@ class Cache:
         """[t, n * d]: each token over what its slot holds up to itself. Padding gets zeros."""
         out_tnd = torch.zeros_like(query_tnd)
         keys_slgd, values_slgd = self.keys[layer], self.values[layer]
-        if query_tnd.is_cuda and query_tnd.dtype in (torch.bfloat16, torch.float16):
+        if self.tokens and query_tnd.is_cuda and query_tnd.dtype in (torch.bfloat16, torch.float16):
             out_tnd[:self.tokens] = self._attend_pages(query_tnd[:self.tokens], keys_slgd, values_slgd)
             return out_tnd.flatten(1)
         if self._single_slots:

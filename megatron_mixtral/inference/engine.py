@@ -71,7 +71,7 @@ class Engine:
         self._commands: list[Any] = []  # of rank 0, for the next step
         self._open: Counter[str] = Counter()  # continuations of each request that have not ended; rank 0 only
         self._guard = threading.Lock()
-        self._closed = False
+        self._closed, self._in_step = False, False
 
     # -- Requests --------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Engine:
             raise ConfigError("the engine is closed: make another Generator")
         with self._guard:
             commands, self._commands = self._commands, []
-        events = []
+        self._in_step, events = True, []
         for name, *arguments in self._lockstep.tell(commands):
             events += getattr(self, f"_{name}")(*arguments)
         self._admit()
@@ -163,6 +163,7 @@ class Engine:
                 if event.finish_reason is not None:
                     self._open[event.request_id] -= 1
             self._open += Counter()  # forgets those at zero
+        self._in_step = False
         return events
 
     def follow(self) -> None:
@@ -171,8 +172,10 @@ class Engine:
             self.step()
 
     def close(self) -> None:
-        """Rank 0: end the `follow` of the other ranks. Running requests are forgotten. Elsewhere it does nothing."""
-        if self.is_first and not self._closed:
+        """Rank 0: end the `follow` of the other ranks. Running requests are forgotten. Elsewhere it does nothing, nor
+        after a step that failed: there the others wait for what will not come, and learn it when this process ends.
+        """
+        if self.is_first and not self._closed and not self._in_step:
             self._lockstep.tell([("close",)])
             self._closed = True
 

@@ -69,6 +69,8 @@ class Generator:
         for name, value in {"max_slots": max_slots, "prompt_chunk": prompt_chunk}.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
+        if layout.cp > 1:
+            raise ConfigError(f"layout {layout}: a continuation is not cut over devices; leave cp out")
         source = open_source(directory)
         longest = source.config.max_position_embeddings
         max_length = min(longest, DEFAULT_LENGTH) if max_length is None else max_length

@@ -55,8 +55,10 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether each token is the most probable one."""
-        return self.temperature == 0
+        """Whether each token is the most probable one: so near to 0, logits over temperature leave no other, or are
+        too large for their type.
+        """
+        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True)

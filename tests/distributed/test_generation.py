@@ -78,7 +78,7 @@ def expected(folder, prompts) -> dict[str, Any]:
 
 
 def work_off(rank: int, folder: str, jobs: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
-    """Name -> (greedy completions, sampled completions) of this rank."""
+    """Name -> what this rank found: greedy completions, sampled ones, one that has all replicas for itself."""
     from megatron.core import parallel_state
 
     from megatron_mixtral.inference import Generator
@@ -87,7 +87,8 @@ def work_off(rank: int, folder: str, jobs: dict[str, Any], prompts: list[list[in
     for name, (directory, layout, options) in jobs.items():
         parallel_state.destroy_model_parallel()
         generator = Generator.from_pretrained(f"{folder}/{directory}", ParallelLayout(**layout), **options)
-        found[name] = generator.generate(prompts, GREEDY), generator.generate(prompts[:4], SAMPLED)
+        found[name] = (generator.generate(prompts, GREEDY), generator.generate(prompts[:4], SAMPLED),
+                       generator.generate([prompts[0]], SamplingParams(max_tokens=3, ignore_eos=True)))
         engine = generator.engine
         assert not engine.has_work and engine.running == engine.waiting == 0
     return found
@@ -106,7 +107,8 @@ def found(folder, prompts) -> dict[str, list[Any]]:
 @pytest.mark.parametrize("name", [*ONE, *TWO, *FOUR])
 def test_tokens_and_logprobs_are_those_of_transformers(name, found, expected) -> None:
     directory, _, _ = (ONE | TWO | FOUR)[name]
-    for greedy, _ in found[name]:
+    for greedy, _, [alone] in found[name]:
+        assert list(alone.token_ids) == expected[directory][0][0][:3]  # other replicas have nothing to read
         for completion, (token_ids, logprobs) in zip(greedy, expected[directory], strict=True):
             assert list(completion.token_ids) == token_ids
             assert completion.finish_reason == "length" and completion.message is None
@@ -119,7 +121,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(name, found, expected) ->
 
 @pytest.mark.parametrize("name", [name for name in [*ONE, *TWO, *FOUR] if "window" not in name])
 def test_a_seed_gives_the_same_text_in_every_layout_and_company(name, found) -> None:
-    [(_, reference)] = found["tp1"]
+    [(_, reference, _)] = found["tp1"]
     assert len({one.token_ids[0] for one in reference}) > 1 and all(one.logprobs == () for one in reference)
-    for _, sampled in found[name]:
+    for _, sampled, _ in found[name]:
         assert [one.token_ids for one in sampled] == [one.token_ids for one in reference]

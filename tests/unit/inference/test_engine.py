@@ -51,6 +51,7 @@ def refusals(generator: Any, folder: str) -> dict[str, str]:
         "twice": said(engine.add, "taken", [1], greedy), "none taken": str(engine.waiting + len(engine._commands)),
         "params": said(generator.generate, ["a", "b"], [greedy]),
         "layout": said(Generator.from_pretrained, folder, ParallelLayout(tp=2)),
+        "cp": said(Generator.from_pretrained, folder, ParallelLayout(cp=2)),
         "length": said(Generator.from_pretrained, folder, max_length=1 << 20),
         "slots": said(Generator.from_pretrained, folder, max_slots=0),
         "memory": said(Generator.from_pretrained, folder, max_slots=1 << 40),
@@ -153,6 +154,7 @@ def test_what_cannot_be_is_refused_with_a_sentence(found) -> None:
     assert refusals["params"] == "ConfigError: 1 params for 2 prompts: give one, or one for each"
     assert "layout tp2-pp1-ep1 needs 2 ranks, and this program is one process: start it as\n    torchrun " \
         "--nproc-per-node 2 " in refusals["layout"]
+    assert "a continuation is not cut over devices; leave cp out" in refusals["cp"]
     assert "max_length is 1048576, expected 2 to 8192, the longest context of the model" in refusals["length"]
     assert "max_slots is 0" in refusals["slots"]
     assert "of cache: 1099511627776 slots x 4096 tokens in float32, together more than the " in refusals["memory"]

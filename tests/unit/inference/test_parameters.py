@@ -29,5 +29,6 @@ def test_lists_and_single_values_become_tuples() -> None:
     params = SamplingParams(stop=["a", "b"], stop_token_ids=[5])
     assert params.stop == ("a", "b") and params.stop_token_ids == (5,)
     assert SamplingParams(stop="end", stop_token_ids=7) == SamplingParams(stop=("end",), stop_token_ids=(7,))
-    assert SamplingParams().greedy and not SamplingParams(temperature=1).greedy
+    assert SamplingParams().greedy and SamplingParams(temperature=1e-300).greedy
+    assert not SamplingParams(temperature=0.01).greedy
     assert hash(params) == hash(SamplingParams(stop=("a", "b"), stop_token_ids=(5,)))
