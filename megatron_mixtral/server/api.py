@@ -134,7 +134,6 @@ class _Writing:
         except TimeoutError as error:
             raise Refused(504, f"the answer took longer than {limit:g} s (--request-timeout)") from error
         finally:
-            self.ticket.close()
             metrics.observe("request_seconds", time.monotonic() - self._since)
 
 

@@ -20,12 +20,11 @@ class Typist:
     """Types into a program, and reads what it shows."""
 
     def __init__(self, argv: list[str]) -> None:
+        kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment = kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
-            os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-            for name in ("RANK", "WORLD_SIZE"):
-                os.environ.pop(name, None)
-            os.execv(sys.executable, [sys.executable, *argv])
+            os.execve(sys.executable, [sys.executable, *argv], environment)
         self.shown = ""
 
     def type(self, text: bytes) -> None:

@@ -160,6 +160,7 @@ def test_a_client_that_goes_frees_its_slots(held, stream):
     ("completions", {"prompt": [1, "x"]}, "expected a text"),
     ("completions", {"prompt": "x", "temperature": -1}, "temperature is -1, expected a number"),
     ("completions", {"prompt": "x", "temperature": "hot"}, "temperature is 'hot'"),
+    ("completions", {"prompt": "x", "temperature": 10**400}, "temperature is 1000"),
     ("completions", {"prompt": "x", "n": 0}, "n is 0, expected an integer of at least 1"),
     ("completions", {"prompt": "x", "max_tokens": 1.5}, "max_tokens is 1.5"),
     ("completions", {"prompt": "x", "logprobs": 99}, "logprobs is 99"),
