@@ -124,8 +124,8 @@ def leading(generator: Generator) -> Iterator[bool]:
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Continue prompts and print a JSON object for each continuation. Returns 0, or 1 on a rank that leaves it to rank
-    0 to say what is wrong.
+    """Continue prompts and print a JSON object for each continuation. Returns 0, or 1 on a rank that leaves it to
+    another one to say what is wrong.
     """
     parser = argparse.ArgumentParser(
         description="Continue prompts with a Mixtral: a JSON object a line for each continuation.", allow_abbrev=False)
@@ -154,8 +154,8 @@ def generate(argv: Sequence[str]) -> int:
                 _write((_answer(prompts[place], one) for place, one in generator.completions(*asked)), args.output)
     except RankLostError:
         raise
-    except MixtralError:
-        if launch.is_first_here():
+    except MixtralError as error:
+        if launch.speaks_here(str(error)):
             raise
         return 1
     return 0

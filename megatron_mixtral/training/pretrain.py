@@ -2,43 +2,50 @@
 
 import logging
 import os
-import signal
+import socket
 import sys
+import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.errors import ConfigError, DivergedError, MixtralError, RankLostError
-from megatron_mixtral.planning import describe
+from megatron_mixtral.config import Coord, engine
+from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
+from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.runtime import launch
-from megatron_mixtral.training import arguments, preflight
+from megatron_mixtral.training import arguments, data_files, engine_flags, preflight
 from megatron_mixtral.training.arguments import Run
+from megatron_mixtral.training.checkpoints import Lease, lease
 from megatron_mixtral.training.flags import add_flags, without
 from megatron_mixtral.training.metrics import evaluation
+from megatron_mixtral.training.signals import end_at_signals
 
 logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> int:
     """Train as the command line says, or start the ranks that do. `MixtralError` before the first step for whatever can
-    be known before it. Returns 0, or 1 on a rank that leaves it to rank 0 to say what is wrong.
+    be known before it. Returns 0, or 1 on a rank that leaves it to another one of its node to say what is wrong.
     """
     try:
         _run(list(argv))
-    except (DivergedError, RankLostError):
-        raise
-    except MixtralError:
-        if launch.is_first(os.environ):
+    except MixtralError as error:
+        if not launch.speaks(os.environ, str(error)):
+            time.sleep(1)  # torchrun ends all when the first has ended: time for the one that speaks
+            return 1
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             raise
-        return 1
+        raise type(error)(f"rank {rank} on {socket.gethostname()}: {error}") from error
     return 0
 
 
 def _run(argv: list[str]) -> None:
+    typed, argv = argv, data_files.expand(argv)
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
     shape = preflight.shape_of(resolved)
     if resolved.flags.dry_run:
@@ -46,16 +53,35 @@ def _run(argv: list[str]) -> None:
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
         return
+    data_files.require(argv)
+    launch.set_variables(resolved.ranks.to_train())
+    rank = None if resolved.ranks.starts else int(os.environ["RANK"])
     preflight.check_data(resolved)
+    preflight.check_places(resolved, rank)
     prompts = evaluation.read(resolved)
     if shape is not None:
         preflight.check_disk(resolved, shape)
+    save = Path(resolved.engine.save) if resolved.engine.save else None
+    if save is not None and rank != 0:
+        lease.refuse_if_held(save, lease.this_process(os.environ))
+    launch.take_part(resolved.ranks, "pretrain", typed)
+    held = lease.acquire(save, lease.this_process(os.environ)) if save is not None and rank == 0 else None
+    try:
+        _train(resolved, argv, shape, held, prompts)
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None,
+           prompts: evaluation.Prompts | None) -> None:
+    """Be a rank. `held` is the lease of --save, on rank 0; `prompts` are to be continued."""
     from megatron_mixtral import runtime
 
-    launch.take_part(resolved.ranks, "pretrain", argv)
     if shape is not None:
         preflight.check_memory(shape, runtime.device_memory())
     backend = runtime.ready(training=True)
+    engine_flags.check_device(resolved.engine.named, backend.device)
     args = _engine_args(resolved, argv, backend)
     if args.rank == 0:
         logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)
@@ -68,12 +94,14 @@ def _run(argv: list[str]) -> None:
     from megatron_mixtral.training.checkpoints import CheckpointManager, directory
     from megatron_mixtral.training.metrics import install
 
-    if args.save and args.rank == 0:
-        directory.write_identity(Path(args.save), resolved.config)
-    manager = CheckpointManager(args)
+    if args.rank == 0:
+        args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
+        if args.save:
+            directory.write_identity(Path(args.save), resolved.config)
+    manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
     writes_text = None if prompts is None else evaluation.Evaluation(prompts, resolved)
-    load = install(resolved, args, backend.device, _end_at_signals(args), writes_text)
+    load = install(resolved, args, backend.device, end_at_signals(args.exit_signal), writes_text)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
     datasets = partial(_datasets, args, writes_text)
     datasets.is_distributed = True  # every rank that needs data reads its own
@@ -90,8 +118,8 @@ def _run(argv: list[str]) -> None:
         raise
     except RuntimeError as error:
         if runtime.lost_a_rank(error):
-            raise RankLostError(f"rank {args.rank} stops, because another rank has ended: torchrun's report names the "
-                                "first one. The same command goes on from the last checkpoint") from error
+            raise RankLostError("stopped, because another rank has ended: look for the first that says why, or that "
+                                "torchrun names. The same command goes on from the last checkpoint") from error
         raise
     manager.close()
 
@@ -101,6 +129,8 @@ def build_index_cache(argv: Sequence[str]) -> int:
 
     WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
     """
+    argv = data_files.expand(argv)
+    data_files.require(argv)
     resolved = arguments.resolve(argv, os.environ)
     preflight.check_data(resolved)
     from megatron_mixtral import runtime
@@ -109,8 +139,8 @@ def build_index_cache(argv: Sequence[str]) -> int:
     args = _engine_args(resolved, argv, runtime.ready(training=True))
     if args.is_instruction_dataset:
         raise ConfigError("--is-instruction-dataset needs no index cache: packed samples are read in their order")
-    if not any((args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)):
-        raise ConfigError("without --data-path (or --train-data-path ...) there is nothing to build a cache for")
+    if args.mock_data:
+        raise ConfigError("--mock-data are made as they are read: there is nothing to build a cache for")
     from megatron.training import get_train_valid_test_num_samples
     from megatron.training.training import update_train_iters
 
@@ -146,29 +176,13 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
         sys.argv = saved
     # --use-checkpoint-args takes it from the checkpoint, as if it were architecture. Our experts read either form.
     args.moe_grouped_gemm = grouped
-    arguments.check_contradictions(args, resolved.config)
+    engine.check_flags(args, resolved.config)
     if backend.device == "cpu":
         # A process forked for each save has the weights as they were at that moment. The persistent one would get them
         # as shared memory, in which training goes on.
         args.use_persistent_ckpt_worker = False
     args.grad_norm_skip_threshold = sys.float_info.max  # no flag of the engine's: skips what is not finite
     return args
-
-
-def _end_at_signals(args: Namespace) -> Callable[[], None]:
-    """Until the function returned is called, SIGTERM and SIGINT end the process at once: there is nothing to save, and
-    a rank that waits for another one inside a library would not hear them. From then on they do what the engine does
-    at `--exit-signal`: save after the step under way, and end.
-    """
-    numbers, save_and_end = (args.exit_signal, signal.SIGTERM, signal.SIGINT), signal.getsignal(args.exit_signal)
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)
-
-    def save_first() -> None:
-        for number in numbers:
-            signal.signal(number, save_and_end)
-
-    return save_first
 
 
 def _datasets(args: Namespace, writes_text: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -183,6 +197,7 @@ def _datasets(args: Namespace, writes_text: Any, *arguments: Any, **keywords: An
 def _model(resolved: Run, args: Namespace, watchers: Any, pre_process: bool = True, post_process: bool = True,
            vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
+    from megatron.core import mpu
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build, fill
@@ -193,8 +208,11 @@ def _model(resolved: Run, args: Namespace, watchers: Any, pre_process: bool = Tr
                   pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
                   pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
     if resolved.load_hf:
-        fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), resolved.layout.coord_of(args.rank),
-             resolved.layout, chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+        # The engine is asked where this rank is: --use-tp-pp-dp-mapping counts the ranks in another order.
+        coord = Coord(mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank(),
+                      mpu.get_expert_model_parallel_rank(), mpu.get_expert_tensor_parallel_rank())
+        fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), coord, resolved.layout,
+             chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
     for watcher in filter(None, watchers):
         watcher.watch(model)
     return model
