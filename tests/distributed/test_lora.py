@@ -12,6 +12,7 @@ import torch
 from helpers import adapters
 from helpers.models import tiny_hf_mixtral
 from helpers.ranks import run_ranks
+from safetensors.torch import load_file
 
 LAYOUTS = {
     "tp1": ({}, 1), "tp2": ({"tp": 2}, 2), "tp2-etp1": ({"tp": 2, "etp": 1}, 2), "pp2": ({"pp": 2}, 2),
@@ -85,7 +86,7 @@ def test_options_change_nothing(name: str, hf: Path, adapter: Path, batches: tor
 def test_packed_samples_equal_rows_of_their_own(layout: str, hf: Path, adapter: Path, batches: torch.Tensor) -> None:
     sizes, world = LAYOUTS[layout]
     found = run_ranks(world, _train, str(hf), str(adapter), sizes, batches[:2], {"packed": True})
-    assert_same(found, adapters.peft_train(hf, adapter, batches[:2], packed=True))
+    assert_same(found, adapters.peft_train(hf, adapter, batches[:2], packed=True), weights=1e-4)
 
 
 TARGETS = {  # name: (layout, targets); attention alone leaves the optimizer of the experts without a parameter
@@ -106,12 +107,19 @@ def test_other_targets_equal_peft(name: str, hf: Path, batches: torch.Tensor, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp1", "tp2-ep2-etp1", "pp2"])
-def test_bf16_is_near_peft_in_fp32(layout: str, hf: Path, adapter: Path, batches: torch.Tensor,
-                                   reference: dict) -> None:
-    """Bars of bf16's 8 bits on losses of 4.6 and a norm of 1: 2e-2, and 2e-2 of the largest gradient, 0.2."""
+def test_bf16_is_near_peft_in_fp32(layout: str, hf: Path, adapter: Path, batches: torch.Tensor) -> None:
+    """Bars of bf16's 8 bits: 2e-2 for a loss of 5, for a norm of 1 and for gradients up to 0.2. Adam's first step is
+    as large for the smallest gradient as for any, so of the adapters it is the way that they went.
+    """
     sizes, world = LAYOUTS[layout]
-    found = run_ranks(world, _train, str(hf), str(adapter), sizes, batches, {"dtype": torch.bfloat16})
-    assert_same(found, reference, gradients=2e-2, weights=4e-2)
+    found = run_ranks(world, _train, str(hf), str(adapter), sizes, batches[:1], {"dtype": torch.bfloat16})
+    reference = adapters.peft_train(hf, adapter, batches[:1])
+    assert_same(found, reference, gradients=2e-2, weights=2.5 * adapters.LR)
+    start = load_file(adapter / "adapter_model.safetensors")
+    ended = adapters.join([one["adapters"] for one in found])
+    ours, theirs = (torch.cat([(one[name] - start[name]).flatten() for name in start])
+                    for one in (ended, reference["adapters"]))
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
 
 
 def _train(rank: int, hf: str, adapter: str, sizes: dict, batches: torch.Tensor, options: dict) -> dict[str, Any]:

@@ -182,10 +182,12 @@ def peft_model(hf: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> A
     model = MixtralForCausalLM.from_pretrained(hf, dtype=dtype, attn_implementation="eager").eval()
     for layer in model.model.layers:
         layer.mlp.experts = _Experts(layer.mlp.experts)
+        layer.mlp.gate = _Router(layer.mlp.gate)
     model.config.model_type = "not_mixtral"  # or PEFT would want the fused experts
     said = json.loads((adapter / "adapter_config.json").read_text())
     inject_adapter_in_model(LoraConfig(r=said["r"], lora_alpha=said["lora_alpha"],
-                                       target_modules=said["target_modules"]), model)
+                                       target_modules=[{"gate": "gate.linear"}.get(name, name)
+                                                       for name in said["target_modules"]]), model)
     parameters = dict(model.named_parameters())
     for name, value in load_file(adapter / "adapter_model.safetensors").items():
         parameters[inside(name)].data = value.to(dtype)
@@ -195,7 +197,23 @@ def peft_model(hf: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> A
 def inside(name: str) -> str:
     """Where a tensor of a PEFT folder is in `peft_model`."""
     name = name.removeprefix("base_model.model.").replace("block_sparse_moe.experts.", "mlp.experts.experts.")
+    name = name.replace("block_sparse_moe.gate.", "mlp.gate.linear.")
     return name.replace(".weight", ".default.weight")
+
+
+class _Router(torch.nn.Module):
+    """The router with a linear inside, which PEFT can adapt."""
+
+    def __init__(self, router: Any) -> None:
+        super().__init__()
+        self.top_k = router.top_k
+        self.linear = torch.nn.Linear(router.weight.shape[1], router.weight.shape[0], bias=False)
+        self.linear.weight.data = router.weight.detach().clone()
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = self.linear(hidden.reshape(-1, hidden.shape[-1]))
+        weights, chosen = torch.topk(logits.float().softmax(-1), self.top_k, dim=-1)
+        return logits, weights / weights.sum(-1, keepdim=True), chosen
 
 
 class _Experts(torch.nn.Module):
