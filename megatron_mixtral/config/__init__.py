@@ -6,7 +6,7 @@ from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
     from megatron_mixtral.config import engine
-    from megatron_mixtral.config.adapter import AdapterConfig, target_names
+    from megatron_mixtral.config.adapter import TARGETS, AdapterConfig
     from megatron_mixtral.config.layout import TARGET_FLAGS, TRAINING_FLAGS, Coord, ParallelLayout
     from megatron_mixtral.config.mixtral import CONFIG_FILE, PRESETS, MixtralConfig, preset, read_json
 

@@ -59,7 +59,8 @@ class AdapterConfig(MixtralConfig):
         if getattr(args, "lora_rank", None) is None:
             return config
         values = {name: getattr(args, saved, getattr(cls, name, None)) for name, saved in _SAVED.items()}
-        return cls.of(config, **values | {"targets": target_names(values["targets"])})
+        targets = tuple(name.strip() for name in values["targets"].split(",") if name.strip())
+        return cls.of(config, **values | {"targets": targets})
 
     def to_args(self) -> dict[str, Any]:
         """The arguments by which `from_args` knows them again."""
@@ -89,7 +90,3 @@ class AdapterConfig(MixtralConfig):
                  **dict.fromkeys(EXPERTS, experts * (h + f)), "gate": h + experts}
         return self.rank * self.num_hidden_layers * sum(sides[name] for name in self.targets)
 
-
-def target_names(text: str) -> tuple[str, ...]:
-    """The names in a value of --lora-target-modules, separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())

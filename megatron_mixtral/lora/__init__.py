@@ -12,4 +12,5 @@ from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
     from megatron_mixtral.lora.apply import AdaptedModel, adapted, adapter_places, base_places
+    from megatron_mixtral.lora.guards import Guard
 __all__, __getattr__, __dir__ = door(__name__, __file__)

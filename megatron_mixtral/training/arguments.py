@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import CONFIG_FILE, TRAINING_FLAGS, MixtralConfig, ParallelLayout, engine, preset
+from megatron_mixtral.config import (
+    CONFIG_FILE,
+    TRAINING_FLAGS,
+    AdapterConfig,
+    MixtralConfig,
+    ParallelLayout,
+    engine,
+    preset,
+)
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training import launch
+from megatron_mixtral.training import adapters, launch
 from megatron_mixtral.training.flags import EngineFlags, Flags, parse
 from megatron_mixtral.weights import directory as checkpoints
 
@@ -29,7 +37,8 @@ class Run:
     layout: ParallelLayout
     ranks: launch.Launch
     start: str  # where the weights come from, as a sentence for the log
-    load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there
+    load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there, or adapters
+    adapter: AdapterConfig | None = None  # what is trained, if not the whole model
 
     def __str__(self) -> str:
         millions = [count / 1e6 for count in (self.config.total_parameters, self.config.active_parameters)]
@@ -55,7 +64,8 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
         raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
     has_checkpoint = given.load is not None and checkpoints.is_checkpoint(Path(given.load))
-    load_hf = flags.hf_checkpoint is not None and not has_checkpoint
+    adapter = adapters.of_flags(flags, config)
+    load_hf = flags.hf_checkpoint is not None and (not has_checkpoint or adapter is not None)
     if load_hf and given.pretrained_checkpoint:
         raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")
     if has_checkpoint:
@@ -66,7 +76,9 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
         start = _start(given.pretrained_checkpoint)
     else:
         start = "random weights"
-    return Run(flags, given, config, layout, ranks, start, load_hf)
+    if adapter is not None:
+        start = f"{adapters.described(adapter)}; {start}"
+    return Run(flags, given, config, layout, ranks, start, load_hf, adapter)
 
 
 def _check_routers(flags: Flags, given: EngineFlags, config: MixtralConfig, layout: ParallelLayout) -> None:
@@ -168,12 +180,13 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         "calculate_per_token_loss": run.flags.is_instruction_dataset,
         "init_method_std": config.initializer_range,
         "make_vocab_size_divisible_by": 1,
-        "moe_aux_loss_coeff": aux_loss_coefficient(config, run.flags.moe_aux_loss_convention),
+        "moe_aux_loss_coeff": 0.0 if run.adapter is not None else aux_loss_coefficient(
+            config, run.flags.moe_aux_loss_convention),
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
-        "transformer_impl": transformer_impl,
+        "transformer_impl": "local" if run.adapter is not None else transformer_impl,
         "distributed_backend": collectives,
         # The engine's MoE layer refuses tensor parallelism without sequence parallelism.
         "sequence_parallel": run.layout.tp > 1,

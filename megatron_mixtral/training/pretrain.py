@@ -1,5 +1,6 @@
 """The training program: checks, arguments, one call of the engine. Two commands."""
 
+import functools
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 from megatron_mixtral.errors import ConfigError, DivergedError, MixtralError, RankLostError
 from megatron_mixtral.planning import describe
-from megatron_mixtral.training import arguments, launch, preflight
+from megatron_mixtral.training import adapters, arguments, launch, preflight
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.flags import add_flags, without
 
@@ -73,7 +74,15 @@ def _run(argv: list[str]) -> None:
         directory.write_identity(Path(args.save), resolved.config)
     manager = CheckpointManager(args)
     runtime.lead_checkpoints_through(manager)
-    load = install(resolved, args, backend.device, after_first_step=_end_at_signals(args))
+    saves_at_signals = functools.cache(_end_at_signals(args))
+    tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
+
+    def after_step(tokens: Any) -> None:
+        saves_at_signals()
+        if tuned is not None:
+            tuned.look(tokens)
+
+    load = install(resolved, args, backend.device, after_step)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
     datasets = partial(micro_batch.datasets, args)
     datasets.is_distributed = True  # every rank that needs data reads its own
@@ -82,7 +91,7 @@ def _run(argv: list[str]) -> None:
         container = pretrain_cfg_container_from_args(args)
     try:
         pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step,
-                 model_provider=partial(_model, resolved, args, load), store=runtime.store_of_this_start())
+                 model_provider=partial(_model, resolved, args, load, tuned), store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
             manager.close()
@@ -170,7 +179,7 @@ def _end_at_signals(args: Namespace) -> Callable[[], None]:
     return save_first
 
 
-def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, post_process: bool = True,
+def _model(resolved: Run, args: Namespace, load: Any, tuned: Any, pre_process: bool = True, post_process: bool = True,
            vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -178,12 +187,17 @@ def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, 
     from megatron_mixtral.model import build, fill
     from megatron_mixtral.weights import HFSource
 
-    model = build(resolved.config, config or core_transformer_config_from_args(args),
-                  max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
-                  pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
-                  pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
+    make = partial(build, resolved.config) if tuned is None else tuned.build
+    model = make(config or core_transformer_config_from_args(args),
+                 max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
+                 pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
+                 pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
+    into = partial(fill, model, coord=resolved.layout.coord_of(args.rank), layout=resolved.layout, chunk=vp_stage or 0,
+                   padded_vocab=args.padded_vocab_size)
     if resolved.load_hf:
-        fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), resolved.layout.coord_of(args.rank),
-             resolved.layout, chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+        base = HFSource(resolved.flags.hf_checkpoint, resolved.config)
+        into(base, places=None if tuned is None else tuned.base_places(model))
+    if tuned is not None:
+        tuned.fill(model, into)
     load.watch(model)
     return model

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_mixtral.config import ParallelLayout
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.adapters import PeftSink, PeftSource
 from megatron_mixtral.weights.formats import (
@@ -19,15 +19,15 @@ from megatron_mixtral.weights.protocols import TensorSink, TensorSource
 FORMATS = ("huggingface", "torch", "torch_dist", "peft")
 
 
-def open_source(path: str | Path, *, compare_copies: bool = True) -> TensorSource:
-    """The source for any directory this library reads, by what is in it.
+def open_source(path: str | Path, *, compare_copies: bool = True, base: MixtralConfig | None = None) -> TensorSource:
+    """The source for any directory this library reads, by what is in it: a model, or adapters.
 
-    `compare_copies` compares the copies that several ranks of rank directories hold of the same weights.
+    `base` is the Mixtral that a PEFT folder's adapters are of, where it does not say so itself. `compare_copies` compares the copies that several ranks of rank directories hold of the same weights.
     Raises `CheckpointError` or `ConfigError` for a directory that is none, or cannot be read.
     """
     path = _directory(path)
     if _has_signs(path, PeftSource):
-        return PeftSource(path)
+        return PeftSource(path, base)
     # A config.json without weights is a Hugging Face folder that lacks something: its source says what.
     if _has_signs(path, HFSource) or ((path / "config.json").is_file() and not directory.is_checkpoint(path)):
         return HFSource(path)

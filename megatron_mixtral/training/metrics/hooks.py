@@ -4,7 +4,6 @@ Two seams. The engine hands its scalars to its TensorBoard writer, in whose plac
 last rank; and every rank calls its tracker of MoE metrics once a step, where the ranks' own metrics are put together.
 """
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +23,15 @@ from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWr
 class Tracker(MoEMetricsTracker):
     """The engine's tracker, which also gives the writer the load of the experts and the memory of the fullest rank."""
 
-    def __init__(self, load: ExpertLoad, device: str, after_first_step: Callable[[], None]) -> None:
+    def __init__(self, load: ExpertLoad, device: str, after_step: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
-        self._load, self._device, self._after_first_step = load, device, functools.cache(after_first_step)
+        self._load, self._device, self._after_step = load, device, after_step
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
         """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
-        self._after_first_step()
         text = super().report(*args, writer=writer, **kwargs)
         tokens = self._load.collect()
+        self._after_step(tokens)
         memory = torch.tensor(runtime.memory_used(), dtype=torch.int64, device=self._device)
         torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
         if writer is not None:
@@ -40,12 +39,12 @@ class Tracker(MoEMetricsTracker):
         return text
 
 
-def install(run: Run, args: Namespace, device: str, after_first_step: Callable[[], None]) -> ExpertLoad:
-    """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_first_step` is
-    called once, on every rank.
+def install(run: Run, args: Namespace, device: str, after_step: Callable[[torch.Tensor], None]) -> ExpertLoad:
+    """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_step` is
+    called after each step, on every rank, with the tokens [layers, experts] of all ranks.
     """
     load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
-    set_moe_metrics_tracker(Tracker(load, device, after_first_step))
+    set_moe_metrics_tracker(Tracker(load, device, after_step))
     metrics = _metrics_file(run, args)
     if args.rank == args.world_size - 1:
         clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)
