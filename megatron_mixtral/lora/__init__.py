@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
+    from megatron_mixtral.lora import cli
     from megatron_mixtral.lora.apply import AdaptedModel, adapted, adapter_places, base_places
     from megatron_mixtral.lora.guards import Guard
+    from megatron_mixtral.lora.pretrained import from_pretrained
+
 __all__, __getattr__, __dir__ = door(__name__, __file__)
