@@ -1,4 +1,4 @@
-"""`AdapterConfig`: the low-rank adapters (LoRA) of a Mixtral. It is the base's configuration and says what is beside it.
+"""`AdapterConfig`: the low-rank adapters (LoRA) of a Mixtral: the base's configuration, and what stands beside it.
 
 A linear y = W x with adapters computes y = W x + alpha / rank * B A x, W frozen, A [rank, in] and B [out, rank] trained
 ("LoRA", arXiv:2106.09685). Targets have the names of Hugging Face's linears, as in PEFT's `target_modules`.
@@ -13,8 +13,9 @@ from megatron_mixtral.errors import ConfigError
 
 ATTENTION, EXPERTS, ROUTER = ("q_proj", "k_proj", "v_proj", "o_proj"), ("w1", "w2", "w3"), ("gate",)
 TARGETS = (*ATTENTION, *EXPERTS)  # unless others are asked for
+# Field -> the argument of a run, which its checkpoints carry.
 _SAVED = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_target_modules",
-          "quantized": "qlora", "base": "lora_base", "base_name": "hf_checkpoint"}  # -> the arguments of a run that checkpoints carry
+          "quantized": "qlora", "base": "lora_base", "base_name": "hf_checkpoint"}
 
 
 @dataclass(frozen=True, kw_only=True)

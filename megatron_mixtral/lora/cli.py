@@ -11,7 +11,6 @@ from megatron_mixtral.weights import convert, open_sink, open_source
 from megatron_mixtral.weights.edits import MergedSource
 
 
-
 def merge_lora(argv: Sequence[str]) -> int:
     """`tools/checkpoint/merge_lora.py`."""
     parser = argparse.ArgumentParser(description="Merge adapters into the model that they were trained on.")
@@ -31,15 +30,15 @@ def merge_lora(argv: Sequence[str]) -> int:
     parser.add_argument("--verify", action="store_true", help="read the result back and compare checksums")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--compare-logits", type=int, metavar="TOKENS", default=0,
-                        help="load the result and the base with adapters beside it, as they were trained, and print how "
-                             "far their logits are apart on so many random tokens (takes the memory of a model)")
+                        help="load the result, and the base with the adapters beside it, and print how far their "
+                             "logits are apart on so many random tokens (takes the memory of a model)")
     args = parser.parse_args(argv)
     base = open_source(args.load_dir)
     adapter = open_source(args.adapter, base=base.config)
     sizes = {axis: value for axis in TARGET_FLAGS if (value := getattr(args, axis, None)) is not None}
     if sizes and args.save_model_type == "huggingface":
-        raise ConfigError(f"{', '.join(TARGET_FLAGS[axis] for axis in sizes)} name a layout, which Hugging Face folders "
-                          "have not: give --save-model-type torch or torch_dist")
+        raise ConfigError(f"{', '.join(TARGET_FLAGS[axis] for axis in sizes)} name a layout, which a Hugging Face "
+                          "folder has not: give --save-model-type torch or torch_dist")
     source = MergedSource(base, adapter, rounded=args.into == "rounded")
     template = args.load_dir if (args.load_dir / "config.json").is_file() else None
     sink = open_sink(args.save_dir, args.save_model_type, ParallelLayout(**sizes), replace=args.overwrite,
@@ -70,6 +69,6 @@ def logits_gap(base: Path, adapter: Path, merged: Path, tokens: int) -> str:
         found.append(logits[..., :size].float().cpu())
     trained, now = found
     gap = now - trained
-    return (f"logits of {tokens} random tokens: the merged model's differ from those of base and adapters, as trained, by "
-            f"{float(gap.abs().max()):.2e} at most and {float(gap.square().mean().sqrt()):.2e} in the mean (root of "
+    return (f"logits of {tokens} random tokens: the merged model's differ from those of base and adapters, as trained, "
+            f"by {float(gap.abs().max()):.2e} at most and {float(gap.square().mean().sqrt()):.2e} in the mean (root of "
             f"squares); they are {float(trained.square().mean().sqrt()):.2e} themselves")

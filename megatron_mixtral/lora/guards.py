@@ -33,8 +33,9 @@ class Guard:
         planned = ShardPlan(self._adapter, layout, coord, chunk).tensors()
         found, expected = sum(one.numel() for one in trained.values()), sum(tensor.elements for tensor in planned)
         if found != expected or trained.keys() != {tensor.name for tensor in planned}:
-            raise ConfigError(f"{len(trained)} tensors with {found:,} parameters would be trained on this rank, expected "
-                              f"{len(planned)} with {expected:,} ({self._adapter.trained_parameters:,} on all): {_CURE}")
+            raise ConfigError(f"{len(trained)} tensors with {found:,} parameters would be trained on this rank, "
+                              f"expected {len(planned)} with {expected:,} ({self._adapter.trained_parameters:,} on all "
+                              f"ranks): {_CURE}")
         self._watched += [(tensor, trained[tensor.name]) for tensor in planned if tensor.rule.name.endswith("_B")]
 
     def look(self, tokens: torch.Tensor) -> None:

@@ -108,8 +108,9 @@ class AdaptedQKV(ColumnParallelLinear):
         rows = self.lora_B.unflatten(0, (self.local_groups, -1)).split(widths, dim=1)
         found = {name: linear(low, own.flatten(0, 1)).unflatten(-1, (self.local_groups, -1))
                  for name, low, own in zip(self.pieces, low_sbr.split(self.adapter.rank, -1), rows, strict=True)}
-        parts = [found[name] if name in found else
-                 low_sbr.new_zeros(*low_sbr.shape[:-1], self.local_groups, width) for name, width in self.widths.items()]
+        shape = (*low_sbr.shape[:-1], self.local_groups)
+        parts = [found[name] if name in found else low_sbr.new_zeros(*shape, width)
+                 for name, width in self.widths.items()]
         return torch.cat(parts, dim=-1).flatten(-2)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (),
@@ -177,7 +178,7 @@ class AdaptedRouter(router.MixtralRouter):
 
 def shards_of(module: torch.nn.Module, prefix: str, cut: dict[str, int], offsets: tuple,
               metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """A module's own adapters as shards of a distributed checkpoint; `cut` has the dims that tensor parallelism cuts."""
+    """A module's own adapters as shards of a distributed checkpoint; `cut` has the dims that TP cuts."""
     own = {name: one for name, one in module.named_parameters(recurse=False) if name.startswith("lora_")}
     return make_sharded_tensors_for_checkpoint(own, prefix, cut, offsets, tp_group=getattr(module, "tp_group", None),
                                                dp_cp_group=(metadata or {})["dp_cp_group"])

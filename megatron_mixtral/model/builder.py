@@ -127,7 +127,8 @@ def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_leng
     """One pipeline stage (model chunk with `vp_stage`) of a Mixtral on this rank; the engine is initialised before.
 
     `padded_vocab_size` is a multiple of the tensor-parallel size. `pool_aux_loss` makes the balancing loss Hugging
-    Face's. `parts` and `kind` are those of a network with adapters (`lora.adapted`). Raises `ConfigError` where `engine` contradicts `config`, or cannot pool, or where nothing is initialised.
+    Face's. `parts` and `kind` are those of a network with adapters (`lora.adapted`).
+    Raises `ConfigError` where `engine` contradicts `config`, or cannot pool, or where nothing is initialised.
     """
     if pg_collection is None and not parallel_state.model_parallel_is_initialized():
         raise ConfigError("the engine has no process groups yet: call megatron_mixtral.model.initialize(layout) before "

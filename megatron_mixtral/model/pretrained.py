@@ -92,7 +92,8 @@ def fill(model: "MixtralModel", source: Any, coord: Coord, layout: ParallelLayou
     """Fill one pipeline stage (model chunk) from a `TensorSource`, in place, in the model's dtype.
 
     `places` are those that the source is to fill, by name (None: all parameters): parameters, or what else has their
-    `shape`, `dtype` and `copy_`. Reads only this rank's slices. `CheckpointError` where the source is not exactly this model's weights.
+    `shape`, `dtype` and `copy_`. Reads only this rank's slices. `CheckpointError` where the source is not exactly this
+    model's weights.
     """
     import torch
 

@@ -52,17 +52,17 @@ def check_saved(saved: Any, args: Namespace, directory: Path) -> None:
     if was is None and now is None:
         return
     if was is None:
-        raise CheckpointError(f"{directory} holds a whole model, and this run trains adapters (--lora-rank {now}): give "
-                              "another --load; to adapt that model, convert it to Hugging Face's form and give it as "
-                              "--hf-checkpoint")
+        raise CheckpointError(f"{directory} holds a whole model, and this run trains adapters (--lora-rank "
+                              f"{now}): give another --load; to adapt that model, convert it to Hugging Face's form "
+                              "and give it as --hf-checkpoint")
     if now is None:
         raise CheckpointError(f"{directory} holds adapters of rank {was}, and this run trains the whole model: give "
                               f"--lora-rank {was} and the other flags of the run that saved it, or merge them first")
     ours, theirs = (AdapterConfig.from_args(MixtralConfig(), one) for one in (args, saved))
     for name, flag in _FLAGS.items():
         if getattr(ours, name) != getattr(theirs, name):
-            raise CheckpointError(f"{directory} holds adapters with {flag} {_word(getattr(theirs, name))}, this run has "
-                                  f"{_word(getattr(ours, name))}: give the same, or begin anew in another --save")
+            raise CheckpointError(f"{directory} holds adapters with {flag} {_word(getattr(theirs, name))}, this run "
+                                  f"has {_word(getattr(ours, name))}: give the same, or begin anew in another --save")
     check_base(theirs, ours, directory)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_mixtral.config import TARGETS
+from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.errors import ConfigError
 
 ENGINE_FLAGS = Path(__file__).with_name("engine_flags.json")
@@ -66,7 +66,7 @@ class Flags:
                 "(docs/finetuning.md); checkpoints hold the adapters alone"})
     lora_alpha: float = field(default=16.0, metadata={"help": "adapters count alpha / rank times"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapters' inputs, in training"})
-    lora_target_modules: str = field(default=",".join(TARGETS), metadata={
+    lora_target_modules: str = field(default=",".join(AdapterConfig.targets), metadata={
         "help": "the linears with adapters, by Hugging Face's names with commas; gate is the router"})
     qlora: bool = field(default=False, metadata={
         "help": "hold the frozen linears, experts included, in 4 bits (NF4); packed while they are read"})

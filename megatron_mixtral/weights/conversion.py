@@ -148,8 +148,8 @@ def _plan(source: TensorSource, sink: TensorSink, dtype: str | None) -> Output:
     kind = "adapters" if isinstance(source.config, AdapterConfig) else "model"
     if kind not in getattr(sink, "contents", TensorSink.contents):
         raise ConfigError(f"{source.where} holds {'adapters' if kind == 'adapters' else 'a whole model'}, which cannot "
-                          f"be written in the form asked for: adapters go to --save-model-type peft, or into their base "
-                          "with merge-lora; a model goes to the others")
+                          f"be written in the form asked for: adapters go to --save-model-type peft, or into their "
+                          "base with merge-lora; a model goes to the others")
     return sink.plan(source, {key: dtype or source.dtype(tensor) for key, tensor in hf_tensors(source.config).items()})
 
 

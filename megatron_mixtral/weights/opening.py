@@ -22,7 +22,8 @@ FORMATS = ("huggingface", "torch", "torch_dist", "peft")
 def open_source(path: str | Path, *, compare_copies: bool = True, base: MixtralConfig | None = None) -> TensorSource:
     """The source for any directory this library reads, by what is in it: a model, or adapters.
 
-    `base` is the Mixtral that a PEFT folder's adapters are of, where it does not say so itself. `compare_copies` compares the copies that several ranks of rank directories hold of the same weights.
+    `base` is the Mixtral that a PEFT folder's adapters are of, where it does not say so itself. `compare_copies`
+    compares the copies that several ranks of rank directories hold of the same weights.
     Raises `CheckpointError` or `ConfigError` for a directory that is none, or cannot be read.
     """
     path = _directory(path)

@@ -58,7 +58,8 @@ class Exporter:
             return
         target = self._save / EXPORTS / checkpoint.name
         process = multiprocessing.get_context("spawn").Process(
-            target=write, args=(checkpoint, target, self._template, self._adapter_format), name=f"export of {checkpoint.name}")
+            target=write, args=(checkpoint, target, self._template, self._adapter_format),
+            name=f"export of {checkpoint.name}")
         process.start()
         self._running[iteration] = process
 

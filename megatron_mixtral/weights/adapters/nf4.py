@@ -17,7 +17,10 @@ TINY = numpy.float32(1e-38)  # divides a block of zeros
 
 
 def rounded(numbers: numpy.ndarray) -> numpy.ndarray:
-    """float32 [..., i], i a multiple of 64 -> what is left of them after packing and unpacking, in float32."""
+    """float32 [..., i], i a multiple of 64 -> what is left of them after packing and unpacking, in float32.
+
+    For merging into the base as a run computed with it.
+    """
     blocks = numbers.reshape(-1, BLOCK)
     largest = numpy.abs(blocks).max(axis=1, keepdims=True)
     codes = numpy.searchsorted(BOUNDS, blocks / numpy.maximum(largest, TINY))

@@ -78,13 +78,14 @@ class PeftSource(TensorSource):
         for name, kind, plain in (("rank_pattern", "r", rank), ("alpha_pattern", "lora_alpha", alpha)):
             for pattern, value in (said.get(name) or {}).items():
                 if value != plain and not (pattern.endswith("gate_up_proj") and value == 2 * plain):
-                    raise ConfigError(f"{path}: {name} gives {pattern} {value}, the others have {kind} {plain}: adapters "
-                                      "of one rank and alpha are read here")
+                    raise ConfigError(f"{path}: {name} gives {pattern} {value}, the others have {kind} {plain}: "
+                                      "adapters of one rank and alpha are read here")
         named = said.get("base_model_name_or_path")
         identity = read_json(self.where / IDENTITY_FILE) if (self.where / IDENTITY_FILE).is_file() else {}
         return AdapterConfig.of(
-            base or self._base(named), rank=rank, alpha=float(alpha), targets=self._targets(said.get("target_parameters") or ()), base_name=named,
-            base=identity.get("base"), quantized=bool(identity.get("quantized")))
+            base or self._base(named), rank=rank, alpha=float(alpha), base_name=named,
+            targets=self._targets(said.get("target_parameters") or ()), base=identity.get("base"),
+            quantized=bool(identity.get("quantized")))
 
     def _base(self, named: Any) -> MixtralConfig:
         if (self.where / CONFIG_FILE).is_file():
@@ -108,8 +109,8 @@ class PeftSource(TensorSource):
             self._located(tensor)
         extra = sorted(set(self._tensors) - self._used)
         if extra:
-            raise CheckpointError(f"{self.file}: {len(extra)} tensors that adapters of {', '.join(self.config.targets)} "
-                                  f"do not have, first {extra[0]}")
+            raise CheckpointError(f"{self.file}: {len(extra)} tensors that adapters of "
+                                  f"{', '.join(self.config.targets)} do not have, first {extra[0]}")
 
     # -- Reading -----------------------------------------------------------------------------------------
 
@@ -147,10 +148,10 @@ class PeftSource(TensorSource):
         stored = self._stored(place, (parts * rows, rank * experts))
         own = stored.data.reshape(parts, rows, rank, experts)[tensor.piece, :, :, tensor.expert]
         beside = numpy.delete(own, numpy.r_[low], axis=1)
-        if (beside.astype("<u8") << (65 - 8 * own.itemsize) if own.itemsize == 8 else beside << 1).any():
+        if (beside << 1).any():  # the sign of a zero does not matter
             raise CheckpointError(
-                f"{self.file}: {place} mixes w1 and w3 of expert {tensor.expert} in one adapter of rank {rank}, as PEFT "
-                "trains them on transformers 5; only adapters of w1 and w3 each for itself can be told apart")
+                f"{self.file}: {place} mixes w1 and w3 of expert {tensor.expert} in one adapter of rank {rank}, as "
+                "PEFT trains them on transformers 5; only adapters of w1 and w3 each for itself can be told apart")
         return place, stored.dtype, own[:, low]
 
     def dtype(self, tensor: HFTensor) -> str:

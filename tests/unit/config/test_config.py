@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_mixtral.config import CONFIG_FILE, PRESETS, MixtralConfig, preset
+from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, preset
+from megatron_mixtral.config.mixtral import PRESETS
 from megatron_mixtral.errors import ConfigError
 
 V4_8X7B = {  # as the published Mixtral-8x7B-v0.1 has it

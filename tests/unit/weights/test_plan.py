@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from helpers.models import TINY
 
-from megatron_mixtral.config import PRESETS, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout, preset
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.plan import ShardPlan, all_plans, check_complete, describe, padded_vocabulary
 
@@ -62,7 +62,7 @@ def test_tied_output_layer_is_a_copy_on_a_last_stage_of_its_own_only():
 
 
 def test_description_of_8x7b_weighs_what_it_should():
-    config = PRESETS["mixtral-8x7b"]
+    config = preset("mixtral-8x7b")
     text = describe(all_plans(config, ParallelLayout(tp=1, pp=8, ep=2)))
     assert len(text.splitlines()) == 17
     assert "layers 28-31, experts 4-7 + output_layer" in text
