@@ -25,8 +25,9 @@ SIZES = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-
          "ep": "--expert-model-parallel-size", "etp": "--expert-tensor-parallel-size",
          "vpp": "--num-virtual-stages-per-pipeline-rank"}
 LAYOUTS = {  # name: (sizes, ranks)
-    "one": ({}, 1), "tp2": ({"tp": 2}, 2), "pp2": ({"pp": 2}, 2), "vpp2": ({"pp": 2, "vpp": 2}, 2), "ep2": ({"ep": 2}, 2),
-    "dp2": ({}, 2), "tp2-ep2": ({"tp": 2, "ep": 2, "etp": 1}, 2), "etp2": ({"tp": 2, "ep": 2, "etp": 2}, 4),
+    "one": ({}, 1), "tp2": ({"tp": 2}, 2), "pp2": ({"pp": 2}, 2), "vpp2": ({"pp": 2, "vpp": 2}, 2),
+    "ep2": ({"ep": 2}, 2), "dp2": ({}, 2),
+    "tp2-ep2": ({"tp": 2, "ep": 2, "etp": 1}, 2), "etp2": ({"tp": 2, "ep": 2, "etp": 2}, 4),
     "three": ({"tp": 2, "pp": 2, "ep": 2, "etp": 1}, 4),
 }
 PAIRS = [("one", "tp2-ep2"), ("one", "pp2"), ("tp2-ep2", "one"), ("ep2", "tp2"), ("vpp2", "dp2"), ("dp2", "three"),
@@ -123,7 +124,7 @@ def test_what_does_not_belong_together_is_refused(flags: list[str], words: str, 
 
 
 @pytest.mark.slow
-def test_a_whole_model_and_adapters_are_not_mixed_up(whole: Callable, start: list[str], hf: Path, tmp_path: Path) -> None:
+def test_a_whole_model_and_adapters_are_not_mixed_up(whole: Callable, start: list[str], tmp_path: Path) -> None:
     _, save = whole("one")
     at = start.index("--lora-rank")
     full = [*start[:at], *start[at + 4:]]
@@ -201,8 +202,10 @@ RECOMPUTED = ["--recompute-granularity", "full", "--recompute-method", "uniform"
 
 
 @pytest.mark.parametrize(("fault", "layout", "flags", "words"), [
-    (_without_the_hook, "one", RECOMPUTED, "adapters have no gradient after the first step, first base_model.model.model.layers.0.self_attn.q_proj"),
-    pytest.param(_without_the_hook, "pp2", RECOMPUTED, "adapters have no gradient after the first step", marks=pytest.mark.slow),
+    (_without_the_hook, "one", RECOMPUTED, "adapters have no gradient after the first step, first "
+     "base_model.model.model.layers.0.self_attn.q_proj"),
+    pytest.param(_without_the_hook, "pp2", RECOMPUTED, "adapters have no gradient after the first step",
+                 marks=pytest.mark.slow),
     pytest.param(_one_expert_skipped, "one", [], "adapters have no gradient after the first step, first "
                  "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1.lora_B", marks=pytest.mark.slow),
     pytest.param(_nothing_is_stepped, "one", [], "adapters have not changed", marks=pytest.mark.slow),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.models import TINY, random_hf_directory, tensors_of, tiny_hf_mixtral
 
-from megatron_mixtral.config import PRESETS, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout, preset
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.plan import ShardPlan
 from megatron_mixtral.weights.rules import RULES, hf_tensors
@@ -26,9 +26,9 @@ def test_names_and_shapes_are_those_that_transformers_saves(tmp_path, overrides)
     assert {name: tuple(t.shape) for name, t in saved.items()} == {name: t.shape for name, t in ours.items()}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["tiny", "mixtral-4x7b", "mixtral-8x7b", "mixtral-8x22b"])
 def test_every_parameter_of_the_presets_is_in_the_table(name):
-    config = PRESETS[name]
+    config = preset(name)
     elements = sum(torch.Size(tensor.shape).numel() for tensor in hf_tensors(config).values())
     assert elements == config.total_parameters
 
