@@ -64,7 +64,7 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
         raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
     has_checkpoint = given.load is not None and checkpoints.is_checkpoint(Path(given.load))
-    adapter = adapters.of_flags(flags, config)
+    adapter = adapters.of_flags(flags, config, layout)
     load_hf = flags.hf_checkpoint is not None and (not has_checkpoint or adapter is not None)
     if load_hf and given.pretrained_checkpoint:
         raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")

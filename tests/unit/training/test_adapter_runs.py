@@ -18,17 +18,30 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_hf_directory(tmp_path_factory.mktemp("hf") / "model", MixtralConfig(**TINY))
 
 
-def test_the_flags_become_adapters(hf: Path) -> None:
-    run = arguments.resolve(["--hf-checkpoint", str(hf), "--lora-rank", "8", "--lora-alpha", "32", "--lora-dropout",
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 128, "intermediate_size": 192}
+    return random_hf_directory(tmp_path_factory.mktemp("wide") / "model", MixtralConfig(**TINY | sizes))
+
+
+def test_the_flags_become_adapters(wide: Path) -> None:
+    run = arguments.resolve(["--hf-checkpoint", str(wide), "--lora-rank", "8", "--lora-alpha", "32", "--lora-dropout",
                              "0.1", "--lora-target-modules", "v_proj, q_proj,gate", "--qlora"], {})
     found = run.adapter
     assert (found.rank, found.alpha, found.dropout, found.quantized) == (8, 32.0, 0.1, True)
-    assert found.targets == ("q_proj", "v_proj", "gate") and found.base_name == str(hf) and found.scale == 4.0
+    assert found.targets == ("q_proj", "v_proj", "gate") and found.base_name == str(wide) and found.scale == 4.0
     assert run.load_hf and "adapters of rank 8, alpha 32, on q_proj, v_proj, gate" in str(run)
     assert "the base in 4 bits" in str(run)
     defaults = arguments.engine_defaults(run, "transformer_engine", "nccl")
     assert defaults["moe_aux_loss_coeff"] == 0.0 and defaults["transformer_impl"] == "local"
-    assert arguments.resolve(["--hf-checkpoint", str(hf)], {}).adapter is None
+    assert arguments.resolve(["--hf-checkpoint", str(wide)], {}).adapter is None
+
+
+def test_shares_of_rows_that_are_no_whole_blocks_are_refused(wide: Path) -> None:
+    flags = ["--hf-checkpoint", str(wide), "--lora-rank", "8", "--qlora", "--tensor-model-parallel-size", "2"]
+    with pytest.raises(ConfigError, match=r"intermediate_size 192 / 2 = 96 is no multiple of 64"):
+        arguments.resolve(flags, {})
+    assert arguments.resolve([*flags, "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"], {})
 
 
 def test_the_base_is_read_at_every_start(hf: Path, tmp_path: Path) -> None:
