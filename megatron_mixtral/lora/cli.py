@@ -39,7 +39,7 @@ def merge_lora(argv: Sequence[str]) -> int:
     if sizes and args.save_model_type == "huggingface":
         raise ConfigError(f"{', '.join(TARGET_FLAGS[axis] for axis in sizes)} name a layout, which a Hugging Face "
                           "folder has not: give --save-model-type torch or torch_dist")
-    source = MergedSource(base, adapter, rounded=args.into == "rounded")
+    source = MergedSource(base, adapter, rounded=args.into == "rounded", dtype=args.params_dtype)
     template = args.load_dir if (args.load_dir / "config.json").is_file() else None
     sink = open_sink(args.save_dir, args.save_model_type, ParallelLayout(**sizes), replace=args.overwrite,
                      template=template, max_shard_size=args.max_shard_size)

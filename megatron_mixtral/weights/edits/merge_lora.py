@@ -4,13 +4,14 @@ Merged by rows, a block at a time, in float32, and rounded once to the base's ty
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy
 
 from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.adapters import fingerprint, nf4
-from megatron_mixtral.weights.dtypes import FLOATS, cast
+from megatron_mixtral.weights.dtypes import FLOATS, cast, type_name
 from megatron_mixtral.weights.files import MappedFiles
 from megatron_mixtral.weights.plan import whole
 from megatron_mixtral.weights.protocols import Fragment, TensorSource
@@ -25,12 +26,14 @@ class MergedSource(TensorSource):
     """The model `base` with the adapters of `adapter` merged into it.
 
     `rounded` merges into the base as it was in a run with 4 bits: every linear that was packed then is rounded to NF4.
+    What is merged has the type `dtype` (None: the base's), to which it is rounded once.
     Raises `ConfigError` for adapters of another architecture, `CheckpointError` for those of another base.
     """
 
     signs = ()
 
-    def __init__(self, base: TensorSource, adapter: TensorSource, *, rounded: bool = False) -> None:
+    def __init__(self, base: TensorSource, adapter: TensorSource, *, rounded: bool = False,
+                 dtype: Any = None) -> None:
         config = adapter.config
         if not isinstance(config, AdapterConfig) or isinstance(base.config, AdapterConfig):
             raise ConfigError(f"{adapter.where} must hold adapters and {base.where} a whole model, to be merged")
@@ -41,7 +44,7 @@ class MergedSource(TensorSource):
             if ours != theirs:
                 raise ConfigError(f"{adapter.where} is of a model with {name} {theirs}, {base.where} has {ours}")
         self.config, self.where, self.companions = base.config, base.where, base.companions
-        self._base, self._adapter, self._rounded = base, adapter, rounded
+        self._base, self._adapter, self._rounded, self._kind = base, adapter, rounded, type_name(dtype)
         self.left_behind, self.mapped = base.left_behind, _Both(base.mapped, adapter.mapped)
         self._matrices = hf_tensors(config)
         self._merge = lru_cache(maxsize=KEPT)(self._merged)
@@ -57,45 +60,42 @@ class MergedSource(TensorSource):
                                   "base they mean nothing; give the base that they were trained on")
 
     def dtype(self, tensor: HFTensor) -> str:
-        return self._base.dtype(tensor)
+        stored = self._base.dtype(tensor)
+        return self._kind or stored if self._changes(tensor) else stored
 
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """The base's, or the whole tensor merged where there is something to merge."""
-        adapted = self._name(tensor, "A") in self._matrices
-        packed = self._rounded and tensor.name.split(".")[-2] in _PACKED
-        if not adapted and not packed:
+        if not self._changes(tensor):
             return self._base.fragments(tensor)
         return [Fragment(0, tensor.view[tensor.rule.shard_dim], self._merge(tensor), self.dtype(tensor),
                          f"{self._base.where} ({tensor.name}, merged)")]
+
+    def _changes(self, tensor: HFTensor) -> bool:
+        return self._name(tensor, "A") in self._matrices or self._packs(tensor)
+
+    def _packs(self, tensor: HFTensor) -> bool:
+        return self._rounded and tensor.name.split(".")[-2] in _PACKED
 
     def _name(self, tensor: HFTensor, letter: str) -> str:
         return PEFT_PREFIX + tensor.name.replace(".weight", f".lora_{letter}.weight")
 
     def _merged(self, tensor: HFTensor) -> numpy.ndarray:
         """The bit patterns of a merged tensor, in its view."""
-        kind, (rows, columns) = self.dtype(tensor), tensor.shape
-        wide = FLOATS["float64" if kind == "float64" else "float32"]
+        stored, kind, (rows, columns) = self._base.dtype(tensor), self.dtype(tensor), tensor.shape
+        wide = FLOATS["float64" if "float64" in (stored, kind) else "float32"]
+        numbers = numpy.dtype(f"<f{wide.itemsize}")
         a, b = (self._matrix(self._name(tensor, letter), wide.name) for letter in "AB")
         old = numpy.concatenate(list(blocks(whole(tensor), self._base))).reshape(rows, columns)
+        new = old if stored == kind else numpy.empty((rows, columns), FLOATS[kind].carrier)
         step = max(1, BLOCK // columns)
-        packed = self._rounded and tensor.name.split(".")[-2] in _PACKED
         for at in range(0, rows, step):
-            values = cast(old[at:at + step].reshape(-1), kind, wide.name).view(f"<f{wide.itemsize}")
-            values = values.reshape(-1, columns)
-            if packed:
-                values = self._as_packed(values, kind)
+            part = cast(old[at:at + step].reshape(-1), stored, wide.name).view(numbers).reshape(-1, columns)
+            if self._packs(tensor):
+                part = nf4.rounded(part.astype(numpy.float32)).astype(numbers)
             if a is not None:
-                values = values + numpy.float32(self._adapter.config.scale) * (b[at:at + step] @ a)
-            old[at:at + step] = cast(numpy.ascontiguousarray(values, f"<f{wide.itemsize}").reshape(-1).view(
-                wide.carrier), wide.name, kind).reshape(-1, columns)
-        return old.reshape(tensor.view)
-
-    def _as_packed(self, values: numpy.ndarray, kind: str) -> numpy.ndarray:
-        """What a run with 4 bits computes with: rounded to NF4, and then to the weights' own type."""
-        wide = values.dtype.itemsize
-        numbers = nf4.rounded(values.astype(numpy.float32))
-        own = cast(numbers.reshape(-1).view("<u4"), "float32", kind)
-        return cast(own, kind, f"float{8 * wide}").view(values.dtype).reshape(values.shape)
+                part = part + numbers.type(self._adapter.config.scale) * (b[at:at + step] @ a)
+            new[at:at + step] = cast(part.reshape(-1).view(wide.carrier), wide.name, kind).reshape(-1, columns)
+        return new.reshape(tensor.view)
 
     def _matrix(self, name: str, kind: str) -> numpy.ndarray | None:
         """A or B as numbers; None where this linear has none."""

@@ -212,6 +212,29 @@ def test_every_form_and_layout_of_base_and_result(hf: Path, adapter: Path, tmp_p
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_base_of_4_bits_can_be_merged_into(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Into what the run computed with, which is bitsandbytes' rounding, and how far that is from the base as stored."""
+    from bitsandbytes import functional
+
+    hf = tiny_hf_mixtral(tmp_path / "hf", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    adapter = write_adapter(tmp_path / "adapter", hf)
+    (adapter / "mixtral_adapter.json").write_text('{"base": null, "quantized": true}')
+    common = ["--load-dir", str(hf), "--adapter", str(adapter), "--compare-logits", "16"]
+    gaps = []
+    for into in ("rounded", "original"):
+        assert commands.run("merge-lora", [*common, "--save-dir", str(tmp_path / into), "--into", into]) == 0
+        gaps.append(float(capsys.readouterr().out.split("trained, by ")[1].split()[0]))
+    assert gaps[0] < 1e-5 < 0.01 < gaps[1]
+    found, base = tensors_of(tmp_path / "rounded"), tensors_of(hf)
+    matrices = load_file(adapter / "adapter_model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.2.w2"
+    packed, state = functional.quantize_4bit(base[f"{name}.weight"], blocksize=64, quant_type="nf4")
+    a, b = (matrices[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+    expected = functional.dequantize_4bit(packed, state) + 2.0 * b @ a
+    assert (found[f"{name}.weight"] - expected).abs().max() < 1e-6
+    assert torch.equal(found["lm_head.weight"], base["lm_head.weight"])
+
+
 def test_another_base_is_refused(hf: Path, adapter: Path, tmp_path: Path) -> None:
     source = open_source(adapter)
     object.__setattr__(source.config, "base", fingerprint(open_source(hf)))
