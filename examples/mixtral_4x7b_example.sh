@@ -14,6 +14,8 @@ MODEL="${MODEL:-mixtral-4x7b}"
 # shellcheck source=examples/mixtral/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/mixtral/launch.sh"
 
+also CHECKPOINT_PATH LOAD_DIR
+also BLENDED_DATA DATA_PATH
 #       name                real                            tiny
 setting CHECKPOINT_PATH     ./ckpt/Mixtral-4x7B-tp4-pp2     ''
 setting BLENDED_DATA        ./dataset/common_crawl_text_document

@@ -30,6 +30,7 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "pretrain": ("training", "pretrain_command", "train, with tensor, pipeline, expert and data parallelism"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
     "plot": ("training", "plot_command", "draw loss, throughput and load of the experts of runs"),
+    "watch": ("training", "watch_command", "show runs while they go on, in the terminal or on a page"),
     "calc": ("training", "calc_command", "average the throughput of a run"),
 }  # fmt: skip
 # Set before anything is imported, unless the user has set them. OpenBLAS reads its variable when numpy is imported, and

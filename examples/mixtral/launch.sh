@@ -8,6 +8,7 @@
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE   the cluster; start the same script on every node
 #   MODEL=tiny           14 M parameters on a few devices, or on as many CPU processes where no GPU is visible
 #   PRECISION=bf16|fp32  default: bf16 on GPUs, fp32 on the CPU (bf16 is slow there)
+#   DATA_ARGS            further flags of the program; those after the script's name come behind them
 #   DRY_RUN=1            print the command, ready to paste, and start nothing
 
 launch_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -21,6 +22,14 @@ setting() {
     local value="$2"
     if [[ "$MODEL" == tiny && $# -ge 3 ]]; then value="$3"; fi
     if [[ -z "${!1+set}" ]]; then printf -v "$1" '%s' "$value"; fi
+}
+
+# Two names of one setting, the recipe's own and that of launch.sh. Either may be set, not both to different values.
+also() {
+    if [[ -n "${!2+set}" ]]; then
+        if [[ "${!1-${!2}}" != "${!2}" ]]; then launch_fail "$1=${!1} and $2=${!2} are one setting here: set $1 alone"; fi
+        printf -v "$1" '%s' "${!2}"
+    fi
 }
 
 # What every recipe shares. A recipe's own `setting` of the same name comes first and wins.
@@ -76,6 +85,9 @@ launch_layout() {
 # LOAD_DIR (a converted checkpoint), HF_CHECKPOINT (a Hugging Face folder), or random weights of the preset MODEL.
 launch_start() {
     start=(--load "$SAVE_DIR")
+    if [[ -n "$given_load" && ! -e "$SAVE_DIR/latest_checkpointed_iteration.txt" ]]; then
+        start=(--load "$given_load")
+    fi
     if [[ -n "$LOAD_DIR" ]]; then
         start+=(--pretrained-checkpoint "$LOAD_DIR")
     elif [[ -n "$HF_CHECKPOINT" ]]; then
@@ -94,21 +106,80 @@ launch_cluster() {
         torchrun+=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
             --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-6000}")
     fi
+    # torchrun would take SIGHUP from nohup.
+    if [[ "$(trap -p SIGHUP)" == "trap -- '' "* ]]; then torchrun+=(--signals-to-handle "SIGTERM,SIGINT,SIGQUIT"); fi
     if ((NNODES > 1)) && [[ -z "${MASTER_ADDR:-}" ]]; then
         launch_fail "NNODES=$NNODES needs MASTER_ADDR, the address of the node with NODE_RANK=0"
     fi
 }
 
+# Fills the array `words` with those of $1 (the variable $2), as a shell would read them: quotes hold spaces together.
+launch_words() {
+    words=()
+    if [[ -n "${1//[[:space:]]/}" ]]; then
+        xargs printf '' <<<"$1" 2>/dev/null || launch_fail "$2=$1: a quotation mark is not closed"
+        mapfile -t words < <(xargs printf '%s\n' <<<"$1")
+    fi
+}
+
+# Fills the array `extra` with the flags of DATA_ARGS and those after the script's name ("$@"), without those that say
+# where the run saves and starts: a --load behind `--load SAVE_DIR` would win, and each restart would begin anew.
+launch_extra() {
+    local -a words
+    local flag
+    launch_words "${DATA_ARGS:-}" DATA_ARGS
+    set -- ${words[@]+"${words[@]}"} "$@"
+    extra=() given_load='' data_named=0 ending=''
+    while (($#)); do
+        flag="${1%%=*}"
+        case "$flag" in
+            --save | --load)
+                if [[ "$1" == *=* ]]; then set -- "$flag" "${1#*=}" "${@:2}"; fi
+                if (($# < 2)); then launch_fail "$flag needs a directory"; fi
+                if [[ "$flag" == --save ]]; then SAVE_DIR="${2%/}"; else given_load="$2"; fi
+                shift 2
+                continue
+                ;;
+            --data-path | --train-data-path | --valid-data-path | --test-data-path | --data-args-path | \
+                --per-split-data-args-path | --mock-data) data_named=1 ;;
+            --is-instruction-dataset) ending=_packed_input_ids_document ;;
+        esac
+        extra+=("$1")
+        shift
+    done
+}
+
+# Fills the array `blend` with the words of DATA_PATH. A name with spaces is one word if it is quoted, or exists.
+launch_blend() {
+    local -a words
+    local number='^[0-9.]+([eE][-+]?[0-9]+)?$' name joined next
+    launch_words "$DATA_PATH" DATA_PATH
+    blend=()
+    while ((${#words[@]})); do
+        name="${words[0]}" next=1
+        if [[ ! "$name" =~ $number && ! -f "$name$ending.idx" ]]; then
+            for ((joined = 1; joined < ${#words[@]}; joined++)); do
+                if [[ -f "${words[*]:0:joined+1}$ending.idx" ]]; then
+                    name="${words[*]:0:joined+1}" next=$((joined + 1))
+                fi
+            done
+        fi
+        blend+=("$name")
+        words=("${words[@]:next}")
+    done
+}
+
 # The inputs, before any process starts: a missing file is found here in a second.
 launch_check_inputs() {
     local word
-    for word in "${blend[@]}"; do
-        if [[ ! "$word" =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ && ! -f "$word.idx" ]]; then
-            launch_fail "data set $word: $word.idx does not exist. Give the prefix that tools/preprocess_data.py wrote," \
-                "such as data/github_text_document, or a blend: '0.6 A_text_document 0.4 B_text_document'"
+    for word in ${blend[@]+"${blend[@]}"}; do
+        if [[ ! "$word" =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ && ! -f "$word$ending.idx" ]]; then
+            launch_fail "data set $word: $word$ending.idx does not exist. Give the prefix that" \
+                "tools/preprocess_data.py wrote, such as data/github_text_document (of instruction data, its" \
+                "--output-prefix), or a blend: '0.6 A_text_document 0.4 \"B with spaces_text_document\"'"
         fi
     done
-    for word in "$LOAD_DIR" "$HF_CHECKPOINT"; do
+    for word in "$LOAD_DIR" "$HF_CHECKPOINT" "$given_load"; do
         if [[ -n "$word" && ! -e "$word" ]]; then launch_fail "$word does not exist"; fi
     done
     if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$launch_root/.venv/bin/torchrun" ]]; then
@@ -151,22 +222,37 @@ launch_quote() {
 }
 
 launch() {
+    local -a layout start torchrun blend=() extra flags command
+    local program="$launch_root/tools/pretrain_mixtral.py" given_load data_named ending word
+    for word in DISTRIBUTED_ARGS GPT_ARGS MOE_ARGS OUTPUT_ARGS; do
+        if [[ -n "${!word:-}" ]]; then
+            launch_fail "$word is not read: give flags of the program after the script's name or in DATA_ARGS, and" \
+                "the cluster by NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE"
+        fi
+    done
+    launch_extra "$@"
     launch_defaults
-    local -a layout start torchrun blend flags command
-    local program="$launch_root/tools/pretrain_mixtral.py"
+    if [[ -n "${WORLD_SIZE:-}" && "$WORLD_SIZE" != $((NNODES * GPUS_PER_NODE)) ]]; then
+        printf '%s: WORLD_SIZE=%s is not read; NNODES x GPUS_PER_NODE = %s devices are\n' "${0##*/}" "$WORLD_SIZE" \
+            "$NNODES x $GPUS_PER_NODE" >&2
+    fi
     launch_layout
     launch_start
     launch_cluster
-    read -ra blend <<<"$DATA_PATH"
+    if ((!data_named)); then
+        launch_blend
+        extra=(--data-path "${blend[@]}" ${extra[@]+"${extra[@]}"})
+    fi
     flags=("${start[@]}" "${layout[@]}"
         --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --seq-length "$SEQ_LENGTH"
         --train-iters "$TRAIN_ITERS" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine
         --lr-warmup-iters "$LR_WARMUP_ITERS" --weight-decay "$WEIGHT_DECAY" --adam-beta1 0.9 --adam-beta2 0.95
         --clip-grad "$CLIP_GRAD" --moe-aux-loss-coeff "$AUX_LOSS_COEFF"
-        --data-path "${blend[@]}" --split "$SPLIT" --data-cache-path "$DATA_CACHE_PATH"
+        --split "$SPLIT" --data-cache-path "$DATA_CACHE_PATH"
         --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER_MODEL"
         --save "$SAVE_DIR" --save-interval "$SAVE_INTERVAL" --log-interval "$LOG_INTERVAL"
-        --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --tensorboard-dir "$TENSORBOARD_DIR" "$@")
+        --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --tensorboard-dir "$TENSORBOARD_DIR"
+        ${extra[@]+"${extra[@]}"})
     command=("${torchrun[@]}" "${program#"$PWD"/}" "${flags[@]}")
     # torchrun would set the first itself, with a warning; the second orders communication before computation on GPUs.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

@@ -5,15 +5,19 @@
 #     NODE_RANK=0 MASTER_ADDR=node0 DATA_PATH=./dataset/Mixtral-8x7B/alpaca_text_document \
 #         bash examples/mixtral/pretrain_mixtral_8x7b_ptd.sh
 #
-# DATA_PATH may be a weighted blend ('0.6 A 0.4 B'). CKPT_LOAD_DIR is a converted checkpoint (empty: random weights).
-# The run saves in CKPT_SAVE_DIR and goes on from there when started again. DRY_RUN=1 prints the command; MODEL=tiny
-# tries it on 4 CPU processes; launch.sh lists the other variables. Flags after the script's name go to the training
-# program: --is-instruction-dataset, with DATA_PATH=./dataset/Mixtral-8x7B/alpaca, tunes on instructions.
+# DATA_PATH may be a weighted blend ('0.6 A 0.4 "B with spaces"'). CKPT_LOAD_DIR is a converted checkpoint (empty: random
+# weights). The run saves in CKPT_SAVE_DIR and goes on from there when started again. DRY_RUN=1 prints the command;
+# MODEL=tiny tries it on 4 CPU processes; launch.sh lists the other variables. Flags after the script's name, and those in
+# DATA_ARGS, go to the training program: --is-instruction-dataset tunes on instructions, by default those of
+# DATA_PATH=./dataset/Mixtral-8x7B/alpaca.
 set -euo pipefail
 MODEL="${MODEL:-mixtral-8x7b}"
 # shellcheck source=examples/mixtral/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
+also CKPT_LOAD_DIR LOAD_DIR
+also CKPT_SAVE_DIR SAVE_DIR
+if [[ "$* ${DATA_ARGS:-}" == *--is-instruction-dataset* ]]; then setting DATA_PATH ./dataset/Mixtral-8x7B/alpaca; fi
 #       name                real                                            tiny
 setting DATA_PATH           ./dataset/Mixtral-8x7B/alpaca_text_document
 setting TOKENIZER_MODEL     ./model_from_hf/Mixtral-8x7B/

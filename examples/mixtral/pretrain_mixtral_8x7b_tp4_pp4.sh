@@ -13,6 +13,8 @@ MODEL="${MODEL:-mixtral-8x7b}"
 # shellcheck source=examples/mixtral/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
+also CHECKPOINT_PATH LOAD_DIR
+also BLENDED_DATA DATA_PATH
 #       name                real                            tiny
 setting CHECKPOINT_PATH     ./ckpt/Mixtral-8x7B-tp4-pp4     ''
 setting BLENDED_DATA        ./dataset/common_crawl_text_document

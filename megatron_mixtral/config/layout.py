@@ -84,8 +84,14 @@ class ParallelLayout:
 
     # -- Refusing --------------------------------------------------------------------------------------
 
-    def validate(self, config: MixtralConfig, flags: Mapping[str, str] = TRAINING_FLAGS) -> "ParallelLayout":
-        """Return self if `config` can be laid out so; else raise `ConfigError` with the arithmetic and the flag."""
+    def validate(self, config: MixtralConfig, flags: Mapping[str, str] = TRAINING_FLAGS,
+                 world: str | None = None) -> "ParallelLayout":
+        """Return self if `config` can be laid out so; else raise `ConfigError` with the arithmetic and the flag.
+
+        `world` says what changes the number of ranks, in the place of what `flags` says.
+        """
+        flags = flags if world is None else {**flags, "world": world}
+
         def divides(axis: str, size: int, what: str, count: int) -> None:
             if count % size:
                 fits = [n for n in range(1, count + 1) if count % n == 0 and n <= 4 * size]

@@ -15,7 +15,7 @@ def preprocess(
     inputs: str | Path | Sequence[str | Path], output_prefix: str | Path, *, tokenizer: str | Path,
     handler: str = "none", **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Tokenize files, folders or glob patterns; returns the report, which also lies in `{output_prefix}.report.json`.
+    """Tokenize files, folders or glob patterns; returns the report, which also lies in `reports/` beside the data sets.
 
     `tokenizer` is a directory with `tokenizer.json` or `tokenizer.model`, or such a file. With `handler` "none" the
     inputs are plain text and `{output_prefix}_text_document.bin/.idx` is written; else they are dialogues of that form.

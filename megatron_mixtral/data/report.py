@@ -1,4 +1,8 @@
-"""The report beside a data set: what is in it, and all that is needed to make it again. Written last, as JSON."""
+"""The report on a data set: what is in it, and all that is needed to make it again. Written last, as JSON.
+
+It lies in a folder of its own beside the data set: Megatron-LM's tools/merge_datasets.py takes every file of
+a folder for half of a data set.
+"""
 
 import json
 import platform
@@ -12,15 +16,28 @@ from megatron_mixtral import disk
 from megatron_mixtral.errors import DataError
 from megatron_mixtral.tokenizer import Tokenizer
 
-REPORT_SUFFIX = ".report.json"  # never an input
+REPORT_FOLDER, REPORT_SUFFIX = "reports", ".report.json"  # what ends so is never an input
+
+
+def report_path(prefix: str | Path) -> Path:
+    """Where the report of a run with this `--output-prefix` lies."""
+    prefix = Path(prefix)
+    return prefix.parent / REPORT_FOLDER / (prefix.name + REPORT_SUFFIX)
+
+
+def _paths(prefix: Path) -> list[Path]:
+    """Where a report may lie: now, and beside the data set, where earlier releases wrote it."""
+    return [report_path(prefix), prefix.with_name(prefix.name + REPORT_SUFFIX)]
 
 
 def publish(data_sets: Sequence[Any], prefix: str, report: dict[str, Any]) -> None:
     """Give all data sets of a run (`IndexedWriter`s, finished) their final names; the report, which says that all of
     them are new, comes last.
     """
-    path = Path(prefix + REPORT_SUFFIX)
-    path.unlink(missing_ok=True)
+    path = report_path(prefix)
+    path.parent.mkdir(exist_ok=True)
+    for old in _paths(Path(prefix)):
+        old.unlink(missing_ok=True)
     for one in data_sets:
         one.publish()
     disk.write_whole(path, json.dumps(report, indent=2) + "\n")
@@ -39,13 +56,14 @@ def versions() -> dict[str, str]:
 
 
 def find_report(dataset: str) -> dict[str, Any] | None:
-    """The report of the run that wrote a dataset (a prefix), or None. It lies beside it, one for all keys of a run.
+    """The report of the run that wrote a dataset (a prefix), or None. There is one for all keys of a run.
 
     Raises `DataError` for a report that cannot be read.
     """
     prefix = Path(dataset.removesuffix(".bin").removesuffix(".idx"))
-    candidates = [prefix.with_name(prefix.name + REPORT_SUFFIX), *sorted(prefix.parent.glob("*" + REPORT_SUFFIX))]
-    for path in candidates:
+    own = _paths(prefix)
+    others = (path for place in own for path in sorted(place.parent.glob("*" + REPORT_SUFFIX)))
+    for path in [*own, *others]:
         stem = path.name.removesuffix(REPORT_SUFFIX)
         if not path.is_file() or not (prefix.name == stem or prefix.name.startswith(stem + "_")):
             continue

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 
-from megatron_mixtral.config import MixtralConfig, preset
+from megatron_mixtral.config import MixtralConfig, hardware, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import report, search
 from megatron_mixtral.planning.search import Candidate, Question
@@ -17,10 +17,11 @@ def parser() -> argparse.ArgumentParser:
     model = found.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="preset: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b")
     model.add_argument("--hf-checkpoint", help="Hugging Face Mixtral directory; its config.json is read")
+    found.add_argument("--device", choices=hardware.DEVICES, default="h100-sxm", metavar="NAME",
+                       help=f"whose data sheet's figures are taken where none are given: {', '.join(hardware.DEVICES)}")
     for item in fields(Machine):
-        needed = item.name == "devices"
-        found.add_argument("--" + item.name.replace("_", "-"), type=item.type, required=needed,
-                           default=None if needed else item.default, help=item.metadata["help"])
+        found.add_argument("--" + item.name.replace("_", "-"), type=item.type, required=item.name == "devices",
+                           help=item.metadata["help"])
     found.add_argument("--seq-length", type=int, default=4096)
     found.add_argument("--global-batch-size", type=int, required=True)
     found.add_argument("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help="sizes to try")
@@ -40,7 +41,8 @@ def lines(argv: Sequence[str]) -> Iterator[str]:
     """What the command prints. Raises `ConfigError` where nothing fits, with the smallest that does not."""
     args = parser().parse_args(argv)
     config = preset(args.model) if args.model else MixtralConfig.from_hf_dir(args.hf_checkpoint)
-    machine = Machine(**{item.name: getattr(args, item.name) for item in fields(Machine)})
+    given = {item.name: getattr(args, item.name) for item in fields(Machine)}
+    machine = Machine.of(hardware.DEVICES[args.device], **{name: one for name, one in given.items() if one is not None})
     _check(args, config, machine)
     question = Question(config, machine, args.seq_length, args.global_batch_size, tuple(args.micro_batch_size))
     fitting, too_large = search.plan(question)

@@ -7,6 +7,7 @@ Mixtral on H100 (docs/parallelism.md has the points, and the error of each).
 
 from dataclasses import dataclass, field
 
+from megatron_mixtral.config import hardware
 from megatron_mixtral.planning import activations
 from megatron_mixtral.planning.communication import Volume, communication_volume
 from megatron_mixtral.planning.shape import RunShape, Summed
@@ -23,6 +24,9 @@ UNCOVERED_REPLICAS = 0.35  # of the reduction over replicas that does not hide b
 UNCOVERED_PIPELINE = 0.25  # of the transfers between stages; interleaved stages overlap them
 
 
+_H100 = hardware.DEVICES["h100-sxm"]
+
+
 @dataclass(frozen=True)
 class Machine:
     """A cluster; each field is a flag of the planner. Defaults are those of an H100 SXM node with one 400 Gb/s adapter
@@ -30,14 +34,21 @@ class Machine:
     """
 
     devices: int = field(metadata={"help": "number of devices"})
-    device_memory: float = field(default=80.0, metadata={"help": "memory of a device, GB (1e9 bytes)"})
-    device_tflops: float = field(default=989.0, metadata={"help": "dense bf16 peak of a device, TFLOP/s"})
-    device_bandwidth: float = field(default=3350.0, metadata={"help": "bandwidth of a device's memory, GB/s"})
-    intra_node_gbps: float = field(default=3600.0, metadata={
+    device_memory: float = field(default=_H100.memory, metadata={"help": "memory of a device, GB (1e9 bytes)"})
+    device_tflops: float = field(default=_H100.tflops, metadata={"help": "dense bf16 peak of a device, TFLOP/s"})
+    device_bandwidth: float = field(default=_H100.bandwidth, metadata={"help": "bandwidth of a device's memory, GB/s"})
+    intra_node_gbps: float = field(default=_H100.link, metadata={
         "help": "link of a device inside its node, Gb/s in one direction (NVLink 4: 3600)"})
     inter_node_gbps: float = field(default=400.0, metadata={
         "help": "link of a device to other nodes, Gb/s in one direction (one NDR InfiniBand adapter: 400)"})
     devices_per_node: int = field(default=8, metadata={"help": "devices of a node"})
+
+    @classmethod
+    def of(cls, device: hardware.Device, **given: float) -> "Machine":
+        """A machine of such devices; what is given wins over their data sheet."""
+        sheet = {"device_memory": device.memory, "device_tflops": device.tflops, "device_bandwidth": device.bandwidth,
+                 "intra_node_gbps": device.link}  # fmt: skip
+        return cls(**sheet | given)
 
     def link(self, span: int) -> float:
         """Bytes per second of a group of neighbouring ranks that spans `span` of them."""

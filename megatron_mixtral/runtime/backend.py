@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_mixtral.config import hardware
 from megatron_mixtral.errors import ConfigError
 
 
@@ -71,19 +72,14 @@ def memory_used() -> int:
     return psutil.Process().memory_info().rss
 
 
-# Dense bf16 peak in TFLOP/s, from NVIDIA's data sheets (those give it with sparsity for Hopper and Blackwell: half of
-# it). The first entry that the device's name contains; a name that contains another comes before it.
-_PEAK_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4,
-                "H800": 989.4, "H20": 148.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0}
-
-
 def peak_tflops(name: str | None = None) -> float | None:
-    """Dense bf16 peak of this process's GPU (or of one of that name), None where it is not known."""
+    """Dense bf16 peak of this process's GPU (or of one of that name) in TFLOP/s, None where it is not known."""
     if name is None:
         if not torch.cuda.is_available():
             return None
         name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+    device = hardware.find(name)
+    return device.tflops if device else None
 
 
 def _importable(module: str) -> bool:

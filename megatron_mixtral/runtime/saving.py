@@ -130,14 +130,30 @@ class Seams:
             directory = Path(checkpointing.get_load_checkpoint_path_by_args(args, load_arg))
             weights_only = args.finetune or load_arg == "pretrained_checkpoint" or directory.name == "release"
             self.manager.before_load(directory, not weights_only)
+        _choose_settings(optimizer, scheduler)
         try:
-            return load_checkpoint(model, optimizer, scheduler, load_arg=load_arg, **kwargs)
+            loaded = load_checkpoint(model, optimizer, scheduler, load_arg=load_arg, **kwargs)
         except SystemExit as end:  # the engine's way out where it cannot read a file: with status 0
             raise CheckpointError(f"{directory} could not be loaded; what the engine found is printed above") from end
+        if scheduler is not None:
+            scheduler.step(0)  # the engine sets the weight decay of the next step before it has read how it goes on
+        return loaded
 
     def compare(self, check_checkpoint_args: Any, saved: Any, *args: Any, **kwargs: Any) -> None:
         check_checkpoint_args(saved, *args, **kwargs)
         self.manager.loaded_arguments(saved)
+
+
+def _choose_settings(optimizer: Any, scheduler: Any) -> None:
+    """Whose settings a run goes on with, before its state is loaded: its own, or with
+    `--use-checkpoint-opt_param-scheduler` the checkpoint's, where they are the schedule's. The engine's third way, an
+    assertion that they are equal, says too little; what is doubtful the manager has refused (`before_load`).
+    """
+    if scheduler is None:
+        return
+    scheduler.override_opt_param_scheduler = not scheduler.use_checkpoint_opt_param_scheduler
+    if scheduler.use_checkpoint_opt_param_scheduler:
+        optimizer.kept_settings = ("max_lr", "min_lr")  # see engine_fixes/optimizer_load.py
 
 
 def _reason(error: CheckpointException) -> str:

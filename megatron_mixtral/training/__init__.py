@@ -10,6 +10,7 @@ from megatron_mixtral._door import door
 if TYPE_CHECKING:
     from megatron_mixtral.training.cli import calc as calc_command
     from megatron_mixtral.training.cli import plot as plot_command
+    from megatron_mixtral.training.cli import watch as watch_command
     from megatron_mixtral.training.micro_batch import masked_sum
     from megatron_mixtral.training.pretrain import build_index_cache as build_index_cache_command
     from megatron_mixtral.training.pretrain import run as pretrain_command

@@ -12,19 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import (
-    CONFIG_FILE,
-    TRAINING_FLAGS,
-    AdapterConfig,
-    MixtralConfig,
-    ParallelLayout,
-    engine,
-    preset,
-)
+from megatron_mixtral.config import CONFIG_FILE, AdapterConfig, MixtralConfig, ParallelLayout, engine, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import adapters, launch
 from megatron_mixtral.training.flags import EngineFlags, Flags, parse
-from megatron_mixtral.weights import directory as checkpoints
+from megatron_mixtral.training.start import weights_of
 
 
 @dataclass(frozen=True)
@@ -58,26 +50,20 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     layout = _layout(given, config).validate(config)
     ranks = launch.decide(environ, layout.min_world, flags.nproc)
     layout = dataclasses.replace(layout, world=ranks.world)
-    layout.validate(config, {**TRAINING_FLAGS, "world": ranks.changed_by})
+    layout.validate(config, world=ranks.changed_by)
     _check_routers(flags, given, config, layout)
     if given.seq_length is not None and given.seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
-    has_checkpoint = given.load is not None and checkpoints.is_checkpoint(Path(given.load))
+    if given.optimizer == "sgd" and given.use_distributed_optimizer:
+        raise ConfigError("--optimizer sgd with --use-distributed-optimizer: the engine shares out the state of Adam "
+                          "only; drop one of the two flags")
+    if flags.verify_checkpoint and flags.no_verify_checkpoint:
+        raise ConfigError("--verify-checkpoint and --no-verify-checkpoint say the opposite; drop one of them")
+    start, load_hf = weights_of(flags, given)
     adapter = adapters.of_flags(flags, config, layout)
-    load_hf = flags.hf_checkpoint is not None and (not has_checkpoint or adapter is not None)
-    if load_hf and given.pretrained_checkpoint:
-        raise ConfigError("--hf-checkpoint and --pretrained-checkpoint both give starting weights; drop one of them")
-    if has_checkpoint:
-        start = _start(given.load)
-    elif load_hf:
-        start = f"Hugging Face weights {flags.hf_checkpoint}"
-    elif given.pretrained_checkpoint:
-        start = _start(given.pretrained_checkpoint)
-    else:
-        start = "random weights"
     if adapter is not None:
-        start = f"{adapters.described(adapter)}; {start}"
+        start, load_hf = f"{adapters.described(adapter)}; {start}", True
     return Run(flags, given, config, layout, ranks, start, load_hf, adapter)
 
 
@@ -105,13 +91,6 @@ def _check_saving(flags: Flags, given: EngineFlags) -> None:
     if export is not None and (export < 1 or export % every):
         raise ConfigError(f"--export-hf-interval {export} is not a multiple of --save-interval {every}; an export is "
                           "made of a checkpoint that is saved at the same step")
-
-
-def _start(checkpoint: str) -> str:
-    """What a run takes from a checkpoint directory: the engine loads converted weights without being told to."""
-    if checkpoints.latest(Path(checkpoint)) == checkpoints.RELEASE:
-        return f"weights of {checkpoint}, converted, without an optimizer: begins at step 0"
-    return f"checkpoint {checkpoint}"
 
 
 _NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")

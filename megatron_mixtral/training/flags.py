@@ -58,7 +58,9 @@ class Flags:
         "help": "write SAVE/hf/iter_NNNNNNN, a Hugging Face folder, every so many steps, in the background, from the "
                 "checkpoint saved then: a multiple of --save-interval"})
     verify_checkpoint: bool = field(default=False, metadata={
-        "help": "compare every file of the checkpoint with its sum in integrity.json before it is loaded"})
+        "help": "refuse a checkpoint that has no sums; where it has, its files are compared with them anyway"})
+    no_verify_checkpoint: bool = field(default=False, metadata={
+        "help": "load a checkpoint without comparing its files with their sums in integrity.json"})
     is_instruction_dataset: bool = field(default=False, metadata={
         "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})
     lora_rank: int | None = field(default=None, metadata={
@@ -109,11 +111,17 @@ class EngineFlags:
     train_data_path: Sequence[str] = ()
     valid_data_path: Sequence[str] = ()
     test_data_path: Sequence[str] = ()
+    optimizer: str = "adam"
     load: str | None = None
     pretrained_checkpoint: str | None = None
+    finetune: bool = False
+    ckpt_step: int | None = None
     use_mp_args_from_checkpoint_args: bool = False
     save: str | None = None
     save_interval: int | None = None
+    tensorboard_dir: str | None = None
+    wandb_save_dir: str | None = None
+    data_cache_path: str | None = None
     no_save_optim: bool = False
 
 

@@ -8,8 +8,12 @@
 of Slurm's is meant as in srun(1), OUTPUT ENVIRONMENT VARIABLES.
 """
 
+import hashlib
+import os
 import re
+import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,20 +72,39 @@ def decide(environ: Mapping[str, str], needed: int, nproc: int | None = None) ->
 def torchrun(processes: int, argv: Sequence[str]) -> list[str]:
     """The command that starts the program with this command line as so many ranks of this machine.
 
-    torchrun would take `--nproc`, wherever it stands, for the beginning of a flag of its own.
+    torchrun would take `--nproc`, wherever it stands, for the beginning of a flag of its own, and SIGHUP from nohup.
     """
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+    signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT"]
+    return [sys.executable, "-m", "megatron_mixtral.runtime.torchrun", "--standalone",
+            "--nproc-per-node", str(processes), *(signals if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ()),
             "-m", "megatron_mixtral", "pretrain", *without(argv, "--nproc")]
 
 
-def is_first(environ: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all: it is rank 0, or no rank at all, or one that no other rank can speak for,
-    since its number is none of the ranks'.
+def speaks(environ: Mapping[str, str], sentence: str) -> bool:
+    """Whether this process is to say why it ends: of the ranks of a node that end with the same sentence, the first
+    that asks. Where nothing tells the ranks of one start from those of another, each speaks.
     """
-    if "RANK" in environ or not _is_task(environ):
-        return environ.get("RANK", "0") == "0"
-    rank = environ["SLURM_PROCID"]
-    return rank == "0" or not rank.isdecimal() or int(rank) >= _tasks(environ)
+    start = _folder_of_start(environ)
+    if start is None:
+        return True
+    try:
+        os.close(os.open(f"{start}said-{hashlib.sha256(sentence.encode()).hexdigest()[:16]}",
+                         os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # rather twice than not at all
+    return True
+
+
+def _folder_of_start(environ: Mapping[str, str]) -> str | None:
+    """How the names of files begin that belong to this start of ranks on this node."""
+    if "RANK" in environ and environ.get("TORCHELASTIC_ERROR_FILE"):
+        return f"{Path(environ['TORCHELASTIC_ERROR_FILE']).parents[1]}/"  # torchrun's, below it a folder for each rank
+    if "SLURM_PROCID" in environ and environ.get("SLURM_JOB_ID"):
+        step = ".".join(environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+        return f"{tempfile.gettempdir()}/megatron_mixtral-{os.getuid()}-{step}-"
+    return None
 
 
 def _check_nproc(nproc: int | None, found: int, starter: str) -> None:

@@ -4,8 +4,10 @@ Nothing here imports torch or the engine, so the answer comes within a second or
 """
 
 import logging
+import tempfile
+from pathlib import Path
 
-from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, instruction_blend
+from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, identities, instruction_blend
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RESERVED, RunShape, fullest_stage, stage_memory
@@ -54,6 +56,13 @@ def check_data(run: Run) -> None:
     check_instruction([instruction_blend(words) for words in data], vocabulary, length, rows)
 
 
+def identify_data(run: Run) -> dict[str, str]:
+    """What each data set of the run is, to be kept in its checkpoints. Rank 0 asks, once."""
+    given, blend = run.engine, instruction_blend if run.flags.is_instruction_dataset else blend_of
+    words = [given.data_path, given.train_data_path, given.valid_data_path, given.test_data_path]
+    return identities(map(blend, words), run.flags.is_instruction_dataset)
+
+
 def check_memory(shape: RunShape, device_memory: int) -> None:
     """`ConfigError` where weights, gradients and optimizer alone do not fit `device_memory` bytes; a warning where the
     whole estimate does not.
@@ -75,6 +84,31 @@ def check_memory(shape: RunShape, device_memory: int) -> None:
             "needs about %s and has %s; try --recompute-granularity, a smaller --micro-batch-size, or another layout",
             human_size(memory.activations), human_size(memory.logits), stage, human_size(whole),
             human_size(device_memory))
+
+
+def check_places(run: Run, rank: int | None = None) -> None:
+    """`ConfigError` where a directory that `rank` writes into (any rank, where it is None) cannot be made, or takes no
+    file. It is tried, since permissions do not tell (a file system that is read-only, another user of an NFS).
+    """
+    given, last = run.engine, run.layout.world - 1
+    data = () if run.flags.is_instruction_dataset else (given.data_path, given.train_data_path)
+    prefix = next((prefixes[0] for prefixes, _ in filter(None, map(blend_of, data))), None)
+    cache = Path(given.data_cache_path or f"{prefix}_index_cache") if prefix else None
+    if cache is not None and cache.is_dir() and any(cache.iterdir()):
+        cache = None  # it may have been built ahead of the run, which then only reads it
+    metrics = run.flags.metrics_file
+    places = {"--save": (given.save, rank), "--metrics-file": (metrics and Path(metrics).absolute().parent, last),
+              "--tensorboard-dir": (given.tensorboard_dir, last), "--wandb-save-dir": (given.wandb_save_dir, last),
+              "--data-cache-path": (cache, 0)}
+    for flag, (place, writer) in places.items():
+        if place and rank in (None, writer):
+            try:
+                Path(place).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=place):
+                    pass
+            except OSError as error:
+                raise ConfigError(f"{flag}: the run cannot write in {place} ({error.strerror}): give a directory that "
+                                  "it can, or make this one writable") from error
 
 
 def check_disk(run: Run, shape: RunShape) -> None:

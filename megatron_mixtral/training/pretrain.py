@@ -3,37 +3,42 @@
 import functools
 import logging
 import os
-import signal
+import socket
 import sys
+import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.errors import ConfigError, DivergedError, MixtralError, RankLostError
-from megatron_mixtral.planning import describe
+from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
+from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.training import adapters, arguments, launch, preflight
 from megatron_mixtral.training.arguments import Run
+from megatron_mixtral.training.checkpoints import Lease, lease
 from megatron_mixtral.training.flags import add_flags, without
+from megatron_mixtral.training.signals import end_at_signals
 
 logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> int:
     """Train as the command line says, or start the ranks that do. `MixtralError` before the first step for whatever can
-    be known before it. Returns 0, or 1 on a rank that leaves it to rank 0 to say what is wrong.
+    be known before it. Returns 0, or 1 on a rank that leaves it to another one of its node to say what is wrong.
     """
     try:
         _run(list(argv))
-    except (DivergedError, RankLostError):
-        raise
-    except MixtralError:
-        if launch.is_first(os.environ):
+    except MixtralError as error:
+        if not launch.speaks(os.environ, str(error)):
+            time.sleep(1)  # torchrun ends all when the first has ended: time for the one that speaks
+            return 1
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             raise
-        return 1
+        raise type(error)(f"rank {rank} on {socket.gethostname()}: {error}") from error
     return 0
 
 
@@ -45,16 +50,33 @@ def _run(argv: list[str]) -> None:
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
         return
-    preflight.check_data(resolved)
-    if shape is not None:
-        preflight.check_disk(resolved, shape)
     from megatron_mixtral import runtime
 
     runtime.set_variables(resolved.ranks.to_train())
+    rank = None if resolved.ranks.starts else int(os.environ["RANK"])
+    preflight.check_data(resolved)
+    preflight.check_places(resolved, rank)
+    if shape is not None:
+        preflight.check_disk(resolved, shape)
+    save = Path(resolved.engine.save) if resolved.engine.save else None
+    if save is not None and rank != 0:
+        lease.refuse_if_held(save, lease.this_process(os.environ))
     if resolved.ranks.starts:
         logger.info("starting %d ranks on this machine", resolved.ranks.world)
         command = launch.torchrun(resolved.ranks.world, argv)
         os.execv(command[0], command)  # signals reach torchrun, which passes them on
+    held = lease.acquire(save, lease.this_process(os.environ)) if save is not None and rank == 0 else None
+    try:
+        _train(resolved, argv, shape, held)
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None) -> None:
+    """Be a rank. `held` is the lease of --save, on rank 0."""
+    from megatron_mixtral import runtime
+
     if shape is not None:
         preflight.check_memory(shape, runtime.device_memory())
     backend = runtime.ready(training=True)
@@ -70,11 +92,13 @@ def _run(argv: list[str]) -> None:
     from megatron_mixtral.training.checkpoints import CheckpointManager, directory
     from megatron_mixtral.training.metrics import install
 
-    if args.save and args.rank == 0:
-        directory.write_identity(Path(args.save), resolved.config)
-    manager = CheckpointManager(args)
+    if args.rank == 0:
+        args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
+        if args.save:
+            directory.write_identity(Path(args.save), resolved.config)
+    manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
-    saves_at_signals = functools.cache(_end_at_signals(args))
+    saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
 
     def after_step(tokens: Any) -> None:
@@ -98,8 +122,8 @@ def _run(argv: list[str]) -> None:
         raise
     except RuntimeError as error:
         if runtime.lost_a_rank(error):
-            raise RankLostError(f"rank {args.rank} stops, because another rank has ended: torchrun's report names the "
-                                "first one. The same command goes on from the last checkpoint") from error
+            raise RankLostError("stopped, because another rank has ended: look for the first that says why, or that "
+                                "torchrun names. The same command goes on from the last checkpoint") from error
         raise
     manager.close()
 
@@ -161,22 +185,6 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
         args.use_persistent_ckpt_worker = False
     args.grad_norm_skip_threshold = sys.float_info.max  # no flag of the engine's: skips what is not finite
     return args
-
-
-def _end_at_signals(args: Namespace) -> Callable[[], None]:
-    """Until the function returned is called, SIGTERM and SIGINT end the process at once: there is nothing to save, and
-    a rank that waits for another one inside a library would not hear them. From then on they do what the engine does
-    at `--exit-signal`: save after the step under way, and end.
-    """
-    numbers, save_and_end = (args.exit_signal, signal.SIGTERM, signal.SIGINT), signal.getsignal(args.exit_signal)
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)
-
-    def save_first() -> None:
-        for number in numbers:
-            signal.signal(number, save_and_end)
-
-    return save_first
 
 
 def _model(resolved: Run, args: Namespace, load: Any, tuned: Any, pre_process: bool = True, post_process: bool = True,

@@ -71,7 +71,7 @@ def open_sink(path: str | Path, format: str = "huggingface", layout: ParallelLay
 
 def _directory(path: str | Path) -> Path:
     if not Path(path).is_dir():
-        raise CheckpointError(f"{path} does not exist or is not a directory")
+        directory.iteration_directory(Path(path))  # says what is there instead
     return Path(path)
 
 

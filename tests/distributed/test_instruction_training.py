@@ -134,7 +134,8 @@ def test_the_first_step_is_that_of_transformers_and_the_loss_falls(
 
 
 def test_an_epoch_trains_every_answer_once_packed_or_not(sets: dict[str, str]) -> None:
-    reports = {name: json.loads(Path(prefix + ".report.json").read_text()) for name, prefix in sets.items()}
+    reports = {name: json.loads(Path(prefix).with_name("reports").joinpath(
+        f"{Path(prefix).name}.report.json").read_text()) for name, prefix in sets.items()}
     assert reports["single"]["trained_tokens"] == reports["packed"]["trained_tokens"]
     for name, prefix in sets.items():
         epoch = -(-reports[name]["rows"] // BATCH) * BATCH

@@ -102,13 +102,26 @@ def _change_a_byte(path: Path) -> None:
 
 def test_verified_before_it_is_loaded(kept: tuple[Outcome, Path], start: list[str], tmp_path: Path) -> None:
     save = shutil.copytree(kept[1], tmp_path / "save")
-    argv = [*LAYOUT, *start, "--load", str(save), "--train-iters", str(STEPS), "--verify-checkpoint"]
+    argv = [*LAYOUT, *start, "--load", str(save), "--train-iters", str(STEPS)]
     good = pretrain(2, argv, tmp_path / "good")
     assert good.codes == [0, 0] and "4 files are as they were written" in good.logs[0]
     _change_a_byte(save / "iter_0000006" / "__1_0.distcp")
     bad = pretrain(2, argv, tmp_path / "bad")
     assert bad.codes[0] == 1 and not bad.steps
     assert re.search(r"error: .*iter_0000006 is damaged: __1_0.distcp has sha256 .*--ckpt-step", bad.logs[0])
+    loaded = pretrain(2, [*argv, "--no-verify-checkpoint"], tmp_path / "loaded")
+    assert loaded.codes == [0, 0] and "as they were written" not in loaded.logs[0]
+
+
+def test_a_checkpoint_without_sums_is_loaded_unless_sums_are_asked_for(kept: tuple[Outcome, Path], start: list[str],
+                                                                       tmp_path: Path) -> None:
+    save = shutil.copytree(kept[1], tmp_path / "save")
+    (save / "iter_0000006" / manifest.MANIFEST).unlink()
+    argv = [*start, "--load", str(save), "--train-iters", str(STEPS)]
+    loaded = pretrain(1, argv, tmp_path / "loaded")
+    assert loaded.codes == [0] and "iter_0000006 has no integrity.json, so there is nothing" in loaded.logs[0]
+    refused = pretrain(1, [*argv, "--verify-checkpoint"], tmp_path / "refused")
+    assert refused.codes == [1] and "error: --verify-checkpoint: " in refused.logs[0]
 
 
 def test_export_is_the_conversion_by_hand(kept: tuple[Outcome, Path], hf: Path, tmp_path: Path) -> None:
@@ -229,6 +242,42 @@ def test_another_batch_size_is_announced(kept: tuple[Outcome, Path], start: list
     assert "the global batch size was 4, now it is 8: the data go on after sample 24" in found.logs[0]
     assert "the sequence length was 32, now it is 16" in found.logs[0]
     assert found.read[0] == list(range(24, 40)), "the position is kept in samples"
+
+
+def test_a_data_set_written_again_under_its_name_is_said(kept: tuple[Outcome, Path], start: list[str],
+                                                         tmp_path: Path) -> None:
+    prefix = Path(start[start.index("--data-path") + 1])
+    files = [prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx")]
+    before = [file.read_bytes() for file in files]
+    other = datasets.write_dataset(tmp_path / "other", vocab_size=96, seed=1)
+    argv = [*LAYOUT, *start, "--load", str(kept[1]), "--train-iters", str(STEPS)]
+    try:
+        for file in files:
+            file.write_bytes(Path(other + file.suffix).read_bytes())
+        found = pretrain(2, argv, tmp_path / "found")
+    finally:
+        for file, contents in zip(files, before, strict=True):
+            file.write_bytes(contents)
+    assert found.codes == [0, 0], found.logs[0][-3000:]
+    assert re.search(rf"resume: the data set {prefix} was written again with other contents \(it was \d+ tokens, .*: "
+                     "other samples, of which 24 are skipped", found.logs[0])
+
+
+def test_killed_before_the_first_tracker_the_run_goes_on(start: list[str], tmp_path: Path) -> None:
+    """The checkpoint has its name and nothing names it; neither weights nor steps are lost, and nothing is asked."""
+    save = tmp_path / "save"
+    argv = [*start, *saving(save), "--train-iters", "4"]
+    assert pretrain(1, [*argv, "--exit-interval", "2"], tmp_path / "first").codes == [0]
+    draft = _made(save / ".saving-k1ll")
+    (save / retention.TRACKER).rename(draft / retention.TRACKER)
+    second = pretrain(1, argv, tmp_path / "second")
+    assert second.codes == [0] and sorted(second.steps) == [3, 4], second.logs[0][-3000:]
+    assert "iter_0000002 is whole, and latest_checkpointed_iteration.txt did not say so yet" in second.logs[0]
+    assert names(save) == ["iter_0000002", "iter_0000004", retention.TRACKER, "mixtral_config.json"]
+    (save / retention.TRACKER).unlink()
+    refused = pretrain(1, argv, tmp_path / "refused")
+    assert refused.codes == [1] and not refused.steps
+    assert "error: " in refused.logs[0] and "there are 2 and 4: write into this file" in refused.logs[0]
 
 
 def test_what_cannot_be_kept_or_exported_is_refused(start: list[str], tmp_path: Path) -> None:

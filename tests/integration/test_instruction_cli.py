@@ -64,7 +64,7 @@ def test_the_alpaca_command(folder):
     assert "50 records -> 50 samples" in done.stderr and "left out: 50 times output_zh_not_read" in done.stderr
     prefix = folder / "dataset/Mixtral-8x7B/alpaca"
     names = {path.name for path in prefix.parent.iterdir()}
-    assert names == {"alpaca.report.json"} | {f"alpaca_packed_{column}_document.{end}" for end in ("bin", "idx")
+    assert names == {"reports"} | {f"alpaca_packed_{column}_document.{end}" for end in ("bin", "idx")
                                               for column in ("input_ids", "attention_mask", "labels")}
     rows = InstructionFiles(str(prefix))
     assert len(rows) == 50 and not rows.packed

@@ -1,16 +1,20 @@
 """Who starts the ranks, for real: one plain process trains, starts torchrun itself, or is one of Slurm's tasks."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
+import termios
 from pathlib import Path
 
 import pytest
+from helpers.events import until
 from helpers.ranks import prepare_fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,10 +97,10 @@ def test_tasks_of_slurm_train_as_torchrun_s_ranks_do(tmp_path: Path, by_torchrun
     assert losses(metrics) == by_torchrun
 
 
-def test_a_wrong_number_of_tasks_is_refused_by_the_first() -> None:
+def test_a_wrong_number_of_tasks_is_refused_by_the_first(tmp_path: Path) -> None:
     def task(number: int) -> subprocess.CompletedProcess:
-        slurm = {"SLURM_PROCID": str(number), "SLURM_NTASKS": "3", "SLURM_LOCALID": str(number),
-                 "SLURM_JOB_NODELIST": "localhost"}
+        slurm = {"SLURM_PROCID": str(number), "SLURM_NTASKS": "3", "SLURM_LOCALID": str(number), "SLURM_JOB_ID": "1",
+                 "SLURM_JOB_NODELIST": "localhost", "TMPDIR": str(tmp_path)}
         argv = [sys.executable, str(ROOT / "tools" / "pretrain_mixtral.py"), *RECIPE, *LAYOUT]
         return subprocess.run(argv, env=environment() | slurm, capture_output=True, text=True)
 
@@ -105,15 +109,59 @@ def test_a_wrong_number_of_tasks_is_refused_by_the_first() -> None:
     assert "world size 3 is not a multiple of tp x pp x cp = 4" in first.stderr and second.stderr == ""
 
 
+def endless(tmp_path: Path) -> tuple[Path, list[str]]:
+    """Where its metrics go, and the flags of a run that saves only when it is ended."""
+    save = ["--save", str(tmp_path / "save"), "--save-interval", "100000"]
+    return tmp_path / "metrics.jsonl", ["--train-iters", "100000", *save]
+
+
+def made(metrics: Path, steps: int, run: subprocess.Popen) -> bool:
+    return run.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= steps)
+
+
+def saved(tmp_path: Path) -> int:
+    return int((tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text())
+
+
 def test_a_signal_reaches_the_ranks_that_it_started(tmp_path: Path) -> None:
-    """The program has become torchrun: SIGTERM to it saves and ends the run, as under torchrun."""
-    metrics, save = tmp_path / "metrics.jsonl", tmp_path / "save"
-    argv = command(metrics, "--nproc", "2", "--train-iters", "100000", "--save", str(save), "--save-interval", "100000")
+    """The program has become torchrun: SIGTERM to it saves and ends the run, as under torchrun. SIGHUP, ignored since
+    nohup started it, does nothing.
+    """
+    metrics, flags = endless(tmp_path)
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(argv, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
-        while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 1):
-            time.sleep(0.05)
+        run = subprocess.Popen(["nohup", *command(metrics, "--nproc", "2", *flags)], cwd=tmp_path, env=environment(),
+                               stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        until(lambda: made(metrics, 2, run))
+        run.send_signal(signal.SIGHUP)
+        seen = len(losses(metrics))
+        until(lambda: made(metrics, seen + 2, run))
+        assert run.poll() is None, (tmp_path / "log").read_text()[-3000:]
         run.send_signal(signal.SIGTERM)
-        run.wait()
-    assert metrics.exists(), (tmp_path / "log").read_text()[-3000:]
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(len(losses(metrics)))
+        assert run.wait() == 128 + signal.SIGTERM
+    words = (tmp_path / "log").read_text()
+    assert saved(tmp_path) == len(losses(metrics)), words[-3000:]
+    assert "ended by SIGTERM" in words and "Traceback" not in words
+
+
+def in_a_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_lost_terminal_saves_and_ends_the_run(tmp_path: Path) -> None:
+    """torchrun in the foreground of a terminal that closes: SIGHUP, and nothing can be printed from then on."""
+    metrics, flags = endless(tmp_path)
+    argv = command(metrics, *flags)
+    master, terminal = pty.openpty()
+    run = subprocess.Popen([argv[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv[1:]],
+                           cwd=tmp_path, env=environment(), stdin=terminal, stdout=terminal, stderr=terminal,
+                           start_new_session=True, preexec_fn=in_a_terminal)
+    os.close(terminal)
+    words = b""
+    while not made(metrics, 2, run):
+        if select.select([master], [], [], 0.05)[0]:
+            words += os.read(master, 1 << 16)
+    assert run.poll() is None, words.decode()[-3000:]
+    os.close(master)
+    run.wait()
+    assert saved(tmp_path) == len(losses(metrics))

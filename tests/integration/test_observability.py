@@ -177,3 +177,14 @@ def test_metrics_agree_with_one_another(seen: Outcome, hf: Path) -> None:
         assert figures["mfu"] == pytest.approx(figures["tokens_per_second_per_device"] * flops / 0.5e12)
         assert 50 * 2**20 < figures["memory_bytes"] < 8 * 2**30, "resident memory of a rank"
     assert "| MFU " in seen.logs[-1] and "| z loss " in seen.logs[-1] and "| expert load " in seen.logs[-1]
+
+
+def test_steps_that_the_loss_scaler_skips_are_counted(folder: Path, hf: Path, data: list[str]) -> None:
+    """Gradients times 2^32 overflow in fp16: the scale falls to the least that is allowed, and then the run ends."""
+    scale = ["--fp16", "--initial-loss-scale", str(2**32), "--min-loss-scale", str(2**30), "--max-nan-steps", "3"]
+    argv = [*RECIPE, *data, "--hf-checkpoint", str(hf), "--global-batch-size", "2", "--train-iters", "20", *scale]
+    found = pretrain(1, argv, folder / "fp16")
+    assert found.codes != [0] and "3 steps in a row had a loss or gradient that is not finite" in found.logs[0]
+    assert [(step["skipped_steps"], step["loss_scale"]) for step in found.steps.values()] == [
+        (1, 2**32), (2, 2**31), (3, 2**30), (4, 2**30), (5, 2**30)]
+    assert "| loss scale 2.14748e+09 |" in found.logs[0]

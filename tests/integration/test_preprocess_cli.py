@@ -125,7 +125,7 @@ def test_file_command_with_a_hf_folder(corpus, hf_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     ids, lengths = flat_ids(tmp_path / "alpaca_text_document")
     assert np.array_equal(ids, np.concatenate(expected[400:800])) and len(lengths) == 400
-    report = json.loads((tmp_path / "alpaca.report.json").read_text())
+    report = json.loads((tmp_path / "reports" / "alpaca.report.json").read_text())
     assert report["tokenizer"]["name"] == "tokenizers:tokenizer.json"
 
 

@@ -65,7 +65,7 @@ def assert_whole_or_absent(prefix, expected):
         if path.exists():
             assert path.read_bytes() == content
         else:
-            assert not prefix.with_name("set.report.json").exists()
+            assert not prefix.with_name("reports").joinpath("set.report.json").exists()
 
 
 def kill_and_resume(corpus, tmp_path, kills, seed):
@@ -118,7 +118,7 @@ def test_finished_pieces_are_used_again(corpus, tmp_path):
     inputs, prefix = stop_in_the_middle(corpus, tmp_path)
     done = run(inputs, prefix, 1)
     assert done.returncode == 0 and "going on with an unfinished run" in done.stderr
-    report = json.loads(prefix.with_name("set.report.json").read_text())
+    report = json.loads(prefix.with_name("reports").joinpath("set.report.json").read_text())
     assert report["pieces"]["from_an_earlier_run"] == report["pieces"]["all"] > 10
     assert result(prefix) == corpus[1]
     assert report["keys"]["text"]["documents"] == report["records"] == 400
@@ -129,7 +129,7 @@ def test_other_flags_begin_anew_and_changed_inputs_are_read_again(corpus, tmp_pa
     os.utime(inputs / "2.jsonl", ns=(2, 2))
     done = run(inputs, prefix, 2)
     assert "finished pieces belong to inputs that have changed" in done.stderr and result(prefix) == corpus[1]
-    report = json.loads(prefix.with_name("set.report.json").read_text())
+    report = json.loads(prefix.with_name("reports").joinpath("set.report.json").read_text())
     assert 0 < report["pieces"]["from_an_earlier_run"] < report["pieces"]["all"]
     (inputs / "3.jsonl").write_text("{}\n")
     assert run(inputs, prefix, 2).returncode == 1

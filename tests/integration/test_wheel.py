@@ -85,7 +85,7 @@ def test_the_commands_in_an_empty_folder(installed: Path, tmp_path: Path) -> Non
     write_hf_tokenizer(tmp_path / "tokenizer")
     run(installed, tmp_path, "preprocess", "--input", "corpus.jsonl", "--output-prefix", "corpus", "--append-eod",
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer", "--workers", 2)
-    assert json.loads((tmp_path / "corpus.report.json").read_text())["keys"]["text"]["documents"] == 20
+    assert json.loads((tmp_path / "reports" / "corpus.report.json").read_text())["keys"]["text"]["documents"] == 20
     assert "whole" in run(installed, tmp_path, "inspect-dataset", "corpus_text_document")
 
     random_hf_directory(tmp_path / "hf", preset("tiny"))

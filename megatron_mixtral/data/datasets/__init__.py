@@ -6,7 +6,7 @@ from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
     from megatron_mixtral.data.datasets.blend import blend_of, check_pretraining
-    from megatron_mixtral.data.datasets.index_cache import cache_folder
+    from megatron_mixtral.data.datasets.index_cache import cache_folder, identities
     from megatron_mixtral.data.datasets.instruction import build_instruction, row_tensors
     from megatron_mixtral.data.datasets.instruction_files import (
         InstructionFiles,

@@ -4,6 +4,7 @@ A handler takes one JSON object and gives a `Dialogue`; what does not fit raises
 `detect` names the form of a record by its keys and texts.
 """
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -59,28 +60,48 @@ def oasst1(record: Record) -> Dialogue:
     if first.strip() or not rest:
         raise BadRecord("unknown_form", f"the text does not begin with '### Human:' but with {first[:40]!r}")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return _from_messages([(roles[role], text.strip(), True) for role, text in zip(rest[::2], rest[1::2], strict=True)])
+    return _to_turns([(roles[role], text.strip(), True) for role, text in zip(rest[::2], rest[1::2], strict=True)])
 
 
 def openai(record: Record) -> Dialogue:
-    """`messages`: objects with `role` (system, user, assistant), `content` and, for answers, `loss` or `weight`."""
-    return _from_messages([_message(one, "role", "content") for one in _list(record, "messages")])
+    """`messages` of `role` (system, user, assistant), `content` and, for answers, `loss` or `weight`."""
+    return _from_messages(record, "messages")
 
 
 def sharegpt(record: Record) -> Dialogue:
-    """`conversations`: objects with `from` (system, human, gpt) and `value`; optional `system` beside them."""
-    messages = [_message(one, "from", "value") for one in _list(record, "conversations")]
-    system = _text(record, "system", optional=True)
-    return _from_messages([("system", system, True), *messages] if system else messages)
+    """`conversations` of `from` (system, human, gpt) and `value`, or of `role` and `content`; optional `system`."""
+    return _from_messages(record, "conversations")
+
+
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("question", "response"),
+          ("query", "response"), ("input", "output"))  # fmt: skip
+
+
+def pair(record: Record) -> Dialogue:
+    """A question and its answer under one of the pairs of keys in use (`_PAIRS`); optional `system_prompt` or `system`
+    (OpenOrca: `system_prompt`, `question`, `response`).
+    """
+    found = _pair_of(record)
+    if found is None:
+        raise BadRecord("missing_key", "expected one of the pairs of keys " + ", ".join(map(" and ".join, _PAIRS)) +
+                        f"; keys found: {', '.join(list(record)[:8]) or 'none'}")  # fmt: skip
+    system = _text(record, "system_prompt", optional=True) or _text(record, "system", optional=True)
+    return _checked([chat.Turn(_text(record, found[0]), _text(record, found[1]), system, _loss(record))])
+
+
+def _pair_of(record: Record) -> tuple[str, str] | None:
+    return next((names for names in _PAIRS if names[0] in record and names[1] in record), None)
 
 
 def conversation(record: Record) -> Dialogue:
     """`conversation`: objects with `input`, `output`, optional `system`, `loss` and `weight` (XTuner's own form).
 
-    As there, a first turn with an empty input and an output is plain text.
+    As there, a first turn with an empty input and an output is plain text. Messages under that key are messages.
     """
-    turns = []
-    for one in _list(record, "conversation"):
+    turns, said = [], _list(record, "conversation")
+    if "role" in said[0] or "from" in said[0]:
+        return _from_messages(record, "conversation")
+    for one in said:
         question, answer = _text(one, "input", optional=True), _text(one, "output")
         turns.append(chat.Turn(question or None, answer, _text(one, "system", optional=True), _loss(one)))
     return _checked(turns)
@@ -98,9 +119,16 @@ HANDLERS: dict[str, Callable[[Record], Dialogue]] = {
     "openai": openai,
     "sharegpt": sharegpt,
     "conversation": conversation,
+    "pair": pair,
     "pretrain": pretrain,
     "GeneralInstructionHandler": general_instruction,
 }
+
+
+_SIGNS = {  # the keys by which a record's form is known
+    "conversation": ("conversation",), "openai": ("messages",), "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"), "alpaca_zh": ("instruction_zh", "output_zh"),
+}  # fmt: skip
 
 
 def detect(record: Record) -> str:
@@ -108,34 +136,55 @@ def detect(record: Record) -> str:
 
     A record with both `instruction` and `instruction_zh` is `alpaca`: the language is a choice, made by name.
     """
-    for key, name in (("conversation", "conversation"), ("messages", "openai"), ("conversations", "sharegpt")):
-        if isinstance(record.get(key), list):
+    for name, signs in _SIGNS.items():
+        if all(key in record for key in signs) and (len(signs) > 1 or isinstance(record[signs[0]], list)):
             return name
-    if "instruction" in record and "output" in record:
-        return "alpaca"
-    if "instruction_zh" in record and "output_zh" in record:
-        return "alpaca_zh"
+    if _pair_of(record):
+        return "pair"
     if isinstance(record.get("text"), str):
         return "oasst1" if _GUANACO.match(record["text"].lstrip()) else "pretrain"
-    raise BadRecord("unknown_form", f"no known form of instruction data has the keys {', '.join(list(record)[:8])}")
+    name, keys = _nearest(record)
+    raise BadRecord("unknown_form", "no known form of instruction data has the keys "
+                    f"{', '.join(list(record)[:8]) or '(none)'}; the nearest is {name}, which has {' and '.join(keys)}")
+
+
+def _nearest(record: Record) -> tuple[str, tuple[str, ...]]:
+    """The form whose keys are spelt most like the record's, and these keys."""
+
+    def likeness(keys: tuple[str, ...]) -> float:
+        alike = (max((difflib.SequenceMatcher(None, key, str(found).lower()).ratio() for found in record), default=0.0)
+                 for key in keys)
+        return sum(alike) / len(keys)
+
+    forms = [*_SIGNS.items(), *(("pair", names) for names in _PAIRS), ("pretrain", ("text",))]
+    return max(forms, key=lambda form: likeness(form[1]))
 
 
 # -- the parts --------------------------------------------------------------------------------------------
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 
 
-def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
-    """(role, text, loss) in order. Answers before the first question and a last question without an answer have no
-    place in a turn and are counted; a system text belongs to the question after it.
+def _from_messages(record: Record, key: str) -> Dialogue:
+    """The messages of a record, with a `system` text beside them."""
+    messages = [_message(one) for one in _list(record, key)]
+    system = _text(record, "system", optional=True)
+    return _to_turns([("system", system, True), *messages] if system else messages)
+
+
+def _to_turns(messages: list[tuple[str, str, bool]]) -> Dialogue:
+    """(role, text, loss) in order. Neighbours of one role are one text, a blank line between them, as mistral-common
+    joins them. Answers before the first question and a last question without an answer have no place in a turn and are
+    counted; a system text belongs to the question after it.
     """
     turns: list[chat.Turn] = []
     left_out: Counter[str] = Counter()
     system, question = "", None
-    for role, text, loss in messages:
+    for role, text, loss in _joined(messages):
         if role == "system" and question is None:
-            system = f"{system}\n\n{text}" if system else text
-        elif role == "user" and question is None:
+            system = text
+        elif role == "user":
             question = text
         elif role == "assistant" and question is not None:
             turns.append(chat.Turn(question, text, system, loss))
@@ -150,6 +199,19 @@ def _from_messages(messages: list[tuple[str, str, bool]]) -> Dialogue:
     return _checked(turns, left_out)
 
 
+def _joined(messages: list[tuple[str, str, bool]]) -> list[tuple[str, str, bool]]:
+    joined: list[tuple[str, str, bool]] = []
+    for role, text, loss in messages:
+        if not joined or joined[-1][0] != role:
+            joined.append((role, text, loss))
+            continue
+        if joined[-1][2] != loss:
+            raise BadRecord("roles_out_of_order", f"two messages of {role} behind one another are one answer, of which "
+                            f"one part has loss false or weight 0 and the other has not: {text[:40]!r}")
+        joined[-1] = (role, f"{joined[-1][1]}\n\n{text}", loss)
+    return joined
+
+
 def _checked(turns: list[chat.Turn], left_out: dict[str, int] | None = None) -> Dialogue:
     """`BadRecord` unless there is an answer to train, and every answer that is trained has text."""
     if not turns:
@@ -161,16 +223,20 @@ def _checked(turns: list[chat.Turn], left_out: dict[str, int] | None = None) -> 
     return Dialogue(turns, left_out or {})
 
 
-def _message(record: Record, role_key: str, text_key: str) -> tuple[str, str, bool]:
+def _message(record: Record) -> tuple[str, str, bool]:
     """(role, text, loss) of one message; a list of content parts gives their joined texts."""
-    role = _ROLES.get(str(record.get(role_key)))
-    if role is None:
-        found = str(record.get(role_key))[:40]
+    role_key, text_key = ("from", "value") if "from" in record else ("role", "content")
+    found = str(record.get(role_key))[:40]
+    if found in _TOOLS or record.get("tool_calls") or record.get("function_call"):
+        raise BadRecord("tool_message", f"a message of {found!r} calls a tool or answers for one, which no template "
+                        "here writes: leave such records out (--on-error skip)")
+    if found not in _ROLES:
         raise BadRecord("unknown_role", f"the {role_key} of a message is {found!r}; known: {', '.join(_ROLES)}")
-    content = record.get(text_key)
+    role, content = _ROLES[found], record.get(text_key)
+    loss = role != "assistant" or _loss(record)
     if isinstance(content, list) and all(isinstance(one, dict) and one.get("type") == "text" for one in content):
-        return role, "\n\n".join(_text(one, "text") for one in content), _loss(record)
-    return role, _text(record, text_key), _loss(record)
+        return role, "\n\n".join(_text(one, "text") for one in content), loss
+    return role, _text(record, text_key), loss
 
 
 def _loss(record: Record) -> bool:

@@ -44,7 +44,7 @@ def column_prefix(prefix: str, column: str) -> str:
 
 
 def preprocess_instructions(options: InstructionOptions) -> dict[str, Any]:
-    """Render `options.inputs`; returns the report, which also lies in `{prefix}.report.json`.
+    """Render `options.inputs`; returns the report, which also lies in `reports/` beside the data sets.
 
     Raises:
         ConfigError: flags, paths or a tokenizer that cannot work.

@@ -12,11 +12,12 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.data.corpus import BadRecord, Chunk, LineCounts, cut_chunks, list_inputs, read_records
 from megatron_mixtral.data.processes import run_tasks
-from megatron_mixtral.data.report import REPORT_SUFFIX, publish, tokenizer_facts, versions
+from megatron_mixtral.data.report import publish, report_path, tokenizer_facts, versions
 from megatron_mixtral.data.scratch import scratch_directory
 from megatron_mixtral.data.text.account import Progress, TextAccount
 from megatron_mixtral.data.text.assemble import Assembly, output_prefix
@@ -33,7 +34,7 @@ BYTES_OF_A_TOKEN = 4  # of text, about; only for the error of a full disk
 
 
 def preprocess_text(options: TextOptions) -> dict[str, Any]:
-    """Tokenize `options.inputs`; returns the report, which also lies in `{prefix}.report.json`.
+    """Tokenize `options.inputs`; returns the report, which also lies in `reports/` beside the data sets.
 
     Raises:
         ConfigError: flags, paths or tokenizer that cannot work.
@@ -94,7 +95,7 @@ def preprocess_text(options: TextOptions) -> dict[str, Any]:
     for counts in report["keys"].values():
         logger.info("wrote %s.bin and .idx: %d documents, %d tokens",
                     counts["output"], counts["documents"], counts["tokens"])  # fmt: skip
-    _log_left_out(account, prefix + REPORT_SUFFIX)
+    _log_left_out(account, report_path(prefix))
     return report
 
 
@@ -145,7 +146,7 @@ def _facts(account: TextAccount, prefix: str, encoder: DocumentEncoder) -> dict[
     return report
 
 
-def _log_left_out(account: TextAccount, report: str) -> None:
+def _log_left_out(account: TextAccount, report: Path) -> None:
     empty = sum(counts.empty for counts in account.per_key.values())
     if account.skipped or empty or account.lines.blank:
         logger.warning(

@@ -7,6 +7,7 @@ from megatron_mixtral.runtime.engine_fixes import (
     expert_optimizers,
     multi_tensor,
     nonfinite,
+    optimizer_load,
     rank_directories,
     recompute,
     step_log,
@@ -14,7 +15,8 @@ from megatron_mixtral.runtime.engine_fixes import (
 
 __all__ = ["FIXES", "TRAINING_FIXES"]
 
-FIXES = (dataset_helpers.FIX, adam.FIX, multi_tensor.FIX, expert_optimizers.FIX, bucket_padding.FIX,
-         rank_directories.FIX, nonfinite.FIX, recompute.FIX)
+# `expert_optimizers` comes after `optimizer_load`, so that it acts before: it puts groups where this run has them.
+FIXES = (dataset_helpers.FIX, adam.FIX, multi_tensor.FIX, optimizer_load.FIX, expert_optimizers.FIX,
+         optimizer_load.SGD_FIX, bucket_padding.FIX, rank_directories.FIX, nonfinite.FIX, recompute.FIX)
 # Of `megatron.training`.
 TRAINING_FIXES = (step_log.TRAINING_FIX, rank_directories.TRAINING_FIX, multi_tensor.TRAINING_FIX)

@@ -18,21 +18,21 @@ def regroup(saved: dict[Any, Any], wanted: int) -> dict[Any, Any]:
     parts = {key: value for key, value in saved.items() if isinstance(key, int)}
     top = {key: value for key, value in saved.items() if not isinstance(key, int)}
     if wanted == 1 and parts:  # saved by several, read by one
-        groups = [group for part in parts.values() for group in _groups(part)]
-        return _joined(_with_groups(parts[0], groups), top)
+        groups = [group for part in parts.values() for group in groups_of(part)]
+        return _joined(with_groups(parts[0], groups), top)
     if wanted > 1 and top:  # saved by one, read by several
-        groups = [{**group, "is_expert_parallel": expert} for expert in (False, True) for group in _groups(top)]
-        top = _with_groups(top, groups)
+        groups = [{**group, "is_expert_parallel": expert} for expert in (False, True) for group in groups_of(top)]
+        top = with_groups(top, groups)
         return {index: _joined(top, parts.get(index, {})) for index in range(wanted)}
     return saved
 
 
-def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
+def groups_of(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups of one optimizer's state: inside `optimizer`, where it has fp32 weights of its own, or beside it."""
     return state.get("optimizer", state)["param_groups"]
 
 
-def _with_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def with_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     if "optimizer" in state:
         return {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
     return {**state, "param_groups": groups}

@@ -1,5 +1,6 @@
 """The engine's log line of a step: its running sums, and the moment when a step is logged."""
 
+import inspect
 from typing import Any
 
 from megatron_mixtral.runtime.replacements import Fix, around, source_has
@@ -16,7 +17,8 @@ def _log_each_step_by_itself(training_log: Any, *args: Any, **kwargs: Any) -> An
     # The engine has no place that is called once a step is logged; a writer that wants to know has this method.
     finish_step = getattr(get_tensorboard_writer(), "finish_step", None)
     if finish_step is not None:
-        finish_step()
+        given = inspect.signature(training_log).bind(*args, **kwargs).arguments
+        finish_step(skipped=bool(given["skipped_iter"]), loss_scale=float(given["loss_scale"]))
     return result
 
 

@@ -5,9 +5,12 @@
     SAVE/.saving-XXXX/ITERATION/  being written; of no use after a crash
     SAVE/.replaced-ITERATION/     an older one of the same name, until the new one has its name
     SAVE/.removed-ITERATION/      being deleted
+    SAVE/.lease                   which run writes here (lease.py)
 
 A checkpoint gets its name by a rename after it is on the disk, loses it by a rename before anything of it is deleted,
-and the tracker is replaced last. Called by `training/checkpoints/manager.py`, on rank 0.
+and the tracker is replaced last. A run that is killed before that leaves the new tracker in the draft: `unfinished`
+finds it, `finish` puts it into its place. Called by `training/checkpoints/manager.py`, on rank 0; `unfinished` by
+`training/start.py`, which changes nothing.
 """
 
 import logging
@@ -38,8 +41,38 @@ def write_identity(save: Path, config: MixtralConfig) -> None:
                               "architecture): give another directory")
 
 
+def unfinished(directory: Path) -> tuple[Path, str] | None:
+    """A checkpoint that got its name and is not yet named by the tracker, since its run was killed between the two: its
+    own tracker, in the draft, and its name.
+    """
+    for tracker in sorted(directory.glob(f"{_SAVING}*/{TRACKER}")):
+        try:
+            name = names.latest(tracker.parent)
+        except (CheckpointError, FileNotFoundError):  # another rank puts it into its place
+            continue
+        if name is not None and (directory / name).is_dir() and not (tracker.parent / name).exists():
+            return tracker, name
+    return None
+
+
+def finish(directory: Path) -> None:
+    """Name the checkpoint that `unfinished` finds. Raises `CheckpointError` where the directory cannot be written."""
+    found = unfinished(directory)
+    if found is None:
+        return
+    tracker, name = found
+    logger.info("%s is whole, and %s did not say so yet: now it does", directory / name, TRACKER)
+    try:
+        tracker.rename(directory / TRACKER)
+    except OSError as error:
+        raise CheckpointError(f"{directory / TRACKER} does not name {name} yet, and cannot be written "
+                              f"({error.strerror}): write {names.iteration_of(name)} into it") from error
+    sync(directory)
+
+
 def tidy(save: Path) -> None:
     """Finish or undo what a killed run left. Call when nothing is being saved."""
+    finish(save)
     for path in sorted(save.glob(".*-*")):
         if path.name.startswith(_REPLACED) and not (save / path.name.removeprefix(_REPLACED)).exists():
             path.rename(save / path.name.removeprefix(_REPLACED))  # killed between the two renames of `publish`

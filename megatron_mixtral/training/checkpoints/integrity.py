@@ -58,20 +58,26 @@ def write_manifest(directory: Path) -> None:
     write_whole(directory / MANIFEST, json.dumps({"algorithm": ALGORITHM, "files": sums}, indent=1))
 
 
+class NoSumsError(CheckpointError):
+    """There is nothing to compare a checkpoint with, which says nothing against it."""
+
+
 def read_manifest(directory: Path) -> dict[str, str]:
-    """The sums by file name. Raises `CheckpointError` where there is no manifest, or none that can be compared."""
+    """The sums by file name. Raises `NoSumsError` where there is no manifest, or one of another kind, and
+    `CheckpointError` where it cannot be read.
+    """
     path = directory / MANIFEST
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         algorithm, sums = contents["algorithm"], dict(contents["files"])
     except FileNotFoundError:
-        raise CheckpointError(f"--verify-checkpoint: {directory} has no {MANIFEST}, so there is nothing to compare it "
-                              "with (converted checkpoints have none: tools/checkpoint/inspect_checkpoint.py looks at "
-                              "them); drop the flag to load it all the same") from None
+        raise NoSumsError(f"{directory} has no {MANIFEST}, so there is nothing to compare its files with (converted "
+                          "checkpoints have none: tools/checkpoint/inspect_checkpoint.py looks at them)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"--verify-checkpoint: {path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}; --no-verify-checkpoint loads the checkpoint without "
+                              "comparing its files") from None
     if algorithm != ALGORITHM:
-        raise CheckpointError(f"--verify-checkpoint: {path} has sums by {algorithm!r}, expected {ALGORITHM!r}")
+        raise NoSumsError(f"{path} has sums by {algorithm!r}, expected {ALGORITHM!r}, so its files are not compared")
     return sums
 
 

@@ -18,6 +18,8 @@ from megatron_mixtral.errors import CheckpointError, MixtralError
 from megatron_mixtral.training import adapters
 from megatron_mixtral.training.checkpoints import resume
 from megatron_mixtral.training.checkpoints.export import Exporter
+from megatron_mixtral.training.checkpoints.lease import Lease
+from megatron_mixtral.weights import directory as names
 from megatron_mixtral.weights import saved_arguments
 
 logger = logging.getLogger(__name__)
@@ -26,12 +28,17 @@ logger = logging.getLogger(__name__)
 class CheckpointManager:
     """The checkpoints of one run. Made before torch.distributed is initialised, called after."""
 
-    def __init__(self, args: Namespace) -> None:
-        """`args` are the engine's, with `Flags` among them."""
+    def __init__(self, args: Namespace, held: Lease | None = None) -> None:
+        """`args` are the engine's, with `Flags` among them; `held` is the lease of --save, on rank 0."""
+        self._held = held
         self._args, self._save = args, Path(args.save) if args.save else None
         self._multiples = args.save_retain_interval
         args.save_retain_interval = None  # the engine would look for the one to remove in the tracker
+        # The engine puts its own length into the arguments later.
+        self._length_given = any(getattr(args, name, None) for name in ("lr_decay_iters", "lr_decay_samples"))
         self.unsaved: str | None = None  # why the last save failed
+        if args.rank == 0 and args.load and not names.is_checkpoint(Path(args.load)):
+            saves.finish(Path(args.load))
         if self._save is not None and args.rank == 0:
             self._save.mkdir(parents=True, exist_ok=True)
             saves.tidy(self._save)
@@ -43,10 +50,15 @@ class CheckpointManager:
     def begin(self, iteration: int) -> Path | None:
         """A draft directory, the same on all ranks; None, with a report, where it cannot be made."""
         try:
-            return self._on_rank_0(lambda: saves.draft(self._save, iteration))
+            return self._on_rank_0(lambda: self._draft(iteration))
         except OSError as error:
             self._report(iteration, str(error))
             return None
+
+    def _draft(self, iteration: int) -> Path:
+        if self._held is not None:
+            self._held.check()
+        return saves.draft(self._save, iteration)
 
     def background(self, write: Callable[..., Any], folder: Path, iteration: int) -> Callable[..., Any]:
         """`write`, and the sums of what it wrote, for the background process; can be pickled."""
@@ -79,6 +91,8 @@ class CheckpointManager:
 
     def _publish(self, iteration: int, folder: Path) -> Path:
         integrity.write_manifest(folder / saves.name_of(iteration))
+        if self._held is not None:
+            self._held.check()
         return saves.publish(folder, self._save, iteration)
 
     def _after(self, iteration: int, published: Path) -> None:
@@ -110,11 +124,11 @@ class CheckpointManager:
 
     def before_load(self, directory: Path, whole: bool) -> None:
         """Refuse at once what would be found late or never: another layout of rank directories, another optimizer (if
-        not only weights are to be loaded, but the `whole`). With --verify-checkpoint, compare every file with its sum,
-        the ranks in parallel.
+        not only weights are to be loaded, but the `whole`). Without --no-verify-checkpoint, compare every file with its
+        sum, the ranks in parallel.
         """
         self._on_rank_0(lambda: self._compare(directory, whole))
-        if self._args.verify_checkpoint:
+        if not self._args.no_verify_checkpoint:
             self._verify(directory)
 
     def _compare(self, directory: Path, whole: bool) -> None:
@@ -123,15 +137,23 @@ class CheckpointManager:
             adapters.check_saved(saved, self._args, directory)
         if whole and saved is not None:
             resume.check_optimizer(saved, self._args)
-            resume.check_schedule(saved, self._args)
+            resume.check_schedule(saved, self._args, self._length_given)
 
     def _verify(self, directory: Path) -> None:
-        sums = self._on_rank_0(lambda: integrity.read_manifest(directory))
+        try:
+            sums = self._on_rank_0(lambda: integrity.read_manifest(directory))
+        except integrity.NoSumsError as error:
+            if self._args.verify_checkpoint:
+                raise CheckpointError(f"--verify-checkpoint: {error}; drop the flag to load it all the same") from None
+            if self._args.rank == 0:
+                logger.info("%s", error)
+            return
         found = integrity.damage(directory, sums, self._args.rank, self._args.world_size)
         damage = sorted(one for share in _from_all(found) for one in share)
         if damage:
             raise CheckpointError(f"{directory} is damaged: {'; '.join(damage)}. Give --ckpt-step with the iteration "
-                                  "of another checkpoint, or restore the files")
+                                  "of another checkpoint, restore the files, or load them as they are with "
+                                  "--no-verify-checkpoint")
         if self._args.rank == 0:
             logger.info("%s: %d files are as they were written", directory, len(sums))
 

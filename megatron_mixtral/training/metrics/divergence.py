@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: counted, and a run of them ends training with the samples they read.
 
-The engine skips such a step (`runtime/engine_fixes/nonfinite.py`); `StepWriter` asks here, once a step on
-the last rank.
+The engine skips such a step (`runtime/engine_fixes/nonfinite.py`); in fp16 its loss scaler does, and halves the scale
+for the next one, which is how it finds the largest that fits. `StepWriter` asks here, once a step on the last rank.
 """
 
 import logging
@@ -22,18 +22,24 @@ class Divergence:
         self._samples: list[range] = []  # of the present run of skipped steps
         self.skipped = 0  # since the program started
 
-    def count(self, metrics: Mapping[str, Any], samples: range) -> None:
-        """One step's metrics, and the samples of its global batch: positions in the training set's order."""
+    def count(self, metrics: Mapping[str, Any], samples: range, skipped: bool = False, may_fall: bool = False) -> None:
+        """One step's metrics, and the samples of its global batch: positions in the training set's order; whether the
+        engine skipped it, and whether the loss scale may fall further. While it may, an overflow is only counted.
+        """
         wrong = {name: metrics[name] for name in ("lm_loss", "grad_norm")
                  if name in metrics and not math.isfinite(metrics[name])}
-        if not wrong:
+        if not wrong and not skipped:
             self._samples = []
             return
         self.skipped += 1
-        self._samples.append(samples)
+        if wrong or not may_fall:
+            self._samples.append(samples)
+        cause = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        if not wrong:
+            cause = f"its scaled gradients overflow; the loss scale is now {metrics['loss_scale']:g}"
+            cause += "" if may_fall else " and cannot fall further"
         logger.warning("step %s is skipped and the weights stay as they were: %s; it read samples %d to %d of the "
-                       "training set", metrics["iteration"],
-                       ", ".join(f"{name} {value}" for name, value in wrong.items()), samples.start, samples.stop - 1)
+                       "training set", metrics["iteration"], cause, samples.start, samples.stop - 1)
 
     def check(self) -> None:
         """`DivergedError` after `limit` skipped steps in a row."""

@@ -70,5 +70,6 @@ def _facts(run: Run, args: Namespace) -> RunFacts:
     peak = run.flags.device_peak_tflops
     if peak is None and (args.bf16 or args.fp16):
         peak = runtime.peak_tflops()
+    smallest = args.loss_scale or (args.min_loss_scale if args.fp16 else None)
     return RunFacts(flops_per_token=run.config.training_flops_per_token(args.seq_length), seq_length=args.seq_length,
-                    devices=args.world_size, peak_tflops=peak)
+                    devices=args.world_size, peak_tflops=peak, smallest_loss_scale=smallest)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.errors import ConfigError, DataError
-from megatron_mixtral.training.metrics.throughput import Step, time_weighted
+from megatron_mixtral.training.metrics.throughput import Step, names_of, time_weighted
 
 try:
     from matplotlib import colormaps
@@ -72,13 +72,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def names_of(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
-    parts = [path.absolute().parts for path in paths]
-    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 1)
-    return ["/".join(p[-length:]) for p in parts]
-
-
 def draw(paths: Sequence[Path], output: Path) -> list[Path]:
     """Write loss.png, throughput.png and expert_load.png into `output`; returns their paths."""
     runs = [read_run(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
@@ -102,7 +95,7 @@ def loss(runs: Sequence[RunMetrics]) -> Figure:
     _curves(middle, runs, "aux_loss", "balancing loss")
     _curves(bottom, runs, "grad_norm", "gradient norm")
     ends = [_smooth(run.column("lm_loss")[1])[-1:] for run in runs]
-    labels = [f"{run.name}: {end[0]:.3f}" if end else run.name for run, end in zip(runs, ends, strict=True)]
+    labels = [f"{run.name}: {end[0]:.3f} nats at the end" if end else run.name for run, end in zip(runs, ends, strict=True)]
     _dress(top, bottom, "Loss", labels)
     return figure
 
@@ -116,10 +109,10 @@ def throughput(runs: Sequence[RunMetrics]) -> Figure:
     for number, run in enumerate(runs):
         whole = time_weighted([Step(step["tokens_per_second_per_device"], step["step_seconds"]) for step in run.steps])
         top.axhline(whole, color=_colour(number), linestyle="--", linewidth=1)
-        labels.append(f"{run.name}: {whole:,.1f}")
+        labels.append(f"{run.name}: {whole:,.1f} tokens / s / device")
     _curves(bottom, runs, "memory_bytes", "memory of the\nfullest device (GiB)", unit=2**30)
     for axes in (top, bottom):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, top=1.08 * axes.get_ylim()[1])  # a level line is not to lie on the border
     _dress(top, bottom, "Throughput (dashed: all tokens / all time)", labels)
     return figure
 

@@ -19,19 +19,21 @@ from pathlib import Path
 from megatron_mixtral.errors import DataError
 
 EDGE = 5  # steps at either end that are left out where no range is given: warm-up, and the last save
+SMOOTH = 10  # steps whose mean is compared with a target loss
 
-_OURS = re.compile(r"step (?P<step>\d+)(?:/\d+)? \|.*?TGS (?P<rate>[\d.]+) tokens/s/device.*?"
-                   r"\| (?P<seconds>[\d.]+) s\b")
-_XTUNER = re.compile(r"Iter\(train\) \[\s*(?P<step>\d+)/\d+\].*?\btime: (?P<seconds>[\d.]+).*?"
-                     r"tokens_per_sec: (?P<rate>[\d.]+)")
+_OURS = re.compile(r"step (?P<step>\d+)(?:/\d+)? \|(?: lm loss (?P<loss>[\d.]+) \|)?.*?TGS (?P<rate>[\d.]+) "
+                   r"tokens/s/device.*?\| (?P<seconds>[\d.]+) s\b")
+_XTUNER = re.compile(r"Iter\(train\) \[\s*(?P<step>\d+)/\d+\].*?\btime: (?P<seconds>[\d.]+)"
+                     r"(?:.*?\bloss: (?P<loss>[\d.]+))?.*?tokens_per_sec: (?P<rate>[\d.]+)")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: tokens per second and device, and its seconds."""
+    """One step: tokens per second and device, its seconds, and its loss where it was logged and finite."""
 
     rate: float
     seconds: float
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,28 +71,56 @@ def _step_of(line: str) -> tuple[int, Step] | None:
     if line.startswith("{"):
         try:
             metrics = json.loads(line)
-            return metrics["iteration"], Step(metrics["tokens_per_second_per_device"], metrics["step_seconds"])
+            rate, seconds = metrics["tokens_per_second_per_device"], metrics["step_seconds"]
+            return metrics["iteration"], Step(rate, seconds, metrics.get("lm_loss"))
         except (ValueError, KeyError):  # a line that a killed run left unfinished, or another program's
             return None
     found = _OURS.search(line) or _XTUNER.search(line)
-    return (int(found["step"]), Step(float(found["rate"]), float(found["seconds"]))) if found else None
+    if found is None:
+        return None
+    loss = None if found["loss"] is None else float(found["loss"])
+    return int(found["step"]), Step(float(found["rate"]), float(found["seconds"]), loss)
 
 
 def average(steps: dict[int, Step], first: int | None = None, last: int | None = None) -> Averages:
-    """Over the steps with first <= number <= last; without these all but `EDGE` at either end. `DataError` if none."""
+    """Over the steps with first <= number <= last; without these all but `EDGE` at either end, or all of a log that is
+    too short for that. `DataError` if none.
+    """
     numbers = sorted(steps)
-    if first is None:
-        first = numbers[min(EDGE, len(numbers) - 1)]
-    if last is None:
-        last = numbers[max(-1 - EDGE, -len(numbers))]
+    edge = EDGE if len(numbers) > 2 * EDGE else 0
+    first, last = numbers[edge] if first is None else first, numbers[-1 - edge] if last is None else last
     chosen = [steps[number] for number in numbers if first <= number <= last]
     if not chosen:
         raise DataError(f"no step from {first} to {last}: the log has {len(numbers)} steps, from {numbers[0]} to "
-                        f"{numbers[-1]}; give START and END (without them {EDGE} at either end are left out)")
+                        f"{numbers[-1]}; give START and END of these, or none")
     return Averages(first, last, len(chosen), statistics.fmean(step.rate for step in chosen), time_weighted(chosen),
                     statistics.median(step.rate for step in chosen))
+
+
+def reached(steps: dict[int, Step], target: float) -> str:
+    """The first step at which the loss, as the mean of the last `SMOOTH` steps, was at or below `target`, in words.
+    `DataError` where the log has no losses.
+    """
+    losses = [(number, steps[number].loss) for number in sorted(steps) if steps[number].loss is not None]
+    if not losses:
+        raise DataError("no line of the log has a loss, which --target-loss is about")
+    means = [(losses[at][0], statistics.fmean(loss for _, loss in losses[max(0, at + 1 - SMOOTH):at + 1]))
+             for at in range(min(SMOOTH, len(losses)) - 1, len(losses))]
+    found = next(((number, mean) for number, mean in means if mean <= target), None)
+    if found is not None:
+        return f"loss at or below {target:g}: step {found[0]} (mean of the last {SMOOTH} steps {found[1]:.4f})"
+    number, lowest = min(means, key=lambda one: one[1])
+    return (f"loss at or below {target:g}: not reached; the lowest mean of {SMOOTH} steps is {lowest:.4f}, "
+            f"at step {number}")
 
 
 def time_weighted(steps: Sequence[Step]) -> float:
     """All tokens / all time."""
     return sum(step.rate * step.seconds for step in steps) / sum(step.seconds for step in steps)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ."""
+    parts = [path.absolute().parts for path in paths]
+    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 1)
+    return ["/".join(p[-length:]) for p in parts]

@@ -28,7 +28,7 @@ _NAMES = {"lm loss": "lm_loss", "load_balancing_loss": "aux_loss", "seq_load_bal
 _OWN = ("step_seconds", "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device", "mfu",
         "memory_bytes", "expert_imbalance", "expert_imbalance_worst")
 _LINE = (("lm_loss", "lm loss {:.4f}"), ("aux_loss", "aux loss {:.4f}"), ("z_loss", "z loss {:.4g}"),
-         ("grad_norm", "grad norm {:.4f}"), ("learning_rate", "lr {:.3e}"),
+         ("grad_norm", "grad norm {:.4f}"), ("loss_scale", "loss scale {:g}"), ("learning_rate", "lr {:.3e}"),
          ("tokens_per_second_per_device", "TGS {:.1f} tokens/s/device"),
          ("model_tflops_per_device", "{:.4g} TFLOP/s/device"), ("mfu", "MFU {:.1%}"))
 _RECENT = 50  # steps whose median predicts the time left
@@ -42,6 +42,7 @@ class RunFacts:
     seq_length: int
     devices: int
     peak_tflops: float | None  # of one device; None where it is not known: no MFU then
+    smallest_loss_scale: float | None = None  # None where the loss is not scaled
 
 
 class StepClock:
@@ -106,21 +107,26 @@ class StepWriter:
         self._values.update(memory_bytes=memory_bytes, expert_imbalance=load.mean, expert_imbalance_worst=load.worst,
                             expert_imbalance_worst_layer=load.worst_layer)
 
-    def finish_step(self) -> dict[str, Any]:
-        """Write the step's line and return its metrics; called once after the engine has logged the step.
+    def finish_step(self, skipped: bool = False, loss_scale: float = 1.0) -> dict[str, Any]:
+        """Write the step's line and return its metrics; called once after the engine has logged the step, with whether
+        it skipped the step, and the scale of the next one's loss.
 
         `DivergedError` after too many steps that are not finite.
         """
+        smallest = self._facts.smallest_loss_scale
+        self._values["loss_scale"] = loss_scale
         metrics = self._metrics()
         consumed = metrics["consumed_samples"]
-        self._divergence.count(metrics, range(consumed - self._global_batch_size(), consumed))
+        self._divergence.count(metrics, range(consumed - self._global_batch_size(), consumed), skipped,
+                               may_fall=smallest is not None and loss_scale > smallest)
         metrics["skipped_steps"] = self._divergence.skipped
         if self._file is not None:
             _write_line(self._file, metrics)
         if self._load_file is not None:
             _write_line(self._load_file, {"iteration": self._iteration, "expert_load": self._expert_tokens})
         self._chart(metrics)
-        logger.info("%s", _line(metrics, self._train_iters()))
+        shown = metrics if smallest is not None else {**metrics, "loss_scale": None}
+        logger.info("%s", _line(shown, self._train_iters()))
         self._values, self._expert_tokens = {}, []
         self._divergence.check()
         return metrics
@@ -176,7 +182,7 @@ def _write_line(file: TextIO, value: dict[str, Any]) -> None:
 def _line(metrics: dict[str, Any], last: int | None) -> str:
     """The step's line in the log."""
     parts = [f"step {metrics['iteration']}" + (f"/{last}" if last else "")]
-    parts += [form.format(metrics[name]) for name, form in _LINE if name in metrics]
+    parts += [form.format(metrics[name]) for name, form in _LINE if metrics.get(name) is not None]
     if "memory_bytes" in metrics:
         parts.append(f"memory {metrics['memory_bytes'] / 2**30:.2f} GiB")
         parts.append("expert load {expert_imbalance:.2f} (layer {expert_imbalance_worst_layer}: "

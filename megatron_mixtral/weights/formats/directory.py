@@ -46,28 +46,78 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / TRACKER).is_file()
 
 
+def what_is_there(directory: Path) -> str:
+    """The end of a sentence on a checkpoint that is not in `directory`: which ones are."""
+    if not directory.is_dir():
+        return f"{directory} is {'a file' if directory.exists() else 'not there'}"
+    found = [str(iteration) for iteration in iterations(directory)]
+    if (directory / RELEASE).is_dir():
+        found.insert(0, RELEASE)
+    if len(found) > 6:
+        found = [*found[:2], "...", *found[-3:]]
+    if not found:
+        return f"there are no checkpoints in {directory}"
+    *others, last = found
+    return f"there are {', '.join(others)} and {last}" if others else f"there is {last}"
+
+
 def latest(directory: Path) -> str | None:
     """The name of the directory that the tracker names; None without a tracker. Raises `CheckpointError`."""
     tracker = directory / TRACKER
     if not is_checkpoint(directory):
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text != RELEASE and not text.isdecimal():
-        raise CheckpointError(f"{tracker}: expected {RELEASE!r} or an iteration number, found {text[:40]!r}")
+    if text != RELEASE and not (text.isascii() and text.isdecimal()):
+        raise CheckpointError(f"{tracker}: expected {RELEASE!r} or an iteration number, found {text[:40]!r}; "
+                              f"{what_is_there(directory)}: write into it the one that is meant")
     return name_of(None if text == RELEASE else int(text))
+
+
+def chosen(directory: Path, step: int | None = None, name: str | None = None) -> str | None:
+    """The name of the iteration's directory that a run takes from a checkpoint directory: that of `step`
+    (`--ckpt-step`), or else what the tracker names; or `name`, where the caller knows better. None where there are no
+    checkpoints. Raises `CheckpointError` where they are, and it is not said which one, or that one is not there.
+    """
+    name = name or latest(directory)
+    if name is None and iterations(directory):
+        raise CheckpointError(f"{directory} has checkpoints, but no {TRACKER} that names one; "
+                              f"{what_is_there(directory)}: write into this file the number of the one that is meant, "
+                              "or give another directory")
+    if step and name == RELEASE:
+        raise CheckpointError(f"--ckpt-step {step}: {directory / TRACKER} means converted weights ({RELEASE}), and "
+                              f"these would be loaded; {what_is_there(directory)}: drop the flag, or write {step} into "
+                              "the file")
+    if step and name:
+        if not (directory / name_of(step)).is_dir():
+            raise CheckpointError(f"--ckpt-step {step}: {_missing(directory, name_of(step))}")
+        return name_of(step)
+    if name is not None and not (directory / name).is_dir():
+        raise CheckpointError(f"{directory / TRACKER} means {directory / name}, which does not exist; "
+                              f"{what_is_there(directory)}: write into the file the one that is meant")
+    return name
 
 
 def iteration_directory(directory: Path) -> tuple[Path, Path]:
     """(checkpoint directory, directory of the iteration it points to). An iteration's directory may be given itself.
 
-    Raises `CheckpointError` for a tracker that names what is not there.
+    Raises `CheckpointError` for an iteration that is not there, whether the tracker names it or the path does.
     """
-    name = latest(directory)
-    if name is None:
-        return directory.parent, directory
-    if not (directory / name).is_dir():
-        raise CheckpointError(f"{directory / TRACKER} means {directory / name}, which does not exist")
-    return directory, directory / name
+    name = chosen(directory)
+    if name is not None:
+        return directory, directory / name
+    if not directory.is_dir():
+        raise CheckpointError(_missing(directory.parent, directory.name) if is_iteration(directory) else
+                              f"{directory} does not exist or is not a directory")
+    return directory.parent, directory
+
+
+def is_iteration(directory: Path) -> bool:
+    """Whether a path is called as the directory of an iteration is, or of converted weights beside a tracker."""
+    return iteration_of(directory.name) is not None or (directory.name == RELEASE and is_checkpoint(directory.parent))
+
+
+def _missing(directory: Path, name: str) -> str:
+    return f"there is no {name} in {directory}; {what_is_there(directory)}"
 
 
 def identity(directory: Path) -> MixtralConfig | None:

@@ -1,11 +1,12 @@
 """The planner's arithmetic against numbers known from elsewhere, and its refusals."""
 
 import json
+import re
 import time
 
 import pytest
 
-from megatron_mixtral.config import MixtralConfig, ParallelLayout, preset
+from megatron_mixtral.config import MixtralConfig, ParallelLayout, hardware, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RunShape, cli
 from megatron_mixtral.planning.memory import stage_memory
@@ -143,6 +144,24 @@ def test_the_tool_prints_json() -> None:
 def test_the_tool_refuses_with_a_sentence(argv: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         list(cli.lines(argv))
+
+
+def test_a_device_stands_for_the_figures_of_its_data_sheet() -> None:
+    sheet = hardware.DEVICES["a100-80g"]
+    assert Machine.of(sheet, devices=16, device_memory=40.0) == Machine(16, 40.0, 312.0, 2039.0, 2400.0)
+    assert Machine.of(hardware.DEVICES["h100-sxm"], devices=8) == Machine(8)
+    argv = ["--model", "mixtral-8x7b", "--devices", "16", "--global-batch-size", "128", "--top", "1"]
+    slow, fast, named = (list(cli.lines([*argv, *more]))[0:3] for more in (
+        ["--device", "a100-80g"], ["--device", "b200"], ["--device", "b200", "--device-memory", "80"]))
+    assert "16 devices of 80 GB" in slow[0] and "16 devices of 180 GB" in fast[0] and "16 devices of 80 GB" in named[0]
+    seconds = [float(re.search(r" (\d+\.\d\d) +\d+ ", lines[2])[1]) for lines in (slow, fast)]
+    assert 4 < seconds[0] / seconds[1] < 12  # 312 against 2250 TFLOP/s
+
+
+def test_no_device_is_taken_for_another() -> None:
+    """The first entry whose name is a part of what torch says wins."""
+    for device in hardware.DEVICES.values():
+        assert hardware.find(f"NVIDIA {device.reported}") is device
 
 
 def test_adapters_alone_are_trained() -> None:

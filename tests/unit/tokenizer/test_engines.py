@@ -208,7 +208,7 @@ def run(tmp_path: Path, model: Path, *flags: str) -> tuple[dict, bytes]:
     prefix = tmp_path / "-".join(["out", *flags]).replace("--", "")
     preprocess_command(["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-type",
                         "HuggingFaceTokenizer", "--tokenizer-model", str(model), "--append-eod", *flags])  # fmt: skip
-    report = json.loads(Path(f"{prefix}.report.json").read_text())
+    report = json.loads(prefix.with_name("reports").joinpath(f"{prefix.name}.report.json").read_text())
     return report, Path(f"{prefix}_text_document.bin").read_bytes()
 
 

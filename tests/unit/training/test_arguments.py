@@ -23,6 +23,7 @@ def checkpoint(folder: Path, config: MixtralConfig, tracker: bool = True) -> str
     (folder / CONFIG_FILE).write_text(config.to_json())
     if tracker:
         (folder / directory.TRACKER).write_text("release")
+        (folder / directory.RELEASE).mkdir()
     return str(folder)
 
 
@@ -38,6 +39,7 @@ def test_checkpoint_gives_the_model(tmp_path: Path) -> None:
     assert run.config == preset("tiny")
     assert run.start == f"weights of {tmp_path / 'run'}, converted, without an optimizer: begins at step 0"
     (tmp_path / "run" / directory.TRACKER).write_text("7")
+    (tmp_path / "run" / directory.name_of(7)).mkdir()
     assert resolve(["--load", str(tmp_path / "run")], {}).start == f"checkpoint {tmp_path / 'run'}"
 
 
@@ -50,6 +52,7 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
     argv = ["--hf-checkpoint", str(hf), "--load", checkpoint(tmp_path / "run", preset("tiny"), tracker=False)]
     assert resolve(argv, {}).load_hf
     (tmp_path / "run" / directory.TRACKER).write_text("100")
+    (tmp_path / "run" / directory.name_of(100)).mkdir()
     assert not resolve(argv, {}).load_hf
 
 
@@ -66,6 +69,8 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
     (["--model", "tiny", "--moe-aux-loss-convention", "hf", "--pipeline-model-parallel-size", "2"], 2,
      "convention megatron, where --moe-aux-loss-coeff 0.01 "),
     (["--model", "tiny", "--cuda-graph-impl", "local"], 1, "add --cuda-graph-modules attn"),
+    (["--model", "tiny", "--optimizer", "sgd", "--use-distributed-optimizer"], 1, "drop one of the two"),
+    (["--model", "tiny", "--verify-checkpoint", "--no-verify-checkpoint"], 1, "say the opposite"),
     (["--model", "tiny", "--log-expert-load"], 1, "give --save or --metrics-file"),
     (["--model", "tiny", "--use-checkpoint-args", "--use-mp-args-from-checkpoint-args"], 1, "drop the flag and give"),
 ])

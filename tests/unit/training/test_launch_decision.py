@@ -1,6 +1,8 @@
 """Who starts the ranks: what a process makes of torchrun's, Slurm's or no variables."""
 
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -62,7 +64,7 @@ def test_a_task_of_slurm_is_a_rank() -> None:
 ])
 def test_a_shell_of_slurm_is_a_plain_start(alone: dict[str, str | None]) -> None:
     environ = {name: value for name, value in (TASK | alone).items() if value is not None}
-    assert launch.decide(environ, needed=4).starts and launch.is_first(environ)
+    assert launch.decide(environ, needed=4).starts
 
 
 @pytest.mark.parametrize(("nodes", "first"), [
@@ -73,9 +75,25 @@ def test_first_host(nodes: str, first: str) -> None:
     assert launch.first_host(nodes) == first
 
 
-def test_rank_0_speaks_for_all() -> None:
-    assert [launch.is_first(environ) for environ in ({}, {"RANK": "0"}, {"RANK": "1"}, TASK)] == [True, True, False,
-                                                                                                  False]
+def test_of_the_ranks_of_a_node_one_says_what_all_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def of_torchrun(rank: int, node: str = "a", attempt: int = 0) -> dict[str, str]:
+        folder = tmp_path / node / f"attempt_{attempt}" / str(rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        return {"RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(folder / "error.json")}
+
+    def of_slurm(task: int, step: str = "0") -> dict[str, str]:
+        return {**TASK, "SLURM_PROCID": str(task), "SLURM_STEP_ID": step}
+
+    assert [launch.speaks(of_torchrun(rank), "x is missing") for rank in (1, 0, 2)] == [True, False, False]
+    assert launch.speaks(of_torchrun(2), "y is missing"), "another cause"
+    assert launch.speaks(of_torchrun(3, node="b"), "x is missing"), "another node"
+    assert launch.speaks(of_torchrun(0, attempt=1), "x is missing"), "a restart"
+    assert [launch.speaks(of_slurm(task), "x is missing") for task in (1, 0, 2)] == [True, False, False]
+    assert launch.speaks(of_slurm(0, step="1"), "x is missing"), "another step"
+    for unknown in ({}, {"RANK": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}):
+        assert [launch.speaks(unknown, "x is missing") for _ in range(2)] == [True, True], "rather twice than never"
 
 
 TP2_PP2 = ["--model", "tiny", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
@@ -107,9 +125,6 @@ def test_a_number_of_devices_alone_is_enough_to_plan_but_not_to_train() -> None:
 
 
 @pytest.mark.parametrize("rank", ["7", "-1", "x"])
-def test_a_task_that_is_no_rank_says_so_itself(rank: str) -> None:
-    """Rank 0 does not know of it, so nobody else would."""
-    environ = {**TASK, "SLURM_PROCID": rank}
-    with pytest.raises(ConfigError):
-        resolve(TP2_PP2, environ)
-    assert launch.is_first(environ)
+def test_a_task_that_is_no_rank_is_refused(rank: str) -> None:
+    with pytest.raises(ConfigError, match=f"SLURM_PROCID is .*{rank}"):
+        resolve(TP2_PP2, {**TASK, "SLURM_PROCID": rank})

@@ -9,7 +9,7 @@ from helpers.models import TINY, assert_same_weights, random_hf_directory
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import convert, hf_tensors, open_sink, open_source
+from megatron_mixtral.weights import convert, directory, hf_tensors, open_sink, open_source
 from megatron_mixtral.weights.formats import DistSource, HFSource, RankDirSource
 
 ROOMS = ("weights", "weights.files", "weights.formats", "weights.edits")
@@ -52,6 +52,16 @@ def test_planning_changes_nothing(hf: Path, tmp_path: Path, form: str) -> None:
     assert first.beside == again.beside != other.beside
     assert first.size == again.size > 0 and first.files.keys() == again.files.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    for iteration in (2, 4):
+        (tmp_path / directory.name_of(iteration)).mkdir()
+    for source in (open_source, DistSource, RankDirSource):
+        with pytest.raises(CheckpointError, match="there is no iter_0000003 in .*; there are 2 and 4"):
+            source(tmp_path / "iter_0000003")
+        with pytest.raises(CheckpointError, match="but no latest_checkpointed_iteration.txt .* there are 2 and 4"):
+            source(tmp_path)
 
 
 def test_what_is_neither_a_format_nor_a_checkpoint_is_refused(tmp_path: Path) -> None:

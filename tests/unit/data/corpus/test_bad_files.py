@@ -162,13 +162,13 @@ def test_a_doubtful_line(tmp_path, caplog, name):
         [error] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
         assert error.startswith(f"error: {tmp_path / name}:3: {reason}: ") and len(error) < 600, error
     assert run(tmp_path, name, content, *(["--on-error", "skip"] if reason else [])) == 0
-    report = json.loads((tmp_path / "out" / "set.report.json").read_text())
+    report = json.loads((tmp_path / "out" / "reports" / "set.report.json").read_text())
     counts = report["keys"]["text"]
     assert counts["documents"] == (4 if reason is None else 3)
     assert report["skipped"] == ({reason: 1} if reason else {})
     assert report["lines"] == 4 == counts["documents"] + counts["empty"] + report["blank_lines"] + bool(reason)
     assert [line["where"] for line in report["skipped_records"]] == ([f"{tmp_path / name}:3"] if reason else [])
-    assert output(tmp_path) == ["set.report.json", "set_text_document.bin", "set_text_document.idx"]
+    assert output(tmp_path) == ["reports", "set_text_document.bin", "set_text_document.idx"]
     assert (tmp_path / "out" / "set_text_document.bin").stat().st_size == counts["bin_bytes"]
 
 
@@ -200,7 +200,7 @@ def test_all_of_them_in_one_run(tmp_path):
              "--on-error", "skip", "--tokenizer-type", "Llama2Tokenizer",
              "--tokenizer-model", str(mixtral_tokenizer_path())]  # fmt: skip
     assert main(flags) == 0
-    report = json.loads((tmp_path / "out" / "set.report.json").read_text())
+    report = json.loads((tmp_path / "out" / "reports" / "set.report.json").read_text())
     reasons = [reason for _, reason in LINES.values()]
     assert report["skipped"] == {reason: reasons.count(reason) for reason in sorted(set(filter(None, reasons)))}
     assert report["keys"]["text"]["documents"] == 3 * len(LINES) + reasons.count(None)

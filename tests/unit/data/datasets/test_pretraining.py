@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.datasets import write_dataset
 
-from megatron_mixtral.data.datasets import blend_of, build_pretraining, check_pretraining
+from megatron_mixtral.data.datasets import blend_of, build_pretraining, check_pretraining, identities
 from megatron_mixtral.data.indexed import IndexFile
 from megatron_mixtral.errors import DataError
 
@@ -100,3 +100,17 @@ def test_validation_without_a_part_to_validate_on_is_refused(prefix: str) -> Non
     """The engine notices at the first validation, hours into a run."""
     with pytest.raises(DataError, match=r"the run validates, and --split 100,0,0 gives nothing to validate on"):
         build(prefix, (8, 8, 8), "100,0,0")
+
+
+def test_a_data_set_is_known_by_what_is_in_it(prefix: str, tmp_path: Path) -> None:
+    """A copy is the same whenever it was made; another order of the same documents, or other ids, is not."""
+    before = identities([([prefix], None), None])
+    assert list(before) == [prefix] and before[prefix].startswith(f"{IndexFile(prefix).tokens} tokens, ")
+    ids = Path(prefix + ".bin")
+    contents = ids.read_bytes()
+    ids.write_bytes(contents)
+    assert identities([([prefix], None)]) == before
+    ids.write_bytes(contents[::-1])
+    assert identities([([prefix], None)]) != before
+    other = write_dataset(tmp_path / "other", vocab_size=96, documents=199)
+    assert identities([([other], None)])[other] not in before.values()

@@ -15,6 +15,7 @@ from megatron_mixtral.data.indexed import merging
 from megatron_mixtral.data.indexed.inspection import inspect
 from megatron_mixtral.data.indexed.merging import merge
 from megatron_mixtral.data.indexed.writer import IndexedWriter
+from megatron_mixtral.data.report import find_report
 from megatron_mixtral.data.text import TextOptions, preprocess_text
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer import mixtral_tokenizer_path
@@ -131,15 +132,32 @@ def test_what_does_not_belong_together_is_refused(tmp_path, corpus):
     with pytest.raises(DataError, match="uint16 and .*wide int32"):
         merge([first, str(wide)], str(tmp_path / "x"))
     second = run(tmp_path, corpus[2:], "c")
-    report = json.loads((tmp_path / "c.report.json").read_text())
+    report = json.loads((tmp_path / "reports" / "c.report.json").read_text())
     report["tokenizer"]["sha256"] = "0" * 64
-    (tmp_path / "c.report.json").write_text(json.dumps(report))
+    (tmp_path / "reports" / "c.report.json").write_text(json.dumps(report))
     with pytest.raises(DataError, match="different tokenizers"):
         merge_command(["--input", first, second, "--output-prefix", str(tmp_path / "x")])
     for wrong in ([first], [first, first]):
         with pytest.raises(ConfigError, match="at least two different"):
             merge(wrong, str(tmp_path / "x"))
     assert not list(tmp_path.glob("x*"))
+
+
+def test_every_file_of_the_folder_is_half_of_a_pair(tmp_path, corpus):
+    """The rule of Megatron-LM's own tools/merge_datasets.py, which refuses the folder where it does not hold."""
+    run(tmp_path, corpus[:1], "out/a"), run(tmp_path, corpus[2:], "out/b")
+    merge([str(tmp_path / "out" / f"{name}_text_document") for name in "ab"], str(tmp_path / "out" / "c"))
+    files = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_file())
+    assert files == [name + end for name in ("a_text_document", "b_text_document", "c") for end in (".bin", ".idx")]
+
+
+def test_a_report_of_an_earlier_release_is_found_beside_its_dataset(tmp_path, corpus):
+    old, prefix = tmp_path / "set.report.json", run(tmp_path, corpus[:1])
+    assert find_report(prefix)["tokenizer"]["sha256"].startswith("dadfd56d")
+    (tmp_path / "reports" / "set.report.json").rename(old)
+    assert find_report(prefix)["tokenizer"]["sha256"].startswith("dadfd56d") and inspect(prefix).problems == []
+    run(tmp_path, corpus[2:])  # another data set of this name: the old report does not speak of it
+    assert not old.exists() and inspect(prefix).problems == []
 
 
 def test_inspection_counts_and_decodes(tmp_path, corpus, capsys):
@@ -169,9 +187,9 @@ def test_inspection_finds_damage(tmp_path, corpus, capsys):
     Path(prefix + ".idx").write_bytes(index)
     assert inspect(prefix).problems == []
     assert any("the vocabulary has 100" in problem for problem in inspect(prefix, 100).problems)
-    report = json.loads((tmp_path / "set.report.json").read_text())
+    report = json.loads((tmp_path / "reports" / "set.report.json").read_text())
     report["keys"]["text"]["documents"] += 1
-    (tmp_path / "set.report.json").write_text(json.dumps(report))
+    (tmp_path / "reports" / "set.report.json").write_text(json.dumps(report))
     assert inspect_dataset_command([prefix]) == 1
     assert f"the report says {count + 1} documents, found {count}" in capsys.readouterr().out
     with open(prefix + ".bin", "ab") as stream:

@@ -56,10 +56,10 @@ def test_three_datasets_one_sample_a_document(tmp_path, samples):
     assert mask.size == report["tokens"] == sum(len(ids) for ids, _ in samples) and (mask == 1).all()
     assert report["trained_tokens"] == sum(label != -100 for _, labels in samples for label in labels)
     assert report["formats"] == {"alpaca": 40} and report["records"] == report["samples"] == report["rows"] == 40
-    assert json.loads((tmp_path / "out.report.json").read_text()) == report
+    assert json.loads((tmp_path / "reports" / "out.report.json").read_text()) == report
     assert [inspect(column_prefix(str(tmp_path / "out"), column)).problems for column in COLUMNS] == [[], [], []]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["a.jsonl", "out.report.json", *(Path(column_prefix("out", c)).name + end for c in COLUMNS
+        ["a.jsonl", "reports", *(Path(column_prefix("out", c)).name + end for c in COLUMNS
                                          for end in (".bin", ".idx"))])
 
 

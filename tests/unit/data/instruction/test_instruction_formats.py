@@ -22,6 +22,7 @@ RECORDS = {
         {"from": "gpt", "value": "Me."}]}, TWO),
     "conversation": ({"conversation": [{"system": "Be kind.", "input": "Hi", "output": "Hello"},
                                        {"input": "Who?", "output": "Me."}]}, TWO),
+    "pair": ({"system_prompt": "Be kind.", "question": "Hi", "response": "Hello"}, TWO[:1]),
     "pretrain": ({"text": "Some text. ### Human: not a dialogue"},
                  [Turn(None, "Some text. ### Human: not a dialogue")]),
 }
@@ -32,6 +33,32 @@ def test_each_form_by_name_and_by_content(name):
     record, turns = RECORDS[name]
     assert HANDLERS[name](record).turns == turns
     assert detect(record) == name
+
+
+@pytest.mark.parametrize("keys", ["prompt response", "prompt completion", "question answer", "query response",
+                                  "input output"])
+def test_a_question_and_its_answer_under_any_pair_of_keys(keys):
+    question, answer = keys.split()
+    record = {question: "Hi", answer: "Hello", "id": 7}
+    assert detect(record) == "pair" and HANDLERS["pair"](record).turns == [Turn("Hi", "Hello")]
+
+
+@pytest.mark.parametrize("key", ["conversations", "conversation"])
+def test_messages_under_another_forms_key_are_messages(key):
+    said = RECORDS["openai"][0]["messages"]
+    assert HANDLERS[detect({key: said})]({key: said}).turns == TWO
+
+
+def test_neighbours_of_one_role_are_one_text():
+    said = _messages(("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d"), ("user", "e"),
+                     ("assistant", "f"))  # fmt: skip
+    assert HANDLERS["openai"](said).turns == [Turn("a\n\nb", "c\n\nd"), Turn("e", "f")]
+    said["messages"][0]["weight"] = 0  # of a question it says nothing
+    assert HANDLERS["openai"](said).turns[0] == Turn("a\n\nb", "c\n\nd")
+    said["messages"][3]["weight"] = 0  # half an answer cannot be trained
+    with pytest.raises(BadRecord, match="two messages of assistant") as found:
+        HANDLERS["openai"](said)
+    assert found.value.reason == "roles_out_of_order"
 
 
 def test_modellinks_handler_always_writes_a_line_for_the_input():
@@ -105,9 +132,11 @@ def _messages(*pairs):
     ("oasst1", {"text": "### Human: only a question"}, "no_answer"),
     ("openai", {"messages": []}, "missing_key"),
     ("openai", {"messages": ["Hi"]}, "missing_key"),
-    ("openai", _messages(("user", "a"), ("user", "b"), ("assistant", "c")), "roles_out_of_order"),
-    ("openai", _messages(("user", "a"), ("assistant", "b"), ("assistant", "c")), "roles_out_of_order"),
-    ("openai", _messages(("user", "a"), ("tool", "b")), "unknown_role"),
+    ("openai", _messages(("user", "a"), ("system", "b"), ("assistant", "c")), "roles_out_of_order"),
+    ("openai", _messages(("user", "a"), ("tool", "b")), "tool_message"),
+    ("openai", {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tool_message"),
+    ("openai", _messages(("user", "a"), ("critic", "b")), "unknown_role"),
+    ("pair", {"prompt": "a", "answer": "b"}, "missing_key"),
     ("openai", {"messages": [{"role": ["user"], "content": "a"}]}, "unknown_role"),
     ("openai", _messages(("user", "a"), ("assistant", None)), "not_a_string"),
     ("openai", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": "maybe"}]},
@@ -126,6 +155,9 @@ def test_records_that_do_not_fit_say_why(name, record, reason):
     assert found.value.reason == reason and str(found.value)
 
 
-def test_an_unknown_form_lists_its_keys():
-    with pytest.raises(BadRecord, match="no known form of instruction data has the keys question, response"):
-        detect({"question": "a", "response": "b"})
+@pytest.mark.parametrize(("keys", "nearest"), [
+    ("Question Answers", "pair, which has question and answer"), ("instructions outputs", "alpaca, which has"),
+    ("message", "openai, which has messages"), ("content", "pretrain|conversation")])
+def test_an_unknown_form_lists_its_keys_and_the_nearest(keys, nearest):
+    with pytest.raises(BadRecord, match=f"no known form .* has the keys {', '.join(keys.split())}; .* ({nearest})"):
+        detect(dict.fromkeys(keys.split(), "a"))

@@ -48,6 +48,11 @@ def read(prefix, key="text"):
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
+def contents(tmp_path):
+    out = tmp_path / "out"
+    return {path.name: path.read_bytes() for path in [*out.glob("set*"), *out.glob("reports/*")]}
+
+
 def left(tmp_path):
     out = tmp_path / "out"
     return sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.exists() else []
@@ -61,8 +66,8 @@ def test_ids_order_and_report(tmp_path, reference):
     report = preprocess(options(tmp_path, tmp_path / "in", prepend_bod=True))
     documents = read(tmp_path / "out" / "set")
     assert documents == [[1, *reference.encode(text), 2] for text in texts]
-    assert left(tmp_path) == ["set.report.json", "set_text_document.bin", "set_text_document.idx"]
-    assert json.loads((tmp_path / "out" / "set.report.json").read_text()) == report
+    assert left(tmp_path) == ["reports", "set_text_document.bin", "set_text_document.idx"]
+    assert json.loads((tmp_path / "out" / "reports" / "set.report.json").read_text()) == report
     counts = report["keys"]["text"]
     assert (report["lines"], report["records"], counts["documents"], counts["empty"]) == (60, 60, 60, 0)
     assert counts["tokens"] == sum(map(len, documents)) == counts["bin_bytes"] // 2
@@ -150,10 +155,10 @@ def test_an_older_output_survives_a_failed_run(tmp_path):
     good = write_jsonl(tmp_path / "good.jsonl", ["a b c"])
     (tmp_path / "bad.jsonl").write_text("{}\n")
     preprocess(options(tmp_path, good))
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in left(tmp_path)}
+    before = contents(tmp_path)
     with pytest.raises(DataError):
         preprocess(options(tmp_path, tmp_path / "bad.jsonl"))
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in left(tmp_path)} == before
+    assert contents(tmp_path) == before and len(before) == 3
     preprocess(options(tmp_path, write_jsonl(tmp_path / "other.jsonl", ["d"])))
     assert len(read(tmp_path / "out" / "set")) == 1
 
@@ -204,7 +209,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     for name in ("lock", "part-00000000-0.ids", "set_text_document.bin.tmp"):
         (stale / name).write_bytes(b"torn")
     preprocess(options(tmp_path, write_jsonl(tmp_path / "x.jsonl", ["a"])))
-    assert left(tmp_path) == ["set.report.json", "set_text_document.bin", "set_text_document.idx"]
+    assert left(tmp_path) == ["reports", "set_text_document.bin", "set_text_document.idx"]
 
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt, "term"])

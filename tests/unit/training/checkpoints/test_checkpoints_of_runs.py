@@ -54,6 +54,36 @@ class Killed(BaseException):
     pass
 
 
+def test_killed_before_the_first_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first checkpoint has its name and there is no tracker yet: it is found, and then named."""
+    folder, rename = drafted(tmp_path, 7), Path.rename
+
+    def killed_at_the_tracker(self: Path, target: Path) -> Path:
+        if self.name == retention.TRACKER and self.parent == folder:
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_tracker)
+    with pytest.raises(Killed):
+        retention.publish(folder, tmp_path, 7)
+    monkeypatch.undo()
+    assert not (tmp_path / retention.TRACKER).exists()
+    assert retention.unfinished(tmp_path) == (folder / retention.TRACKER, "iter_0000007")
+    retention.tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000007", retention.TRACKER]
+    assert (tmp_path / retention.TRACKER).read_text() == "7" and retention.unfinished(tmp_path) is None
+
+
+def test_a_draft_that_never_got_its_name_names_nothing(tmp_path: Path) -> None:
+    retention.publish(drafted(tmp_path, 5), tmp_path, 5)
+    folder = drafted(tmp_path, 7)
+    assert retention.unfinished(tmp_path) is None
+    (folder / retention.TRACKER).write_text("7")  # killed before the first rename
+    assert retention.unfinished(tmp_path) is None
+    retention.tidy(tmp_path)
+    assert (tmp_path / retention.TRACKER).read_text() == "5" and retention.iterations(tmp_path) == [5]
+
+
 @pytest.mark.parametrize("at", range(4))
 def test_killed_between_any_two_renames(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving iteration 7 again: whatever rename was the last, the tracker names a whole checkpoint after `tidy`."""
@@ -121,12 +151,16 @@ def test_sums_of_the_ranks_are_joined_and_the_rest_is_summed(tmp_path: Path) -> 
     assert found[1].startswith("__10_0.distcp has sha256 ")
 
 
-def test_a_checkpoint_without_sums_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no integrity.json.*drop the flag"):
+def test_no_sums_are_no_damage_but_an_unreadable_file_of_sums_is(tmp_path: Path) -> None:
+    with pytest.raises(manifest.NoSumsError, match=r"has no integrity.json, so there is nothing to compare"):
         manifest.read_manifest(tmp_path)
     (tmp_path / manifest.MANIFEST).write_text('{"algorithm": "crc32", "files": {}}')
-    with pytest.raises(CheckpointError, match="has sums by 'crc32', expected 'sha256'"):
+    with pytest.raises(manifest.NoSumsError, match="has sums by 'crc32', expected 'sha256'"):
         manifest.read_manifest(tmp_path)
+    (tmp_path / manifest.MANIFEST).write_text('{"algorithm": "sha')
+    with pytest.raises(CheckpointError, match="cannot be read: .*--no-verify-checkpoint") as caught:
+        manifest.read_manifest(tmp_path)
+    assert not isinstance(caught.value, manifest.NoSumsError)
 
 
 # -- sentences -------------------------------------------------------------------------------------------
@@ -166,6 +200,40 @@ def test_a_schedule_of_another_length_needs_a_decision() -> None:
         resume.check_schedule(arguments(), allowed)
 
 
+def test_a_length_that_was_given_is_followed_and_a_warm_up_of_another_batch_is_not() -> None:
+    resume.check_schedule(arguments(), arguments(lr_decay_iters=50), length_given=True)
+    with pytest.raises(ConfigError, match="now it would be 400"):
+        resume.check_schedule(arguments(), arguments(lr_decay_iters=50))
+    with pytest.raises(ConfigError, match="now it would be 1600"):  # the flag is what it was, the batch is not
+        resume.check_schedule(*(arguments(lr_decay_iters=100, global_batch_size=size) for size in (8, 16)),
+                              length_given=True)
+    before, after = arguments(lr_warmup_iters=10), arguments(lr_warmup_iters=10, global_batch_size=16, train_iters=50)
+    with pytest.raises(ConfigError, match=r"warm-up was 80 samples long \(10 steps x 8\), now .* 160 \(10 x 16"):
+        resume.check_schedule(before, after)
+    resume.check_schedule(before, arguments(lr_warmup_iters=5, global_batch_size=16, train_iters=50))
+    resume.check_schedule(before, arguments(lr_warmup_iters=3))
+
+
+def test_settings_that_changed_are_said() -> None:
+    saved = arguments(lr=3e-3, adam_eps=1e-8, weight_decay=0.1, start_weight_decay=0.1, data_identity={"a": "9 tokens"})
+    now = {"lr": 1e-3, "adam_eps": 1e-6, "weight_decay": 0.2, "start_weight_decay": 0.2, "data_identity": {"a": "8 t"}}
+    settings, data = resume.differences(saved, arguments(**now))
+    assert settings == ("the optimizer goes on with the settings of the flags: --lr was 0.003, now it is 0.001; "
+                        "--weight-decay was 0.1, now it is 0.2; --adam-eps was 1e-08, now it is 1e-06")
+    assert data == ("the data set a was written again with other contents (it was 9 tokens, now it is 8 t): other "
+                    "samples, of which 80 are skipped")
+    followed, kept, _ = resume.differences(saved, arguments(**now, use_checkpoint_opt_param_scheduler=True))
+    assert followed.endswith("flags: --adam-eps was 1e-08, now it is 1e-06")
+    assert kept == "--use-checkpoint-opt_param-scheduler keeps --lr 0.003 (not 0.001), --weight-decay 0.1 (not 0.2)"
+
+
+def test_momentum_that_is_not_in_the_checkpoint_is_refused() -> None:
+    saved, now = (arguments(optimizer="sgd", sgd_momentum=momentum) for momentum in (0.0, 0.9))
+    with pytest.raises(ConfigError, match="holds no momentum, this run has 0.9: give 0"):
+        resume.check_optimizer(saved, now)
+    resume.check_optimizer(now, saved)
+
+
 def test_another_kind_of_optimizer_needs_a_decision() -> None:
     saved = arguments(use_distributed_optimizer=True, optimizer="adam")
     resume.check_optimizer(saved, saved)
@@ -190,7 +258,7 @@ def _cannot_begin(rank: int, save: str) -> tuple[Path | None, str | None, list[s
     from megatron_mixtral.training.checkpoints import manager as module
 
     manager = module.CheckpointManager(Namespace(save=save, rank=0, save_retain_interval=None, hf_checkpoint=None,
-                                                 export_hf_interval=None))
+                                                 export_hf_interval=None, load=None))
     Path(save).rmdir()
     Path(save).touch()
     said: list[str] = []
@@ -203,3 +271,31 @@ def test_a_save_that_cannot_begin_is_reported(tmp_path: Path) -> None:
     [(draft, unsaved, said)] = run_ranks(1, _cannot_begin, str(tmp_path / "save"))
     assert draft is None and "the checkpoint of step 3 could not be saved: [Errno 17]" in unsaved
     assert len(said) == 1 and said[0].startswith(unsaved) and said[0].endswith("nothing is saved yet")
+
+
+def _loses_its_directory(rank: int, save: str) -> list[str]:
+    """What each rank is told, at the end of a save and at the beginning of another, once another run has the lease."""
+    from megatron_mixtral.training.checkpoints import lease
+    from megatron_mixtral.training.checkpoints.manager import CheckpointManager
+
+    held = lease.acquire(Path(save), lease.this_process({})) if rank == 0 else None
+    manager = CheckpointManager(Namespace(save=save, rank=rank, save_retain_interval=None, hf_checkpoint=None,
+                                          export_hf_interval=None), held)
+    folder = manager.begin(2)
+    if held is not None:
+        (Path(save) / lease.NAME).unlink()
+        (Path(save) / lease.NAME).write_text("another run's")
+    told = []
+    for act in (lambda: manager.end(2, folder, None, background=True), lambda: manager.begin(3)):
+        with pytest.raises(CheckpointError) as raised:
+            act()
+        told.append(str(raised.value))
+    if held is not None:
+        held.release()
+    return told
+
+
+def test_a_run_that_lost_its_directory_saves_nothing_more(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _loses_its_directory, str(tmp_path))
+    assert first == second and all("is no longer this run's" in sentence for sentence in first)
+    assert retention.iterations(tmp_path) == [] and (tmp_path / ".lease").read_text() == "another run's"

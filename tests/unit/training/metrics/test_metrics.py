@@ -41,7 +41,8 @@ def test_clock_gives_each_step_its_own_seconds(log_interval: int) -> None:
 def writer(**given: Any) -> StepWriter:
     defaults = {"lap": lambda iteration: 2.0, "global_batch_size": lambda: 128, "train_iters": lambda: 10,
                 "consumed_samples": lambda: 128}
-    facts = RunFacts(flops_per_token=3_000_000, seq_length=4096, devices=16, peak_tflops=given.pop("peak", None))
+    facts = RunFacts(flops_per_token=3_000_000, seq_length=4096, devices=16, peak_tflops=given.pop("peak", None),
+                     smallest_loss_scale=given.pop("smallest_loss_scale", None))
     return StepWriter(facts, **{**defaults, **given})
 
 
@@ -132,6 +133,30 @@ def test_steps_that_are_not_finite_are_counted_and_end_the_run(tmp_path: Path) -
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1, 1, 2, 3]
     assert [line["lm_loss"] for line in lines] == [None, 2.0, 2.0, None]
+
+
+def test_steps_that_the_loss_scaler_skips_are_counted_and_end_the_run_where_the_scale_cannot_fall(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = writer(path=tmp_path / "metrics.jsonl", max_nan_steps=2, smallest_loss_scale=1.0)
+
+    def step(iteration: int, skipped: bool, scale: float) -> None:
+        out.add_scalar("lm loss", 2.0, iteration)
+        out.finish_step(skipped=skipped, loss_scale=scale)
+
+    with caplog.at_level(logging.INFO):
+        for iteration, scale in enumerate((8.0, 4.0, 2.0), 1):
+            step(iteration, True, scale)
+        step(4, False, 2.0)
+        step(5, True, 1.0)
+        with pytest.raises(DivergedError, match="2 steps in a row"):
+            step(6, True, 1.0)
+    assert "step 2 is skipped and the weights stay as they were: its scaled gradients overflow; the loss scale is now" \
+        " 4; it read" in caplog.text
+    assert "the loss scale is now 1 and cannot fall further; it read samples 0 to 127" in caplog.text
+    assert "step 4/10 | lm loss 2.0000 | loss scale 2 | " in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["skipped_steps"], line["loss_scale"]) for line in lines] == [(1, 8), (2, 4), (3, 2), (3, 2), (4, 1),
+                                                                               (5, 1)]
 
 
 def test_a_full_disk_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,10 +31,11 @@ def test_curves_and_maps_hold_the_metrics_of_the_runs(tmp_path: Path) -> None:
     assert list(curves["one"].get_xdata()) == list(range(1, 11))
     assert list(curves["one"].get_ydata()) == [10.0 / step for step in range(1, 11)]
     assert len(curves["two"].get_ydata()) == 80, "long runs are smoothed, not cut"
-    assert [text.get_text() for text in top.get_legend().get_texts()][0] == "one: 1.000"
+    assert [text.get_text() for text in top.get_legend().get_texts()][0] == "one: 1.000 nats at the end"
     rates, *_ = pictures.throughput(runs).axes
     dashed = [line.get_ydata()[0] for line in rates.get_lines() if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([10 * 100 / 55, 80 * 100 / (80 * 81 / 2)]), "all tokens / all time"
+    assert rates.get_legend().get_texts()[0].get_text().endswith("tokens / s / device")
     _, load, *_ = pictures.expert_load(runs).axes
     assert load.get_images()[0].get_array().tolist() == [[0.5, 1.0, 1.5, 1.0], [4.0, 0.0, 0.0, 0.0]]
 

@@ -53,7 +53,7 @@ def test_our_output_is_read_and_a_step_taken_again_counts_as_taken_last(tmp_path
     log = tmp_path / "log"
     log.write_text(line.format(1, "10.0", "1.000") + line.format(2, "1.0", "9.000") + line.format(2, "30.0", "3.000"))
     found = throughput.read(log)
-    assert found == {1: throughput.Step(10.0, 1.0), 2: throughput.Step(30.0, 3.0)}
+    assert found == {1: throughput.Step(10.0, 1.0, 4.0), 2: throughput.Step(30.0, 3.0, 4.0)}
     assert throughput.average(found, 1, 2).time_weighted_mean == 25.0
 
 
@@ -63,10 +63,33 @@ def test_without_a_range_five_steps_at_either_end_are_left_out() -> None:
     assert (found.first, found.last, found.steps) == (6, 15, 10)
 
 
+def test_of_a_short_log_all_steps_count() -> None:
+    found = throughput.average({number: throughput.Step(float(number), 1.0) for number in range(1, 11)})
+    assert (found.first, found.last, found.steps) == (1, 10, 10)
+
+
+def test_the_first_step_at_a_target_loss_is_that_of_the_mean(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The mean of the last ten steps, so that one lucky step is not enough; steps that are not finite have no loss."""
+    losses = [2.0] * 9 + [0.5] + [2.0] * 5 + [None] + [1.0] * 10 + [0.9]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"iteration": step, "tokens_per_second_per_device": 1.0, "step_seconds": 1.0,
+                                       "lm_loss": loss}) + "\n" for step, loss in enumerate(losses, 1)))
+    assert commands.run("calc", [str(log), "--target-loss", "1"]) == 0
+    assert "loss at or below 1: step 26 (mean of the last 10 steps 1.0000)" in capsys.readouterr().out
+    assert commands.run("calc", [str(log), "--target-loss", "0.7"]) == 0
+    assert "not reached; the lowest mean of 10 steps is 0.9900, at step 27" in capsys.readouterr().out
+
+
+def test_the_loss_of_xtuners_lines_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "log").write_text(XTUNER)
+    assert commands.run("calc", [str(tmp_path / "log"), "--target-loss", "0.64"]) == 0
+    mean = (0.6420 + 0.6397 + 0.6420 + 0.6388 + 0.6324 + 0.6215 + 0.6225 + 0.6251) / 8
+    assert f"step 387 (mean of the last 10 steps {mean:.4f})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("text", "arguments", "sentence"), [
     (None, [], "cannot be read"), ("no steps\n", [], "no line has the throughput of a step"),
     (XTUNER, ["1", "9"], "no step from 1 to 9: the log has 8 steps, from 380 to 387"),
-    (XTUNER, [], "give START and END"),
 ])
 def test_what_cannot_be_averaged_is_refused(text: str | None, arguments: list[str], sentence: str, tmp_path: Path,
                                             capsys: pytest.CaptureFixture) -> None:
