@@ -19,7 +19,7 @@ from megatron_mixtral.weights.rules import PEFT_PREFIX, HFTensor, hf_tensors
 from megatron_mixtral.weights.streaming import blocks
 
 BLOCK = 1 << 20  # numbers that are merged at a time
-KEPT = 2  # merged tensors that are kept: the shards of one that tensor parallelism cuts are asked for in turn
+KEPT = 1  # merged tensors that are kept: the shards of one that tensor parallelism cuts are asked for in turn
 
 
 class MergedSource(TensorSource):
