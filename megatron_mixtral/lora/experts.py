@@ -16,7 +16,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_mixtral.config import AdapterConfig
-from megatron_mixtral.lora.linears import dropped, trained, zeros
+from megatron_mixtral.lora.linears import dropped, first_values, trained, zeros
 from megatron_mixtral.lora.nf4 import Packed, Slot, packed_experts
 from megatron_mixtral.model import experts
 
@@ -46,7 +46,7 @@ class AdaptedExperts(experts.GroupedLinear):
                  config: TransformerConfig, pg_collection: ProcessGroupCollection, adapter: AdapterConfig,
                  **kwargs: Any) -> None:
         super().__init__(num_local_experts, input_size, output_size, partition_dim=partition_dim, config=config,
-                         pg_collection=pg_collection, **kwargs)
+                         pg_collection=pg_collection, **first_values(adapter, kwargs))
         self.adapter, self.up, self.packed = adapter, partition_dim == 0, None
         names = [name for name in (("w1", "w3") if self.up else ("w2",)) if name in adapter.targets]
         self.pieces = len(names)

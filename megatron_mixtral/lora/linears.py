@@ -60,6 +60,15 @@ def dropped(x: Tensor, adapter: AdapterConfig, training: bool, numbers: str = "m
         return torch.nn.functional.dropout(x, adapter.dropout)
 
 
+def left_alone(weight: Tensor) -> None:
+    """The init method of weights that are packed, and so dropped before anything reads them."""
+
+
+def first_values(adapter: AdapterConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """A linear's options, without drawing random numbers for what will be packed."""
+    return options | ({"init_method": left_alone} if adapter.quantized else {})
+
+
 def pack_weight(module: torch.nn.Module) -> None:
     """Put a packed weight, to be filled, in the place of a linear's."""
     weight = module.weight
@@ -72,7 +81,7 @@ class AdaptedQKV(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, adapter: AdapterConfig, config: TransformerConfig,
                  **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
+        super().__init__(input_size, output_size, config=config, **first_values(adapter, kwargs))
         self.adapter, self.local_groups = adapter, divide(adapter.num_key_value_heads, self.tp_group.size())
         per_group = adapter.num_attention_heads // adapter.num_key_value_heads
         self.widths = {"q_proj": per_group * adapter.head_dim, "k_proj": adapter.head_dim, "v_proj": adapter.head_dim}
@@ -124,7 +133,7 @@ class AdaptedProj(RowParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, adapter: AdapterConfig, config: TransformerConfig,
                  **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **kwargs)
+        super().__init__(input_size, output_size, config=config, **first_values(adapter, kwargs))
         self.adapter = adapter
         if adapter.quantized:
             pack_weight(self)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral import runtime
-from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import AdapterConfig, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import ShardPlan, assemble, hf_tensors, open_source
 
@@ -38,6 +38,9 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayo
     schedules. `ConfigError` for a layout or a type that cannot be, `CheckpointError` for weights that cannot be read.
     """
     source = open_source(directory)
+    if isinstance(source.config, AdapterConfig):
+        raise ConfigError(f"{directory} holds adapters, no model: give both to megatron_mixtral.lora.from_pretrained, "
+                          "or merge them with merge-lora")
     _validate(source.config, layout)
     name = _type_name(dtype, source)
     layout = initialize(layout)

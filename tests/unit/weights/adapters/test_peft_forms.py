@@ -135,6 +135,14 @@ def test_a_distributed_checkpoint_between(forms: dict, tmp_path: Path) -> None:
             convert(source, sink)
 
 
+def test_inspection_says_what_it_is(forms: dict, capsys: pytest.CaptureFixture) -> None:
+    for form in forms.values():
+        assert commands.run("inspect", [str(form)]) == 0
+        found = capsys.readouterr().out
+        assert "adapters of rank 4 on q_proj, k_proj, v_proj, o_proj, w1, w2, w3, whole" in found
+        assert "18,944 parameters" in found
+
+
 def test_a_model_is_no_adapter(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a whole model, which cannot be written"):
         convert(open_source(hf), open_sink(tmp_path / "no", "peft"))
