@@ -28,6 +28,7 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "merge-lora": ("lora", "cli.merge_lora", "adapters into the model that they were trained on, in any form"),
     "plan": ("planning", "plan_command", "rank the parallel layouts that fit a machine, by predicted step time"),
     "pretrain": ("training", "pretrain_command", "train, with tensor, pipeline, expert and data parallelism"),
+    "generate": ("inference", "cli.generate", "continue prompts with a trained model, in any layout"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
     "plot": ("training", "plot_command", "draw loss, throughput and load of the experts of runs"),
     "watch": ("training", "watch_command", "show runs while they go on, in the terminal or on a page"),

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The common part of the training scripts, which source it: they state a recipe as a table, this turns it into a command.
+# The common part of the scripts here, which source it: they state a recipe as a table, this turns it into a command.
 #
 #     setting NAME REAL TINY    a default: REAL for the real model, TINY where MODEL=tiny; the environment overrides both
-#     launch "$@"               builds the command, checks its inputs, and starts it; "$@" goes to the program
+#     launch "$@"               training: builds the command, checks its inputs, and starts it; "$@" goes to the program
+#     launch_inference PROGRAM FLAG... "$@"     the same for a program of tools/ that uses a model that is trained
 #
 # Environment, beside the names that a script sets itself:
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE   the cluster; start the same script on every node
@@ -219,6 +220,32 @@ launch_quote() {
     else
         printf "'%s'" "${1//\'/\'\\\'\'}"
     fi
+}
+
+launch_inference() {
+    #       name                    real        tiny
+    setting NNODES                  1
+    setting NODE_RANK               0
+    setting GPUS_PER_NODE           8           2
+    setting EP                      1
+    if ((EP > 1)); then setting ETP 1; else setting ETP ''; fi
+    if nvidia-smi -L >/dev/null 2>&1; then setting PRECISION bf16; else setting PRECISION fp32; fi
+    local -a torchrun command blend=()
+    local program="$launch_root/tools/$1" LOAD_DIR="$CHECKPOINT" HF_CHECKPOINT="$TOKENIZER_MODEL"
+    shift
+    launch_cluster
+    command=("${torchrun[@]}" "${program#"$PWD"/}" --load "$CHECKPOINT")
+    if [[ -n "$TOKENIZER_MODEL" ]]; then command+=(--tokenizer-model "$TOKENIZER_MODEL"); fi
+    command+=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP")
+    if [[ -n "$ETP" ]]; then command+=(--expert-tensor-parallel-size "$ETP"); fi
+    command+=("--$PRECISION" "$@")
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then
+        launch_print OMP_NUM_THREADS="$OMP_NUM_THREADS" "${command[@]}"
+        return
+    fi
+    launch_check_inputs
+    exec "${command[@]}"
 }
 
 launch() {

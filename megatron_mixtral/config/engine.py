@@ -148,11 +148,14 @@ def check_flags(args: Namespace, config: MixtralConfig) -> None:
             flag = _FLAG_OF.get(name, "--" + name.replace("_", "-"))
             raise ConfigError(f"{flag} ({found}) makes another model than a Mixtral: drop the flag")
     for name, expected in architecture_args(config).items():
-        found = getattr(args, name)
-        if differs(name, found, expected):
-            flag = _FLAG_OF.get(name, "--" + name.replace("_", "-"))
-            raise ConfigError(f"{flag} {found} contradicts the model's {name} {expected}: drop the flag; the "
-                              "architecture comes from the checkpoint or from --model")
+        if differs(name, getattr(args, name), expected):
+            raise contradiction(name, getattr(args, name), expected)
+
+
+def contradiction(name: str, found: Any, expected: Any) -> ConfigError:
+    """The error for a run's argument `name` that is `found` where the model has `expected`."""
+    return ConfigError(f"{_FLAG_OF.get(name, '--' + name.replace('_', '-'))} {found} contradicts the model's {name} "
+                       f"{expected}: drop the flag; the architecture comes from the checkpoint or from --model")
 
 
 # -- from saved arguments to a Mixtral -----------------------------------------------------------------------

@@ -8,6 +8,7 @@ number the same ranks, so with ETP != TP ("folding") only some (tp, ep) pairs ex
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_mixtral.config.mixtral import MixtralConfig
 from megatron_mixtral.errors import ConfigError
@@ -54,6 +55,8 @@ class ParallelLayout:
     world: int | None = None
     first: int | None = None
     last: int | None = None
+
+    training_flags: ClassVar[Mapping[str, str]] = TRAINING_FLAGS
 
     def __post_init__(self) -> None:
         if self.etp is None:

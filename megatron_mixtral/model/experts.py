@@ -124,7 +124,7 @@ class GroupedLinear(torch.nn.Module):
 
     def weights(self) -> tuple[torch.nn.Parameter, ...]:
         """The weights [o, i] of the local experts, in their order."""
-        return tuple(self.get_parameter(f"weight{index}") for index in range(self.count))
+        return tuple(self._parameters[f"weight{index}"] for index in range(self.count))
 
     def forward(self, x_ti: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """([t, o], no bias): tokens sorted by expert, `tokens_per_expert` of each."""

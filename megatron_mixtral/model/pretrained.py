@@ -42,7 +42,7 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayo
         raise ConfigError(f"{directory} holds adapters, no model: give both to megatron_mixtral.lora.from_pretrained, "
                           "or merge them with merge-lora")
     _validate(source.config, layout)
-    name = _type_name(dtype, source)
+    name = type_name(dtype, source)
     layout = initialize(layout)
 
     import torch
@@ -125,7 +125,10 @@ def _validate(config: MixtralConfig, layout: ParallelLayout) -> None:
     dataclasses.replace(layout, world=None).validate(config, _SIZES)
 
 
-def _type_name(dtype: Any, source: Any) -> str:
+def type_name(dtype: Any, source: Any) -> str:
+    """The name of the type that a model of these weights gets: that of `dtype`, or else as they are stored.
+    `ConfigError` for one in which no model computes.
+    """
     name = str(dtype).removeprefix("torch.") if dtype is not None else \
         source.dtype(next(iter(hf_tensors(source.config).values())))
     if name not in DTYPES:

@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.runtime.replacements import Replacements, apply
@@ -12,10 +11,6 @@ if TYPE_CHECKING:
     from megatron_mixtral.runtime.backend import Backend
 
 logger = logging.getLogger(__name__)
-
-def set_variables(variables: Mapping[str, str]) -> None:
-    """Set variables of this process's environment, which make it a rank. Call before `ready`; imports no torch."""
-    os.environ.update(variables)
 
 
 def ready(training: bool = False) -> "Backend":

@@ -1,4 +1,4 @@
-"""torchrun as `training/launch.py` starts it: the same command line, an end without a traceback.
+"""torchrun as `runtime/launch.py` starts it: the same command line, an end without a traceback.
 
 The ranks have said why they ended, and a signal is no fault; torchrun itself would add forty lines of its own to
 either. Run as `python -m megatron_mixtral.runtime.torchrun`.

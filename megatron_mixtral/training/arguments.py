@@ -2,10 +2,9 @@
 
 Two steps. `resolve()` needs the standard library only and refuses what cannot work within a second, before torch is
 imported or a weight is read. `engine_defaults()` then gives the engine's own parser its defaults, so that scripts do
-not repeat the architecture; `check_contradictions()` refuses a flag that says otherwise.
+not repeat the architecture. Flags that cannot work here, or that contradict the model, are refused by `engine_flags`.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from typing import Any
 
 from megatron_mixtral.config import CONFIG_FILE, AdapterConfig, MixtralConfig, ParallelLayout, engine, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training import adapters, launch
+from megatron_mixtral.runtime import launch
+from megatron_mixtral.training import adapters, engine_flags
 from megatron_mixtral.training.flags import EngineFlags, Flags, parse
-from megatron_mixtral.training.start import weights_of
+from megatron_mixtral.training.start import RANDOM, weights_of
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,8 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     """Resolve model, layout and ranks. Raises `ConfigError` for anything that cannot work."""
     flags, given = parse(argv)
     _check_saving(flags, given)
-    if given.use_mp_args_from_checkpoint_args:
-        raise ConfigError("--use-mp-args-from-checkpoint-args: the layout is checked before the checkpoint is read, so "
-                          "it is needed on the command line; drop the flag and give the sizes (a distributed "
-                          "checkpoint is read in any layout)")
     config = _one_config(flags, given)
+    engine_flags.check_model(given.named, config)
     layout = _layout(given, config).validate(config)
     ranks = launch.decide(environ, layout.min_world, flags.nproc)
     layout = dataclasses.replace(layout, world=ranks.world)
@@ -61,6 +58,9 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     if flags.verify_checkpoint and flags.no_verify_checkpoint:
         raise ConfigError("--verify-checkpoint and --no-verify-checkpoint say the opposite; drop one of them")
     start, load_hf = weights_of(flags, given)
+    if start == RANDOM and "--no-initialization" in given.named:
+        raise ConfigError("--no-initialization leaves what happens to lie in memory where no weights are loaded: "
+                          "drop it, or give --load, --pretrained-checkpoint or --hf-checkpoint")
     adapter = adapters.of_flags(flags, config, layout)
     if adapter is not None:
         start, load_hf = f"{adapters.described(adapter)}; {start}", True
@@ -196,14 +196,3 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         # Worker processes of the loader would be forked copies of each rank; a laptop has better uses for the memory.
         defaults.update(num_workers=0)
     return defaults
-
-
-def check_contradictions(args: argparse.Namespace, config: MixtralConfig) -> None:
-    """`ConfigError` where a flag was given that makes another model than the run's."""
-    engine.check_flags(args, config)
-    if args.rampup_batch_size is not None:
-        raise ConfigError("--rampup-batch-size is parsed by the pinned engine and then left out in silence: drop it "
-                          "(--step-batch-size-schedule replaces it and --global-batch-size)")
-    if args.reset_attention_mask:
-        raise ConfigError("--reset-attention-mask: the attention here is causal over the whole sample, and would leave "
-                          "the flag out in silence; drop it. Only packed instruction data are kept apart")

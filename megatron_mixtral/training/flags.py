@@ -1,25 +1,22 @@
 """The command line of a training run: our flags, those of the engine that are needed early, and one parse of all.
 
-`parse()` needs the standard library only. It knows every flag of the pinned engine by name, type and number of values
-from `engine_flags.json` (written and tested by tests/unit/training/test_engine_flags.py), so that a flag that nobody
-knows is refused before torch is imported, also in a dry run. The engine's own parser then gets the same words, with
-`Flags` as its extra arguments, so that a checkpoint remembers them.
+`parse()` needs the standard library only. It knows every flag of the pinned engine and what becomes of it here
+(`engine_flags/`), so that a flag that nobody knows or that cannot work is refused before torch is imported, also in a
+dry run. The engine's own parser then gets the same words, with `Flags` as its extra arguments, so that a checkpoint
+remembers them.
 """
 
 import argparse
 import dataclasses
 import difflib
-import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.errors import ConfigError
-
-ENGINE_FLAGS = Path(__file__).with_name("engine_flags.json")
+from megatron_mixtral.training import engine_flags
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,13 @@ class Flags:
         "help": "refuse a checkpoint that has no sums; where it has, its files are compared with them anyway"})
     no_verify_checkpoint: bool = field(default=False, metadata={
         "help": "load a checkpoint without comparing its files with their sums in integrity.json"})
+    evaluation_prompts: str | None = field(default=None, metadata={
+        "help": "file of prompts, a line each (or FILE.jsonl, as for generate), that the model continues before the "
+                "first step, every --evaluation-interval steps and after the last, greedily: into the log, "
+                "evaluation_prompts.jsonl beside the metrics file, and TensorBoard"})
+    evaluation_interval: int | None = field(default=None, metadata={
+        "help": "continue --evaluation-prompts every so many steps (default: before the first and after the last only)"
+        })
     is_instruction_dataset: bool = field(default=False, metadata={
         "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})
     lora_rank: int | None = field(default=None, metadata={
@@ -84,8 +88,11 @@ class Flags:
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """The engine's flags that are looked at before the engine is imported; a field is `--` and its name."""
+    """The engine's flags that are looked at before the engine is imported; a field is `--` and its name. `named` has
+    all that were given, by that name.
+    """
 
+    named: Mapping[str, Any] = field(default_factory=dict, repr=False)
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
@@ -116,9 +123,10 @@ class EngineFlags:
     pretrained_checkpoint: str | None = None
     finetune: bool = False
     ckpt_step: int | None = None
-    use_mp_args_from_checkpoint_args: bool = False
     save: str | None = None
     save_interval: int | None = None
+    tokenizer_model: str | None = None
+    overlap_param_gather: bool = False
     tensorboard_dir: str | None = None
     wandb_save_dir: str | None = None
     data_cache_path: str | None = None
@@ -127,29 +135,26 @@ class EngineFlags:
 
 def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
     """Every word of a command line, read once. `ConfigError` for a flag that neither we nor the engine has, for a value
-    that is missing or of another type, and for a flag that is cut short.
+    that is missing or of another type, for a flag that is cut short, and for one that cannot work here.
     """
     parser = _Parser(prog="pretrain", usage="pretrain [flag ...]", allow_abbrev=False,
                      description="Train a Mixtral: a flag of megatron-core's training program, or one of ours.")
-    engine = json.loads(ENGINE_FLAGS.read_text(encoding="utf-8"))
-    group = parser.add_argument_group(engine["engine"])
-    types = {"int": int, "float": float}
-    for names, values in engine["flags"].items():
-        if values is None:
-            group.add_argument(*names.split(), action="store_true")
-        else:
-            group.add_argument(*names.split(), **values | {"type": types.get(values.get("type"))})
+    group = parser.add_argument_group(f"{engine_flags.engine()} (docs/flags.md says which of them work here)")
+    for flag in engine_flags.flags().values():
+        flag.add_to(group)
     add_flags(parser)
-    parser.set_defaults(**{item.name: item.default for item in dataclasses.fields(EngineFlags)})
-    given, unknown = parser.parse_known_args(without(argv, "--tokenizer-type"))  # see pretrain._engine_args
+    found, unknown = parser.parse_known_args(without(argv, "--tokenizer-type"))  # see pretrain._engine_args
     for word in unknown:
         flag = word.partition("=")[0]
         near = difflib.get_close_matches(flag, parser.flags(), 3) if flag.startswith("-") else ()
-        raise ConfigError(f"{word} is neither a flag of {engine['engine']} nor one of ours, nor a value of the flag "
-                          "before it" + (f"; is it {' or '.join(near)}?" if near else ""))
-    ours, early = ({item.name: getattr(given, item.name) for item in dataclasses.fields(kind)}
-                   for kind in (Flags, EngineFlags))
-    return Flags(**ours), EngineFlags(**early)
+        raise ConfigError(f"{word} is neither a flag of {engine_flags.engine()} nor one of ours, nor a value of the "
+                          "flag before it" + (f"; is it {' or '.join(near)}?" if near else ""))
+    given = vars(found)
+    named = {name: value for name, value in given.items() if name in engine_flags.flags()}
+    engine_flags.check(named)
+    early = {item.name: named["--" + item.name.replace("_", "-")] for item in dataclasses.fields(EngineFlags)
+             if "--" + item.name.replace("_", "-") in named}
+    return Flags(**{item.name: given[item.name] for item in dataclasses.fields(Flags)}), EngineFlags(named, **early)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,12 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import Coord, engine
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
-from megatron_mixtral.training import adapters, arguments, launch, preflight
+from megatron_mixtral.runtime import launch
+from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.checkpoints import Lease, lease
 from megatron_mixtral.training.flags import add_flags, without
+from megatron_mixtral.training.metrics import evaluation
 from megatron_mixtral.training.signals import end_at_signals
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(argv: list[str]) -> None:
+    typed, argv = argv, data_files.expand(argv)
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
     shape = preflight.shape_of(resolved)
     if resolved.flags.dry_run:
@@ -50,36 +54,35 @@ def _run(argv: list[str]) -> None:
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
         return
-    from megatron_mixtral import runtime
-
-    runtime.set_variables(resolved.ranks.to_train())
+    data_files.require(argv)
+    launch.set_variables(resolved.ranks.to_train())
     rank = None if resolved.ranks.starts else int(os.environ["RANK"])
     preflight.check_data(resolved)
     preflight.check_places(resolved, rank)
+    prompts = evaluation.read(resolved)
     if shape is not None:
         preflight.check_disk(resolved, shape)
     save = Path(resolved.engine.save) if resolved.engine.save else None
     if save is not None and rank != 0:
         lease.refuse_if_held(save, lease.this_process(os.environ))
-    if resolved.ranks.starts:
-        logger.info("starting %d ranks on this machine", resolved.ranks.world)
-        command = launch.torchrun(resolved.ranks.world, argv)
-        os.execv(command[0], command)  # signals reach torchrun, which passes them on
+    launch.take_part(resolved.ranks, "pretrain", typed)
     held = lease.acquire(save, lease.this_process(os.environ)) if save is not None and rank == 0 else None
     try:
-        _train(resolved, argv, shape, held)
+        _train(resolved, argv, shape, held, prompts)
     finally:
         if held is not None:
             held.release()
 
 
-def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None) -> None:
-    """Be a rank. `held` is the lease of --save, on rank 0."""
+def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None,
+           prompts: evaluation.Prompts | None) -> None:
+    """Be a rank. `held` is the lease of --save, on rank 0; `prompts` are to be continued."""
     from megatron_mixtral import runtime
 
     if shape is not None:
         preflight.check_memory(shape, runtime.device_memory())
     backend = runtime.ready(training=True)
+    engine_flags.check_device(resolved.engine.named, backend.device)
     args = _engine_args(resolved, argv, backend)
     if args.rank == 0:
         logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)
@@ -98,24 +101,26 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
             directory.write_identity(Path(args.save), resolved.config)
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
-    saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
+    writes_text = None if prompts is None else evaluation.Evaluation(prompts, resolved)
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
+    saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
 
     def after_step(tokens: Any) -> None:
         saves_at_signals()
         if tuned is not None:
             tuned.look(tokens)
 
-    load = install(resolved, args, backend.device, after_step)
+    load = install(resolved, args, backend.device, after_step, writes_text)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
-    datasets = partial(micro_batch.datasets, args)
+    datasets = partial(_datasets, args, writes_text)
     datasets.is_distributed = True  # every rank that needs data reads its own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
     try:
         pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step,
-                 model_provider=partial(_model, resolved, args, load, tuned), store=runtime.store_of_this_start())
+                 model_provider=partial(_model, resolved, args, (load, writes_text), tuned),
+                 store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
             manager.close()
@@ -133,16 +138,18 @@ def build_index_cache(argv: Sequence[str]) -> int:
 
     WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
     """
+    argv = data_files.expand(argv)
+    data_files.require(argv)
     resolved = arguments.resolve(argv, os.environ)
     preflight.check_data(resolved)
     from megatron_mixtral import runtime
 
-    runtime.set_variables({"WORLD_SIZE": str(resolved.ranks.world)})
+    launch.set_variables({"WORLD_SIZE": str(resolved.ranks.world)})
     args = _engine_args(resolved, argv, runtime.ready(training=True))
     if args.is_instruction_dataset:
         raise ConfigError("--is-instruction-dataset needs no index cache: packed samples are read in their order")
-    if not any((args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)):
-        raise ConfigError("without --data-path (or --train-data-path ...) there is nothing to build a cache for")
+    if args.mock_data:
+        raise ConfigError("--mock-data are made as they are read: there is nothing to build a cache for")
     from megatron.training import get_train_valid_test_num_samples
     from megatron.training.training import update_train_iters
 
@@ -178,7 +185,7 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
         sys.argv = saved
     # --use-checkpoint-args takes it from the checkpoint, as if it were architecture. Our experts read either form.
     args.moe_grouped_gemm = grouped
-    arguments.check_contradictions(args, resolved.config)
+    engine.check_flags(args, resolved.config)
     if backend.device == "cpu":
         # A process forked for each save has the weights as they were at that moment. The persistent one would get them
         # as shared memory, in which training goes on.
@@ -187,9 +194,20 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
     return args
 
 
-def _model(resolved: Run, args: Namespace, load: Any, tuned: Any, pre_process: bool = True, post_process: bool = True,
-           vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
+def _datasets(args: Namespace, writes_text: Any, *arguments: Any, **keywords: Any) -> Any:
+    """The engine's datasets provider. It is called on every rank when the model is loaded, before the first step."""
+    from megatron_mixtral.training import micro_batch
+
+    if writes_text is not None:
+        writes_text.after(args.iteration)
+    return micro_batch.datasets(args, *arguments, **keywords)
+
+
+def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, pre_process: bool = True,
+           post_process: bool = True, vp_stage: int | None = None, config: Any = None,
+           pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
+    from megatron.core import mpu
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build, fill
@@ -200,12 +218,16 @@ def _model(resolved: Run, args: Namespace, load: Any, tuned: Any, pre_process: b
                  max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
                  pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
                  pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
-    into = partial(fill, model, coord=resolved.layout.coord_of(args.rank), layout=resolved.layout, chunk=vp_stage or 0,
+    # The engine is asked where this rank is: --use-tp-pp-dp-mapping counts the ranks in another order.
+    coord = Coord(mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank(),
+                  mpu.get_expert_model_parallel_rank(), mpu.get_expert_tensor_parallel_rank())
+    into = partial(fill, model, coord=coord, layout=resolved.layout, chunk=vp_stage or 0,
                    padded_vocab=args.padded_vocab_size)
     if resolved.load_hf:
         base = HFSource(resolved.flags.hf_checkpoint, resolved.config)
         into(base, places=None if tuned is None else tuned.base_places(model))
     if tuned is not None:
         tuned.fill(model, into)
-    load.watch(model)
+    for watcher in filter(None, watchers):
+        watcher.watch(model)
     return model

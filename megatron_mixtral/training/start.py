@@ -12,12 +12,19 @@ from megatron_mixtral.training.checkpoints import directory as saves
 from megatron_mixtral.training.flags import EngineFlags, Flags
 from megatron_mixtral.weights import directory as checkpoints
 
+RANDOM = "random weights"
+
 
 def weights_of(flags: Flags, given: EngineFlags) -> tuple[str, bool]:
     """(where the weights come from, as a sentence for the log; whether --hf-checkpoint is to be read).
 
-    Raises `CheckpointError` or `ConfigError` where weights are named and are not there.
+    Raises `CheckpointError` or `ConfigError` where weights are named and are not there, or would be overwritten.
     """
+    own = given.load is not None and given.save is not None and Path(given.load).resolve() == Path(given.save).resolve()
+    if given.save is not None and not own and (found := checkpoints.iterations(Path(given.save))):
+        last = checkpoints.name_of(found[-1])
+        raise ConfigError(f"--save {given.save} holds checkpoints already, the last is {last}, and this run would "
+                          f"overwrite them one by one: add --load {given.save} to go on from it, or another --save")
     if given.load is not None and (name := _chosen("--load", given.load, given.ckpt_step)):
         return _taken(given.load, name), False
     if flags.hf_checkpoint is not None:
@@ -34,13 +41,12 @@ def weights_of(flags: Flags, given: EngineFlags) -> tuple[str, bool]:
         return _taken(given.pretrained_checkpoint, name), False
     _check_nothing_wanted(given)
     if given.load is not None:
-        own = given.save is not None and Path(given.load).resolve() == Path(given.save).resolve()
         if given.finetune or not own:
             flag = "--finetune --load" if given.finetune else "--load"
             raise CheckpointError(
                 f"{flag} {given.load}: {_instead(given.load)}, and training would begin with random weights: name the "
                 f"directory that holds {checkpoints.TRACKER}, or drop {flag.split()[0]} if random weights are meant")
-    return "random weights", False
+    return RANDOM, False
 
 
 def _check_nothing_wanted(given: EngineFlags) -> None:

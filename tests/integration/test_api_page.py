@@ -12,7 +12,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"(<!-- settings: .*? -->\n)?```python\n(.*?)```", re.DOTALL)
 SETTINGS = {"MODEL": "hf", "CORPUS": "raw"}  # in place of the page's, under the same names
-AFTERWARDS = 'torch.save({"ids": ids, "logits": logits, "report": report, "config": config}, "found.pt")\n'
+AFTERWARDS = """torch.save({"ids": ids, "logits": logits, "report": report, "config": config,
+                            "completion": completion}, "found.pt")
+"""
 
 
 def page() -> str:
@@ -54,3 +56,6 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(torch.tensor([found["ids"]])).logits
         assert (found["logits"] - expected).abs().max() < 1e-5
+        prompt = torch.tensor([found["completion"].prompt_ids])
+        continued = model.generate(prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1]:].tolist()
+        assert list(found["completion"].token_ids) == continued

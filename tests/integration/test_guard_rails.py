@@ -41,7 +41,11 @@ def prefix(tmp_path: Path) -> str:
     ([*TINY, "--seq-length", "8192"], 1, "--seq-length 8192 is longer than the model's max_position_embeddings 4096"),
     ([*TINY, "--global-batch-size", "3"], 2, "--global-batch-size 3 is not a multiple of"),
     ([*TINY, "--data-path", "nowhere"], 1, "nowhere.bin does not exist"),
-    (["--model", "mixtral-8x22b", "--seq-length", "64", "--micro-batch-size", "1"], 1, "the run does not fit"),
+    ([*TINY], 1, "no data are given: expected --data-path PREFIX"),
+    ([*TINY, "--data-args-path", "nowhere"], 1, "--data-args-path nowhere: cannot be read"),
+    ([*TINY, "--mock-data", "--wandb-project", "x"], 1, "--wandb-project x needs wandb, which is not installed"),
+    (["--model", "mixtral-8x22b", "--seq-length", "64", "--micro-batch-size", "1", "--mock-data"], 1,
+     "the run does not fit"),
 ])
 def test_layouts_batches_and_memory(argv: list[str], world: int, sentence: str) -> None:
     assert sentence in refused(argv, world)
@@ -76,7 +80,7 @@ def shape(argv: list[str]) -> RunShape:
 
 
 def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [*TINY, "--bf16", "--save", str(tmp_path / "not" / "yet")]
+    argv = [*TINY, "--bf16", "--save", str(tmp_path / "not" / "yet"), "--save-interval", "9"]
     need = preset("tiny").total_parameters * 14
     monkeypatch.setattr(preflight, "free_space", lambda path: need - 1)
     with pytest.raises(ConfigError, match=r"needs 195 MB \(0.01 G parameters x 14 bytes\) and .* has 195 MB free"):

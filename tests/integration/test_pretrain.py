@@ -1,5 +1,6 @@
 """The training program as a whole: starts, continues, learns what plain torch learns, refuses what cannot be right."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,33 @@ def stopped(folder: Path, hf: Path, data: list[str]) -> Outcome:
     return pretrain(4, [*argv, "--exit-interval", "5"], folder / "first")
 
 
+def test_prompts_are_continued_and_leave_no_trace(whole: Outcome, folder: Path, hf: Path, data: list[str]) -> None:
+    """Before the first step as transformers would; then as the model learns, with the same losses, bit for bit."""
+    from transformers import MixtralForCausalLM
+
+    from megatron_mixtral.tokenizer import mixtral_tokenizer_path
+
+    prompts = [[5, 9, 13], [7] * 11]
+    lines = "".join(json.dumps({"prompt": prompt, "max_tokens": 8, "ignore_eos": True}) + "\n" for prompt in prompts)
+    (folder / "prompts.jsonl").write_text(lines)
+    found = pretrain(4, [*LAYOUT, *RECIPE, *data, "--train-iters", str(STEPS), "--hf-checkpoint", str(hf),
+                         "--evaluation-prompts", str(folder / "prompts.jsonl"), "--evaluation-interval", "4",
+                         "--tokenizer-model", str(mixtral_tokenizer_path())], folder / "prompts")
+    assert ended_well(found), found.logs[-1][-3000:]
+    steps = range(1, STEPS + 1)
+    assert found.losses(*steps) == whole.losses(*steps) and found.norms(*steps) == whole.norms(*steps)
+    assert [found.steps[step]["expert_imbalance"] for step in steps] == \
+        [whole.steps[step]["expert_imbalance"] for step in steps]
+    answers = [json.loads(line) for line in (folder / "prompts" / "evaluation_prompts.jsonl").read_text().splitlines()]
+    assert [answer["iteration"] for answer in answers] == [0, 0, 4, 4, 8, 8, 10, 10]
+    assert len({tuple(answer["token_ids"]) for answer in answers}) > 2 and 'step 8 | ' in found.logs[-1]
+    model = MixtralForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    for prompt, answer in zip(prompts, answers, strict=False):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0,
+                             eos_token_id=None)
+        assert answer["token_ids"] == out[0, len(prompt):].tolist()
+
+
 def test_resumed_run_equals_uninterrupted(whole: Outcome, stopped: Outcome, folder: Path, hf: Path,
                                           data: list[str]) -> None:
     assert ended_well(stopped), stopped.logs[-1][-3000:]
@@ -118,6 +146,32 @@ def test_start_from_rank_directories_equals_start_from_hf(whole: Outcome, folder
     assert found.losses(1) == whole.losses(1)
 
 
+def test_ranks_in_another_order_take_their_own_weights(whole: Outcome, folder: Path, hf: Path,
+                                                       data: list[str]) -> None:
+    """`--use-tp-pp-dp-mapping` makes ranks 0 and 1 the stages of one replica; else they are replicas of one stage."""
+    found = pretrain(4, ["--pipeline-model-parallel-size", "2", "--use-tp-pp-dp-mapping", *RECIPE, *data,
+                         "--train-iters", "2", "--hf-checkpoint", str(hf)], folder / "mapped")
+    assert ended_well(found), found.logs[0][-3000:]
+    assert found.losses(1, 2) == pytest.approx(whole.losses(1, 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--data-args-path", "--per-split-data-args-path"])
+def test_data_that_a_file_names_are_read(flag: str, folder: Path, hf: Path, data: list[str]) -> None:
+    prefix, cache = data[1], data[-2:]
+    file = folder / f"{flag.strip('-')}.txt"
+    if flag == "--data-args-path":
+        file.write_text(f"{prefix}\n")
+        same, split = ["--data-path", prefix], ["--split", "969, 30, 1"]
+    else:
+        file.write_text(f'{{"train": "1.0 {prefix}", "valid": null, "test": null}}')
+        same, split = ["--train-data-path", "1.0", prefix], []
+    argv = [*RECIPE, "--train-iters", "2", "--hf-checkpoint", str(hf), *split, *cache]
+    found, expected = (pretrain(1, [*argv, *one], folder / "named") for one in ([flag, str(file)], same))
+    assert ended_well(found) and ended_well(expected), found.logs[0][-3000:]
+    assert found.losses(1, 2) == expected.losses(1, 2) and found.read == expected.read
+    assert prefix in found.logs[0], "the checkpoint's arguments have the data themselves"
+
+
 def test_metrics_of_a_step(whole: Outcome, hf: Path) -> None:
     for figures in whole.steps.values():
         tokens = BATCH * SEQUENCE
@@ -149,6 +203,8 @@ def test_half_a_model_is_refused(folder: Path, hf: Path, data: list[str]) -> Non
     (["--seq-length", "65"], "--seq-length 65 is longer than the model's max_position_embeddings 64"),
     (["--model", "tiny"], "they are different models"),
     (["--data-path", "nowhere_text_document"], "nowhere_text_document.bin does not exist"),
+    pytest.param(["--log-memory-to-tensorboard"], "--log-memory-to-tensorboard needs a GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
 def test_what_cannot_be_right_is_refused(flags: list[str], sentence: str, folder: Path, hf: Path,
                                          data: list[str]) -> None:

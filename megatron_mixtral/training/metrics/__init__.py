@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.training.metrics import plots, throughput
+    from megatron_mixtral.training.metrics import evaluation, plots, throughput
     from megatron_mixtral.training.metrics.expert_load import ExpertLoad, Imbalance
     from megatron_mixtral.training.metrics.hooks import install
 __all__, __getattr__, __dir__ = door(__name__, __file__)

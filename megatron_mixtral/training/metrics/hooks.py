@@ -4,6 +4,7 @@ Two seams. The engine hands its scalars to its TensorBoard writer, in whose plac
 last rank; and every rank calls its tracker of MoE metrics once a step, where the ranks' own metrics are put together.
 """
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,20 @@ from megatron.training import get_tensorboard_writer, get_timers, get_wandb_writ
 
 from megatron_mixtral import runtime
 from megatron_mixtral.training.arguments import Run
+from megatron_mixtral.training.metrics.evaluation import Evaluation
 from megatron_mixtral.training.metrics.expert_load import ExpertLoad
 from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
 
 
 class Tracker(MoEMetricsTracker):
-    """The engine's tracker, which also gives the writer the load of the experts and the memory of the fullest rank."""
+    """The engine's tracker, which also gives the writer the load of the experts and the memory of the fullest rank, and
+    has prompts continued when it is time.
+    """
 
-    def __init__(self, load: ExpertLoad, device: str, after_step: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, load: ExpertLoad, device: str, after_step: Callable[[torch.Tensor], None],
+                 evaluate: Callable[[int], None]) -> None:
         super().__init__()
-        self._load, self._device, self._after_step = load, device, after_step
+        self._load, self._device, self._after_step, self._evaluate = load, device, after_step, evaluate
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
         """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
@@ -36,16 +41,20 @@ class Tracker(MoEMetricsTracker):
         torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
         if writer is not None:
             writer.observe(expert_tokens=tokens.tolist(), memory_bytes=int(memory))
+        self._evaluate(kwargs["iteration"])
         return text
 
 
-def install(run: Run, args: Namespace, device: str, after_step: Callable[[torch.Tensor], None]) -> ExpertLoad:
+def install(run: Run, args: Namespace, device: str, after_step: Callable[[torch.Tensor], None],
+            evaluation: Evaluation | None = None) -> ExpertLoad:
     """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_step` is
     called after each step, on every rank, with the tokens [layers, experts] of all ranks.
     """
     load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
-    set_moe_metrics_tracker(Tracker(load, device, after_step))
+    set_moe_metrics_tracker(Tracker(load, device, after_step, functools.partial(_evaluate, evaluation, args)))
     metrics = _metrics_file(run, args)
+    if evaluation is not None and metrics is not None:
+        evaluation.path = metrics.with_name("evaluation_prompts.jsonl")
     if args.rank == args.world_size - 1:
         clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)
         global_vars._GLOBAL_TENSORBOARD_WRITER = StepWriter(
@@ -57,6 +66,15 @@ def install(run: Run, args: Namespace, device: str, after_step: Callable[[torch.
     # The engine hands over its scalars at this interval; the writer keeps to the user's where TensorBoard is concerned.
     args.tensorboard_log_interval = 1
     return load
+
+
+def _evaluate(evaluation: Evaluation | None, args: Namespace, iteration: int) -> None:
+    """As the engine does it for validation: the step's time stands still."""
+    if evaluation is not None and evaluation.due(iteration, args.train_iters):
+        timer = get_timers()("interval-time", log_level=0)
+        timer.stop()
+        evaluation.after(iteration)
+        timer.start(barrier=True)
 
 
 def _metrics_file(run: Run, args: Namespace) -> Path | None:

@@ -95,7 +95,8 @@ def loss(runs: Sequence[RunMetrics]) -> Figure:
     _curves(middle, runs, "aux_loss", "balancing loss")
     _curves(bottom, runs, "grad_norm", "gradient norm")
     ends = [_smooth(run.column("lm_loss")[1])[-1:] for run in runs]
-    labels = [f"{run.name}: {end[0]:.3f} nats at the end" if end else run.name for run, end in zip(runs, ends, strict=True)]
+    labels = [f"{run.name}: {end[0]:.3f} nats at the end" if end else run.name
+              for run, end in zip(runs, ends, strict=True)]
     _dress(top, bottom, "Loss", labels)
     return figure
 

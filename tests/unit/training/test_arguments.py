@@ -1,6 +1,7 @@
 """Resolving a command line: which model, which layout, from where; refused early and with a sentence."""
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import pytest
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, engine, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training import arguments
 from megatron_mixtral.training.arguments import engine_defaults, resolve
 from megatron_mixtral.training.flags import parse, without
 from megatron_mixtral.weights import directory
@@ -72,7 +72,8 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
     (["--model", "tiny", "--optimizer", "sgd", "--use-distributed-optimizer"], 1, "drop one of the two"),
     (["--model", "tiny", "--verify-checkpoint", "--no-verify-checkpoint"], 1, "say the opposite"),
     (["--model", "tiny", "--log-expert-load"], 1, "give --save or --metrics-file"),
-    (["--model", "tiny", "--use-checkpoint-args", "--use-mp-args-from-checkpoint-args"], 1, "drop the flag and give"),
+    (["--model", "tiny", "--use-checkpoint-args", "--use-mp-args-from-checkpoint-args"], 1,
+     "--use-mp-args-from-checkpoint-args is needed before .*: give the sizes"),
 ])
 def test_refusals(argv: list[str], world: int, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
@@ -129,7 +130,7 @@ def test_flags_that_nobody_has_are_refused_in_a_dry_run(words: str, sentence: st
 
 def test_one_parse_gives_every_value_its_type() -> None:
     flags, engine = parse("--model=tiny --log-expert-load --max-nan-steps 3 --data-path 0.5 a 0.5 b --bf16 --lr 1e-3 "
-                          "--persistent-save-interval 7 --tokenizer-type OurOwn --seq-length 16".split())
+                          "--persistent-save-interval 7 --save runs --tokenizer-type OurOwn --seq-length 16".split())
     assert (flags.model, flags.log_expert_load, flags.max_nan_steps, flags.dry_run) == ("tiny", True, 3, False)
     assert (engine.data_path, engine.bf16, engine.fp16) == (["0.5", "a", "0.5", "b"], True, False)
     assert (engine.save_interval, engine.seq_length, engine.micro_batch_size) == (7, 16, None)
@@ -160,6 +161,19 @@ def test_defaults_that_matter() -> None:
     assert with_te.keys().isdisjoint({"masked_softmax_fusion", "num_workers"})
 
 
+def test_defaults_that_nobody_would_miss(tmp_path: Path) -> None:
+    """Left out, each gives a run that goes on, and is another one."""
+    config = dataclasses.replace(preset("tiny"), initializer_range=0.07)
+    defaults = engine_defaults(resolve(["--load", checkpoint(tmp_path / "run", config)], {}), "local", "gloo")
+    assert defaults["moe_router_dtype"] == "fp32"
+    assert defaults["init_method_std"] == 0.07
+    assert defaults["dist_ckpt_strictness"] == "raise_unexpected"
+    assert defaults["null_tokenizer_eod_id"] == config.eos_token_id
+    assert defaults["calculate_per_token_loss"] is False
+    answers = resolve(["--model", "tiny", "--is-instruction-dataset"], {})
+    assert engine_defaults(answers, "local", "gloo")["calculate_per_token_loss"] is True
+
+
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     """The engine's own, with this library's defaults for the tiny model."""
@@ -178,16 +192,18 @@ def test_every_default_is_a_flag_of_the_engine(parser: argparse.ArgumentParser) 
     assert not unknown, "nothing would be refused by these"
 
 
-@pytest.mark.parametrize("flags", [
+@pytest.mark.parametrize("words", [
     "--use-rope-scaling", "--rotary-seq-len-interpolation-factor 2", "--qk-layernorm", "--softmax-type learnable",
     "--moe-router-topk-scaling-factor 2.5", "--no-rope-freq 2", "--moe-router-num-groups 2 --moe-router-group-topk 1",
     "--moe-shared-expert-intermediate-size 16", "--mtp-num-layers 1", "--activation-func-clamp-value 7",
-    "--rotary-base 10000", "--reset-attention-mask", "--rampup-batch-size 4 4 24",
+    "--rotary-base 10000",
 ])
-def test_flags_of_other_models_are_refused(flags: str, parser: argparse.ArgumentParser) -> None:
-    arguments.check_contradictions(parser.parse_args([]), preset("tiny"))
-    with pytest.raises(ConfigError, match=f"{flags.split()[0]}.* drop "):
-        arguments.check_contradictions(parser.parse_args(flags.split()), preset("tiny"))
+def test_what_makes_another_model_is_refused_of_the_engine_s_arguments_too(
+        words: str, parser: argparse.ArgumentParser) -> None:
+    """Whatever brings it there: the engine's parser changes some arguments by others."""
+    engine.check_flags(parser.parse_args([]), preset("tiny"))
+    with pytest.raises(ConfigError, match=f"{words.split()[0]}.* drop "):
+        engine.check_flags(parser.parse_args(words.split()), preset("tiny"))
 
 
 def test_a_flag_is_dropped_with_its_value() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training import launch
+from megatron_mixtral.runtime import launch
 from megatron_mixtral.training.arguments import resolve
 
 TASK = {"SLURM_JOB_ID": "4242", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1",

@@ -34,6 +34,12 @@ def test_the_first_start_of_a_run_finds_nothing(tmp_path: Path) -> None:
     assert start() == ("random weights", False)
 
 
+def test_a_run_does_not_overwrite_checkpoints_that_it_does_not_go_on_from(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000004").mkdir()
+    with pytest.raises(ConfigError, match=r"--save .* holds checkpoints already, the last is iter_0000004.*add --load"):
+        start(save=tmp_path)
+
+
 def test_its_own_checkpoint_comes_first(tmp_path: Path) -> None:
     folder = run_with(tmp_path, 2, 4, tracker="4")
     for more in ({}, {"hf_checkpoint": "hf"}, {"pretrained_checkpoint": tmp_path / "absent"}, {"finetune": True},

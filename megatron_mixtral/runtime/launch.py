@@ -4,11 +4,12 @@
     srun ... pretrain ...         SLURM_PROCID, SLURM_NTASKS, ...: this process is a rank; rank 0 is on the first node
     pretrain ...                  one rank in this process, or torchrun with as many as the layout needs (--nproc)
 
-`decide()` is a pure function of the environment and the layout; `runtime.set_variables` does what it says. A variable
-of Slurm's is meant as in srun(1), OUTPUT ENVIRONMENT VARIABLES.
+`decide()` is a pure function of the environment and the layout; `take_part()` does what it says, for every command that
+computes with a model. A variable of Slurm's is meant as in srun(1), OUTPUT ENVIRONMENT VARIABLES.
 """
 
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.training.flags import without
+
+logger = logging.getLogger(__name__)
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # step ids from here on are the shells of sbatch and salloc, not tasks of srun
 _LOWEST_PORT, _PORTS = 10_000, 20_000  # below those that Linux gives to clients
@@ -69,15 +71,37 @@ def decide(environ: Mapping[str, str], needed: int, nproc: int | None = None) ->
                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})  # 0: any that is free
 
 
-def torchrun(processes: int, argv: Sequence[str]) -> list[str]:
+def take_part(found: Launch, command: str, argv: Sequence[str]) -> None:
+    """Make this process a rank; or, where it is to start them, torchrun, and do not return. `command` and `argv` are
+    those of this process. `ConfigError` where it is not said which rank this is. Imports no torch.
+    """
+    set_variables(found.to_train())
+    if found.starts:
+        logger.info("starting %d ranks on this machine", found.world)
+        words = torchrun(found.world, argv, command)
+        os.execv(words[0], words)  # signals reach torchrun, which passes them on
+
+
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set variables of this process's environment, which make it a rank. Call before `ready`; imports no torch."""
+    os.environ.update(variables)
+
+
+def torchrun(processes: int, argv: Sequence[str], command: str = "pretrain") -> list[str]:
     """The command that starts the program with this command line as so many ranks of this machine.
 
     torchrun would take `--nproc`, wherever it stands, for the beginning of a flag of its own, and SIGHUP from nohup.
     """
+    words, kept = iter(argv), []
+    for word in words:
+        if word == "--nproc":
+            next(words, None)
+        elif not word.startswith("--nproc="):
+            kept.append(word)
     signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT"]
     return [sys.executable, "-m", "megatron_mixtral.runtime.torchrun", "--standalone",
             "--nproc-per-node", str(processes), *(signals if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ()),
-            "-m", "megatron_mixtral", "pretrain", *without(argv, "--nproc")]
+            "-m", "megatron_mixtral", command, *kept]
 
 
 def speaks(environ: Mapping[str, str], sentence: str) -> bool:
@@ -105,6 +129,21 @@ def _folder_of_start(environ: Mapping[str, str]) -> str | None:
         step = ".".join(environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
         return f"{tempfile.gettempdir()}/megatron_mixtral-{os.getuid()}-{step}-"
     return None
+
+
+def decide_here(needed: int, nproc: int | None = None) -> Launch:
+    """`decide` in this process's own environment."""
+    return decide(os.environ, needed, nproc)
+
+
+def is_first_here() -> bool:
+    """Whether this process is rank 0, or no rank at all."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def speaks_here(sentence: str) -> bool:
+    """`speaks` in this process's own environment."""
+    return speaks(os.environ, sentence)
 
 
 def _check_nproc(nproc: int | None, found: int, starter: str) -> None:

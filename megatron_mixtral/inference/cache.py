@@ -1,0 +1,135 @@
+"""Keys and values of what was read: one slot for each running continuation, and attention over them.
+
+`stage` opens the engine's layers to it. Memory is taken in whole pages, in which the kernel for GPUs reads a cache.
+
+Shape suffixes: t tokens of this step, n query heads and g query groups of this rank, d head, s slots, l places of a
+slot, k keys.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_mixtral.config import MixtralConfig, ParallelLayout, engine
+
+_PAGE = 256  # tokens
+
+
+class Row(NamedTuple):
+    """Tokens of one slot that a step reads: `count` of them, the first at position `start`."""
+
+    slot: int
+    start: int
+    count: int
+
+
+def cache_bytes(config: MixtralConfig, layout: ParallelLayout, slots: int, length: int, element_size: int) -> int:
+    """Bytes on the rank with most layers: 2 (keys and values) x layers x slots x length x groups x d x element."""
+    layers = max(len(layout.layers_of(stage, config.num_hidden_layers)) for stage in range(layout.pp))
+    groups = config.num_key_value_heads // layout.tp
+    return 2 * layers * slots * _whole_pages(length) * groups * config.head_dim * element_size
+
+
+def _whole_pages(length: int) -> int:
+    return -(-length // _PAGE) * _PAGE
+
+
+class Cache:
+    """Slots of one rank: [s, l, g, d] keys and values of each of its layers."""
+
+    def __init__(self, layers: int, slots: int, length: int, groups: int, head_dim: int, *, scale: float,
+                 window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        """`window` is the number of keys that a token sees, its own included. Allocates at once."""
+        shape = (layers, slots, _whole_pages(length), groups, head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.scale, self.window, self.device = scale, window, device
+
+    def begin(self, rows: Sequence[Row], padded: int) -> None:
+        """Say what the step reads: the rows' tokens, one row behind the other, and then padding up to `padded`."""
+        self.tokens = sum(row.count for row in rows)
+        places = [torch.arange(row.start, row.start + row.count) for row in rows]
+        positions = torch.cat([*places, torch.zeros(padded - self.tokens, dtype=torch.int64)])
+        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64)
+        counts = torch.tensor([row.count for row in rows], dtype=torch.int64)
+        self.positions_t = positions.to(self.device)  # of padding 0
+        self._slot_t = slots.repeat_interleave(counts).to(self.device)
+        ends = counts.cumsum(0)
+        # Rows of one token are attended to together, longer ones one by one: (row, its place among the tokens).
+        placed = list(zip(rows, (ends - counts).tolist(), strict=True))
+        self._long = [(row, at) for row, at in placed if row.count > 1]
+        self._plan_single([(row, at) for row, at in placed if row.count == 1])
+        if rows and self.device.type == "cuda":
+            self._plan_pages(rows, ends)
+
+    def _plan_single(self, single: list[tuple[Row, int]]) -> None:
+        """Over slots 0 up to the last one that is in use, as a view; the mask takes out what a slot does not hold."""
+        self._single_slots = max((row.slot for row, _ in single), default=-1) + 1
+        if not single:
+            return
+        self._single_slot = torch.tensor([row.slot for row, _ in single], device=self.device)
+        self._single_at = torch.tensor([at for _, at in single], device=self.device)
+        last = torch.zeros(self._single_slots, dtype=torch.int64)  # an unused slot looks at its first place
+        for row, _ in single:
+            last[row.slot] = row.start
+        self._single_keys = int(last.max()) + 1
+        self._single_mask = self._mask(last[:, None], self._single_keys)[:, None].to(self.device)  # [s, 1, 1, k]
+
+    def _plan_pages(self, rows: Sequence[Row], ends: torch.Tensor) -> None:
+        pages = self.keys.shape[2] // _PAGE
+        first = torch.tensor([[row.slot * pages] for row in rows], dtype=torch.int32)
+        self._page_table = (first + torch.arange(pages, dtype=torch.int32)).to(self.device)
+        self._row_ends = torch.nn.functional.pad(ends, (1, 0)).to(self.device, torch.int32)
+        self._row_keys = torch.tensor([row.start + row.count for row in rows], dtype=torch.int32, device=self.device)
+        self._longest = max(row.count for row in rows), max(row.start + row.count for row in rows)
+
+    def _mask(self, positions_q: torch.Tensor, keys: int) -> torch.Tensor:
+        """[*positions, keys], True where a token at that position may look."""
+        places = torch.arange(keys)
+        seen = places <= positions_q[..., None]
+        return seen if self.window is None else seen & (places > positions_q[..., None] - self.window)
+
+    def write(self, layer: int, key_tgd: torch.Tensor, value_tgd: torch.Tensor) -> None:
+        """Keep the step's keys, already rotated to their positions, and values; padding is left out."""
+        place = self._slot_t, self.positions_t[:self.tokens]
+        self.keys[layer][place] = key_tgd[:self.tokens]
+        self.values[layer][place] = value_tgd[:self.tokens]
+
+    def attend(self, layer: int, query_tnd: torch.Tensor) -> torch.Tensor:
+        """[t, n * d]: each token over what its slot holds up to itself. Padding gets zeros."""
+        out_tnd = torch.zeros_like(query_tnd)
+        keys_slgd, values_slgd = self.keys[layer], self.values[layer]
+        if self.tokens and query_tnd.is_cuda and query_tnd.dtype in (torch.bfloat16, torch.float16):
+            out_tnd[:self.tokens] = self._attend_pages(query_tnd[:self.tokens], keys_slgd, values_slgd)
+            return out_tnd.flatten(1)
+        if self._single_slots:
+            query_s1nd = query_tnd.new_zeros(self._single_slots, 1, *query_tnd.shape[1:])
+            query_s1nd[self._single_slot, 0] = query_tnd[self._single_at]
+            held = [one[:self._single_slots, :self._single_keys] for one in (keys_slgd, values_slgd)]
+            out_s1nd = self._kernel(query_s1nd, *held, mask=self._single_mask)
+            out_tnd[self._single_at] = out_s1nd[self._single_slot, 0]
+        for row, at in self._long:
+            here, end = slice(at, at + row.count), row.start + row.count
+            held = [one[row.slot, None, :end] for one in (keys_slgd, values_slgd)]
+            plain = row.start == 0 and (self.window is None or end <= self.window)
+            mask = None if plain else self._mask(torch.arange(row.start, end), end).to(self.device)
+            out_tnd[here] = self._kernel(query_tnd[None, here], *held, mask=mask, is_causal=plain)[0]
+        return out_tnd.flatten(1)
+
+    def _kernel(self, query_bqnd: torch.Tensor, key_bkgd: torch.Tensor, value_bkgd: torch.Tensor, *,
+                mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor:
+        q, k, v = (one.transpose(1, 2) for one in (query_bqnd, key_bkgd, value_bkgd))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale,
+                                            enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    def _attend_pages(self, query_tnd: torch.Tensor, keys_slgd: torch.Tensor,
+                      values_slgd: torch.Tensor) -> torch.Tensor:
+        """On a GPU: all rows in one kernel, which gives a row the same bits whatever stands beside it (num_splits)."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        keys, values = (one.view(-1, _PAGE, *one.shape[2:]) for one in (keys_slgd, values_slgd))
+        return varlen_attn(query_tnd, keys, values, self._row_ends, None, *self._longest, scale=self.scale,
+                           window_size=engine.window_size(self.window) or (-1, 0),
+                           enable_gqa=query_tnd.shape[1] != keys.shape[2], seqused_k=self._row_keys,
+                           block_table=self._page_table, num_splits=1)
