@@ -25,6 +25,7 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "inspect": ("weights", "cli.inspect", "say what a model or checkpoint folder is, and if it is whole"),
     "select-experts": ("weights", "cli.select_experts", "keep some experts of every layer: 8x7B to 4x7B"),
     "upcycle": ("weights", "cli.upcycle", "make a Mixtral of a dense Mistral or Llama"),
+    "merge-lora": ("lora", "cli.merge_lora", "adapters into the model that they were trained on, in any form"),
     "plan": ("planning", "plan_command", "rank the parallel layouts that fit a machine, by predicted step time"),
     "pretrain": ("training", "pretrain_command", "train, with tensor, pipeline, expert and data parallelism"),
     "generate": ("inference", "cli.generate", "continue prompts with a trained model, in any layout"),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral import disk
-from megatron_mixtral.config import TRAINING_FLAGS, ParallelLayout
+from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.errors import ConfigError, DataError, MixtralError, RankLostError
 from megatron_mixtral.inference.generator import Completion, Generator, Prompt
 from megatron_mixtral.inference.parameters import SamplingParams
@@ -41,7 +41,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer-model", type=Path, metavar="PATH",
                        help="directory or file of the tokenizer (default: the one in --load)")
     for axis in _LAYOUT:
-        group.add_argument(TRAINING_FLAGS[axis], type=int, dest=axis, metavar="N",
+        group.add_argument(ParallelLayout.training_flags[axis], type=int, dest=axis, metavar="N",
                            help="any: it need not be the checkpoint's")
     for flag, dtype in _DTYPES.items():
         group.add_argument(flag, dest="dtype", action="store_const", const=dtype, help=f"compute in {dtype} "

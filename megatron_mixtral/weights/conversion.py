@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.disk import free_space, human_size
-from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.dtypes import type_name
 from megatron_mixtral.weights.files import atomic, file_layout, writer
 from megatron_mixtral.weights.opening import open_source
@@ -154,6 +155,11 @@ def own_memory(threads: int, cast: bool) -> int:
 def _plan(source: TensorSource, sink: TensorSink, dtype: str | None) -> Output:
     """The plan of a source that is whole. Raises `CheckpointError` for one that is not."""
     source.check()
+    kind = "adapters" if isinstance(source.config, AdapterConfig) else "model"
+    if kind not in getattr(sink, "contents", TensorSink.contents):
+        raise ConfigError(f"{source.where} holds {'adapters' if kind == 'adapters' else 'a whole model'}, which cannot "
+                          f"be written in the form asked for: adapters go to --save-model-type peft, or into their "
+                          "base with merge-lora; a model goes to the others")
     return sink.plan(source, {key: dtype or source.dtype(tensor) for key, tensor in hf_tensors(source.config).items()})
 
 

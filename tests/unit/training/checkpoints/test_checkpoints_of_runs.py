@@ -278,7 +278,7 @@ def _cannot_begin(rank: int, save: str) -> tuple[Path | None, str | None, list[s
     from megatron_mixtral.training.checkpoints import manager as module
 
     manager = module.CheckpointManager(Namespace(save=save, rank=0, save_retain_interval=None, hf_checkpoint=None,
-                                                 export_hf_interval=None, load=None))
+                                                 export_hf_interval=None, load=None, adapter_format="per-expert"))
     Path(save).rmdir()
     Path(save).touch()
     said: list[str] = []
@@ -300,7 +300,8 @@ def _loses_its_directory(rank: int, save: str) -> list[str]:
 
     held = lease.acquire(Path(save), lease.this_process({})) if rank == 0 else None
     manager = CheckpointManager(Namespace(save=save, load=None, rank=rank, save_retain_interval=None,
-                                          hf_checkpoint=None, export_hf_interval=None), held)
+                                          hf_checkpoint=None, export_hf_interval=None,
+                                          adapter_format="per-expert"), held)
     folder = manager.begin(2)
     if held is not None:
         (Path(save) / lease.NAME).unlink()
