@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Time conversions against `cp -r` of the same model, in turns, and watch the memory of all their processes.
+"""Time conversions against `cp -r` of what they read, in turns, and watch the memory of all their processes.
 
     python benchmarks/convert.py --layers 8 --repeats 5 --folder SCRATCH
-    python benchmarks/convert.py --layers 8 --repeats 5 --folder SCRATCH --only torch_dist verify
+    python benchmarks/convert.py --layers 4 --repeats 5 --folder /dev/shm/SCRATCH --only torch_dist
     python benchmarks/convert.py --layers 4 --repeats 1 --folder SCRATCH --only transformers
     python benchmarks/convert.py --layers 4 --hidden 768 --folder SCRATCH --against OTHER_CLONE
 
-Makes a Hugging Face Mixtral (bfloat16, hidden 2048, ffn 7168, 8 experts; 8 layers are 6 GB), then runs each command
-once a round, as a program of its own, start-up included; with `--against` in turns with the same of another clone.
+Makes a Hugging Face Mixtral (bfloat16, hidden 2048, ffn 7168, 8 experts; 4 layers are 3.2 GB, 8 are 6 GB), then runs
+each command that reads it once a round, as a program of its own, start-up included; with `--against` in turns with the
+same of another clone. Then the same with what it was converted to, rank directories and a distributed checkpoint.
 Before each of them its old output is removed, the disk is synchronised, and its input is read once, so that all find it
-in the page cache, if it fits there. Conversions flush to the disk before they end and `cp` does not, so `cp -r` is
-shown both ways. `transformers` is its own loading and saving of the model, which needs three times the model's size as
-memory; it is run only if `--only` names it.
+in the page cache, if it fits there. Conversions flush to the disk before they end; `cp -r` is followed by the same, and
+that is what they are compared with. `transformers` is its own loading and saving of the model, which needs three times
+the model's size as memory; it is run only if `--only` names it.
 
-Prints medians, throughput relative to `cp -r`, and the largest sum of the processes' memory: their own (anonymous),
-and with the mapped pages of files, which are page cache.
+Prints medians, throughput relative to the copy, processor time, and the largest sum of the processes' memory: their own
+(anonymous), and with the mapped pages of files, which are page cache.
 """
 
 # ruff: noqa: T201
@@ -22,6 +23,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import struct
@@ -35,6 +37,7 @@ from typing import NamedTuple
 from _clone import ROOT
 
 from megatron_mixtral.config import MixtralConfig  # noqa: E402
+from megatron_mixtral.disk import sync_tree  # noqa: E402
 from megatron_mixtral.weights import hf_tensors  # noqa: E402
 
 TRANSFORMERS = ("import sys, torch; from transformers import MixtralForCausalLM as M; "
@@ -87,8 +90,18 @@ def memory(pid: int) -> tuple[int, int]:
     return own, whole
 
 
-def timed(command: list[str], log: Path) -> tuple[float, int, int]:
-    """Run a command: seconds, and the peaks of `memory`, sampled every 20 ms."""
+class Run(NamedTuple):
+    """What a command took: seconds of the clock and of processors, and the peaks of `memory`."""
+
+    seconds: float
+    processor: float
+    own: int
+    whole: int
+
+
+def timed(command: list[str], log: Path) -> Run:
+    """Run a command; its memory is sampled every 20 ms."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(log, "wb") as output:
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -100,71 +113,59 @@ def timed(command: list[str], log: Path) -> tuple[float, int, int]:
         seconds = time.monotonic() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {log.read_text()[-1000:]}")
-    return seconds, own, whole
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Run(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, own, whole)
 
 
-class Work(NamedTuple):
-    """A command to time, the directory it reads and the one it writes."""
-
-    command: list[str]
-    source: Path
-    output: Path
-
-
-def commands(folder: Path, clone: Path) -> dict[str, Work]:
-    """What can be timed of a clone. Later ones read what `HF -> tp2-pp2-ep2` leaves."""
-    hf, ranks, out = folder / "hf", folder / "ranks", folder / "out"
-    util = ["env", f"PYTHONPATH={clone}", sys.executable, str(clone / "tools" / "checkpoint" / "util.py"),
-            "--saver", "mixtral"]
-
-    def sizes(tp: int, pp: int, ep: int) -> list[str]:
-        return ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp),
-                "--target-expert-parallel-size", str(ep)]
-
-    def from_hf(target: Path, *more: str) -> Work:
-        return Work([*util, "--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(target), *more], hf,
-                    target)
-
-    def from_ranks(*more: str) -> Work:
-        return Work([*util, "--loader", "mixtral_mg", "--load-dir", str(ranks), "--save-dir", str(out), *more], ranks,
-                    out)
-
-    return {
-        "cp -r": Work(["cp", "-r", str(hf), str(out)], hf, out),
-        "HF -> tp2-pp2-ep2": from_hf(ranks, *sizes(2, 2, 2)),
-        "tp2-pp2-ep2 -> tp1-pp4-ep1": from_ranks(*sizes(1, 4, 1)),
-        "tp2-pp2-ep2 -> HF": from_ranks("--save-model-type", "huggingface"),
-        "HF -> torch_dist": from_hf(out, "--target-ckpt-format", "torch_dist"),
-        "HF -> tp2-pp2-ep2 --check-finite": from_hf(out, *sizes(2, 2, 2), "--check-finite"),
-        "HF -> tp2-pp2-ep2 --verify": from_hf(out, *sizes(2, 2, 2), "--verify"),
-        "transformers": Work([sys.executable, "-c", TRANSFORMERS, str(hf), str(out)], hf, out),
-    }
+def util(clone: Path, source: Path, target: Path, *more: str) -> list[str]:
+    """The converting command of a clone."""
+    path = f"{clone}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return ["env", "-u", "PYTHONDONTWRITEBYTECODE", f"PYTHONPATH={path}", sys.executable,
+            str(clone / "tools" / "checkpoint" / "util.py"), "--saver", "mixtral", "--loader",
+            "mixtral_hf" if source.name == "hf" else "mixtral_mg", "--load-dir", str(source), "--save-dir",
+            str(target), *more]
 
 
-def chosen(folder: Path, only: list[str], against: Path | None) -> dict[str, Work]:
-    """The commands whose names contain one of `only` (none given: all but transformers), and always `cp -r`.
+def sizes(tp: int, pp: int, ep: int) -> list[str]:
+    """The flags of a layout."""
+    return ["--target-tensor-parallel-size", str(tp), "--target-pipeline-parallel-size", str(pp),
+            "--target-expert-parallel-size", str(ep)]
 
-    With `against`, each conversion is followed by that of the other clone.
+
+TO_HF, TO_DIST = ["--save-model-type", "huggingface"], ["--target-ckpt-format", "torch_dist"]
+LAYOUT = sizes(2, 2, 2)
+# What is timed, by what is read; each is made of the one before, by the flags that stand with it.
+SOURCES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
+    "hf": ([], {
+        "HF -> tp2-pp2-ep2": LAYOUT, "HF -> tp1-pp4-ep1": sizes(1, 4, 1), "HF -> torch_dist": TO_DIST,
+        "HF --check-finite -> tp2-pp2-ep2": [*LAYOUT, "--check-finite"],
+        "HF --verify -> tp2-pp2-ep2": [*LAYOUT, "--verify"]}),
+    "ranks": (LAYOUT, {"tp2-pp2-ep2 -> tp1-pp4-ep1": sizes(1, 4, 1), "tp2-pp2-ep2 -> HF": TO_HF}),
+    "dist": (TO_DIST, {"torch_dist -> HF": TO_HF, "torch_dist -> tp2-pp2-ep2": LAYOUT}),
+}
+
+
+def commands(source: Path, out: Path, only: list[str], against: Path | None) -> dict[str, list[str]]:
+    """The commands that read a source and whose names contain one of `only` (none given: all but transformers).
+
+    With `against`, each conversion is followed by that of the other clone. In front of them stands `cp -r`.
     """
-    work = commands(folder, ROOT)
-    names = {name for name in work for part in only if part in name} if only else set(work) - {"transformers"}
-    names.add("cp -r")
-    if any(work[name].source == folder / "ranks" for name in names):
-        names.add("HF -> tp2-pp2-ep2")
     found = {}
-    for name in work:
-        if name in names:
-            found[name] = work[name]
-            if against is not None and "->" in name:
-                found[f"{name} ({against.name})"] = commands(folder, against)[name]
-    return found
+    for name, flags in SOURCES[source.name][1].items():
+        if not only or any(part in name for part in only):
+            found[name] = util(ROOT, source, out, *flags)
+            if against is not None:
+                found[f"{name} ({against.name})"] = util(against, source, out, *flags)
+    if source.name == "hf" and "transformers" in only:
+        found["transformers"] = [sys.executable, "-c", TRANSFORMERS, str(source), str(out)]
+    return {f"cp -r ({source.name})": ["cp", "-r", str(source), str(out)]} | found if found else {}
 
 
-def prepare(work: Work) -> None:
+def prepare(source: Path, out: Path) -> None:
     """Remove the old output, let the disk come to rest, and read the input."""
-    shutil.rmtree(work.output, ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    for path in work.source.rglob("*"):
+    for path in source.rglob("*"):
         if path.is_file():
             with open(path, "rb", buffering=0) as file:
                 while file.read(1 << 24):
@@ -174,42 +175,52 @@ def prepare(work: Work) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="scratch space of four times the model's size")
+    parser.add_argument("--folder", type=Path, required=True, help="scratch space of twice the model's size")
     parser.add_argument("--layers", type=int, default=8, help="a multiple of 4: 4 are 3.2 GB, 8 are 6.1 GB")
     parser.add_argument("--hidden", type=int, default=2048, help="768 with 4 layers are 0.5 GB")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--against", type=Path, help="another clone, whose conversions are timed in turns with these")
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of what to time")
     args = parser.parse_args(argv)
-    size = make_model(args.folder / "hf", args.layers, args.hidden)
-    results: dict[str, list[tuple[float, int, int]]] = {}
-    for _ in range(args.repeats):
-        for name, work in chosen(args.folder, args.only, args.against).items():
-            prepare(work)
-            found = timed(work.command, args.folder / "log")
-            results.setdefault(name, []).append(found)
-            print(f"{name}: {found[0]:.1f} s", file=sys.stderr, flush=True)
-            if name == "cp -r":
-                started = time.monotonic()
-                os.sync()
-                results.setdefault("cp -r, flushed", []).append((found[0] + time.monotonic() - started, *found[1:]))
+    before, out = args.folder / "hf", args.folder / "out"
+    size = make_model(before, args.layers, args.hidden)
+    title = (f"{size / 1e9:.2f} GB, {os.cpu_count()} cores, Python {platform.python_version()}, numpy "
+             f"{version('numpy')}, median of {args.repeats}")
+    print(f"\n{title}\n")
+    print("| what | seconds (least to most) | against the copy | processor | own memory | with mapped pages |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for name, (flags, _) in SOURCES.items():
+        source, results = args.folder / name, dict[str, list[Run]]()
+        if source != before:
+            shutil.rmtree(out, ignore_errors=True)
+            timed(util(ROOT, before, source, *flags), args.folder / "log")
+            shutil.rmtree(before)
+            before = source
+        for _ in range(args.repeats):
+            for what, command in commands(source, out, args.only, args.against).items():
+                prepare(source, out)
+                run = timed(command, args.folder / "log")
+                if what.startswith("cp"):
+                    started = time.monotonic()
+                    sync_tree(out)
+                    run = run._replace(seconds=run.seconds + time.monotonic() - started)
+                results.setdefault(what, []).append(run)
+                print(f"{what}: {run.seconds:.2f} s, processor {run.processor:.2f} s", file=sys.stderr, flush=True)
+        report(results)
     shutil.rmtree(args.folder)
-    report(results, f"{size / 1e9:.2f} GB, {os.cpu_count()} cores, Python {platform.python_version()}, numpy "
-                    f"{version('numpy')}, median of {args.repeats}")
     return 0
 
 
-def report(results: dict[str, list[tuple[float, int, int]]], title: str) -> None:
-    """Print the table."""
-    base = statistics.median(seconds for seconds, _, _ in results["cp -r"])
-    print(f"\n{title}\n")
-    print("| what | seconds (least to most) | throughput against `cp -r` | own memory | with mapped pages |")
-    print("|---|---|---|---|---|")
-    for name, runs in results.items():
-        times = [seconds for seconds, _, _ in runs]
+def report(results: dict[str, list[Run]]) -> None:
+    """Print a source's rows of the table; the first is the copy."""
+    base: float | None = None
+    for what, runs in results.items():
+        times = [run.seconds for run in runs]
         middle = statistics.median(times)
-        print(f"| {name} | {middle:.1f} ({min(times):.1f}-{max(times):.1f}) | {base / middle:.2f}x | "
-              f"{max(own for _, own, _ in runs) / 1e6:.0f} MB | {max(whole for *_, whole in runs) / 1e6:.0f} MB |")
+        base = base or middle
+        print(f"| {what} | {middle:.2f} ({min(times):.2f}-{max(times):.2f}) | {base / middle:.2f}x | "
+              f"{statistics.median(run.processor for run in runs):.2f} s | {max(run.own for run in runs) / 1e6:.0f} MB "
+              f"| {max(run.whole for run in runs) / 1e6:.0f} MB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -126,11 +126,15 @@ def _field(text: str) -> tuple[str, Any]:
                                                     words if name.endswith("modules") else value)
 
 
+def fields_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's fields that --engine gives."""
+    return dict(_field(text) for text in args.engine)
+
+
 def ours(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace, dtype: torch.dtype,
          implementation: str = "local") -> Candidate:
-    fields = dict(_field(text) for text in args.engine)
     engine = transformer_config(config, layout, dtype, transformer_impl=implementation,
-                                **{"bias_activation_fusion": True, **fields})
+                                **{"bias_activation_fusion": True, **fields_of(args)})
     return Engine(build(config, engine, max_sequence_length=args.sequence, padded_vocab_size=config.vocab_size),
                   config, args)
 
@@ -209,6 +213,17 @@ def autocast(config: MixtralConfig, layout: ParallelLayout, args: argparse.Names
     return Autocast(config, args)
 
 
-MAKERS: dict[str, Callable[..., Candidate]] = {"ours": ours, "stock": stock, "transformers": transformers,
-                                               "autocast": autocast, "te": te}
-OURS = ("ours", "te")
+def with_adapters(name: str) -> Callable[..., Candidate]:
+    """A candidate of `step_adapters`, which is imported when it is made."""
+    def make(*arguments: Any) -> Candidate:
+        import step_adapters
+
+        return getattr(step_adapters, name)(*arguments)
+
+    return make
+
+
+WHOLE: dict[str, Callable[..., Candidate]] = {"ours": ours, "stock": stock, "transformers": transformers,
+                                              "autocast": autocast, "te": te}
+MAKERS = WHOLE | {name: with_adapters(name) for name in ("lora", "qlora", "peft")}
+OURS = ("ours", "te", "lora", "qlora")

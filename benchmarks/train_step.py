@@ -16,6 +16,7 @@ a CPU they are narrow (hidden 512, ffn 1792, 8/2 heads, sequence 512, 4 layers).
 - `autocast`: the same with weights, gradients and optimizer state in fp32 and `torch.autocast` to bf16, as its users
   train. This, not the row before, keeps what `ours` and `stock` keep in bf16.
 - `te`: the engine's transformer-engine specification, where it can be imported.
+- `lora`, `qlora` and `peft` (`--lora`, `--qlora`): adapters of rank 16 are trained, in `qlora` beside a base of 4 bits.
 
 Each runs in a process of its own (`step_processes.py`), in turns with the others; only `ours` has this library's heap
 settings on a CPU, unless `--same-heap` gives them to all. Prints medians over the rounds: forward + backward, and the
@@ -61,11 +62,16 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--same-heap", action="store_true", help="this library's heap settings for all candidates")
-    parser.add_argument("--only", nargs="+", default=list(step_candidates.MAKERS), choices=list(step_candidates.MAKERS))
+    parser.add_argument("--only", nargs="+", default=list(step_candidates.WHOLE), choices=list(step_candidates.MAKERS))
+    parser.add_argument("--lora", action="store_true", help="adapters alone are trained: this library's and PEFT's")
+    parser.add_argument("--qlora", action="store_true", help="the same over a base of 4 bits; with --lora both")
     parser.add_argument("--engine", nargs="*", default=[], metavar="FIELD=VALUE",
                         help="fields of the engine's configuration for `ours`, e.g. recompute_granularity=selective")
     parser.add_argument("--json", type=Path, default=None)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.lora or args.qlora:
+        args.only = [*["lora"] * args.lora, *["qlora"] * args.qlora, "peft"]
+    return args
 
 
 def product_rate(size: int, dtype: torch.dtype, device: str) -> float:

@@ -8,6 +8,20 @@ import os
 import shutil
 from pathlib import Path
 
+# What a download leaves in the place of a file, by how it begins, and the cure: nothing that is read here begins so.
+_PAGE = "is a web page (of a log-in or an error?), not the file itself; download it again"
+_PLACEHOLDERS = {
+    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder",
+    b"<!doctype html": _PAGE, b"<html": _PAGE,
+}
+START = 64  # bytes of a file that tell
+
+
+def placeholder(start: bytes) -> str | None:
+    """What a file is that begins so, where a download left it in another's place, and what to do; else None."""
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((cure for sign, cure in _PLACEHOLDERS.items() if start.startswith(sign)), None)
+
 
 def sync(path: str | Path) -> None:
     """Flush one file, or the names in one directory, to the disk. Raises `OSError`."""

@@ -8,6 +8,7 @@ number the same ranks, so with ETP != TP ("folding") only some (tp, ep) pairs ex
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_mixtral.config.mixtral import MixtralConfig
 from megatron_mixtral.errors import ConfigError
@@ -55,6 +56,8 @@ class ParallelLayout:
     first: int | None = None
     last: int | None = None
 
+    training_flags: ClassVar[Mapping[str, str]] = TRAINING_FLAGS
+
     def __post_init__(self) -> None:
         if self.etp is None:
             object.__setattr__(self, "etp", self.tp)
@@ -84,8 +87,14 @@ class ParallelLayout:
 
     # -- Refusing --------------------------------------------------------------------------------------
 
-    def validate(self, config: MixtralConfig, flags: Mapping[str, str] = TRAINING_FLAGS) -> "ParallelLayout":
-        """Return self if `config` can be laid out so; else raise `ConfigError` with the arithmetic and the flag."""
+    def validate(self, config: MixtralConfig, flags: Mapping[str, str] = TRAINING_FLAGS,
+                 world: str | None = None) -> "ParallelLayout":
+        """Return self if `config` can be laid out so; else raise `ConfigError` with the arithmetic and the flag.
+
+        `world` says what changes the number of ranks, in the place of what `flags` says.
+        """
+        flags = flags if world is None else {**flags, "world": world}
+
         def divides(axis: str, size: int, what: str, count: int) -> None:
             if count % size:
                 fits = [n for n in range(1, count + 1) if count % n == 0 and n <= 4 * size]

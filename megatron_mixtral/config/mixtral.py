@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.disk import START, placeholder
 from megatron_mixtral.errors import ConfigError
 
 CONFIG_FILE = "mixtral_config.json"  # in every Megatron checkpoint: weights carry their identity
@@ -207,10 +208,14 @@ class MixtralConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or a `ConfigError` that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        contents = path.read_bytes()
+        cure = placeholder(contents[:START])
+        if cure is not None:
+            raise ConfigError(f"{path} {cure}")
+        value = json.loads(contents.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")

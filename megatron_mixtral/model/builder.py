@@ -4,6 +4,7 @@ What a Mixtral is in the engine's terms stands in `config/engine.py`; here it be
 and a configuration that the engine made of a run's flags is compared with it.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ from megatron_mixtral.config import engine as engine_table
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.model.cpu import WordEmbedding
 from megatron_mixtral.model.cross_entropy import chunked_loss
-from megatron_mixtral.model.router import LayerPool, MicroBatch, MixtralRouter
-from megatron_mixtral.model.spec import block_spec
+from megatron_mixtral.model.router import LayerPool, MicroBatch
+from megatron_mixtral.model.spec import Parts, block_spec
 
 
 def architecture(config: MixtralConfig) -> dict[str, Any]:
@@ -121,11 +122,13 @@ class MixtralModel(GPTModel):
 
 def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_length: int, padded_vocab_size: int,
           pg_collection: ProcessGroupCollection | None = None, pre_process: bool = True, post_process: bool = True,
-          vp_stage: int | None = None, parallel_output: bool = True, pool_aux_loss: bool = False) -> MixtralModel:
+          vp_stage: int | None = None, parallel_output: bool = True, pool_aux_loss: bool = False,
+          parts: Parts = Parts(), kind: type[MixtralModel] = MixtralModel) -> MixtralModel:  # noqa: B008 - it is frozen
     """One pipeline stage (model chunk with `vp_stage`) of a Mixtral on this rank; the engine is initialised before.
 
     `padded_vocab_size` is a multiple of the tensor-parallel size. `pool_aux_loss` makes the balancing loss Hugging
-    Face's. Raises `ConfigError` where `engine` contradicts `config`, or cannot pool, or where nothing is initialised.
+    Face's. `parts` and `kind` are those of a network with adapters (`lora.adapted`).
+    Raises `ConfigError` where `engine` contradicts `config`, or cannot pool, or where nothing is initialised.
     """
     if pg_collection is None and not parallel_state.model_parallel_is_initialized():
         raise ConfigError("the engine has no process groups yet: call megatron_mixtral.model.initialize(layout) before "
@@ -135,10 +138,10 @@ def build(config: MixtralConfig, engine: TransformerConfig, *, max_sequence_leng
     pool = _pool(config, engine) if pool_aux_loss else None
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     pp_rank = torch.distributed.get_rank(pg_collection.pp)
-    model = MixtralModel(
+    router = partial(parts.router, micro_batch=micro_batch, pool=pool)
+    model = kind(
         config=engine,
-        transformer_layer_spec=block_spec(engine, partial(MixtralRouter, micro_batch=micro_batch, pool=pool),
-                                          vp_stage, pp_rank),
+        transformer_layer_spec=block_spec(engine, dataclasses.replace(parts, router=router), vp_stage, pp_rank),
         vocab_size=padded_vocab_size,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,

@@ -40,7 +40,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if even and step > 0 else None
 
 
-def _products(x_ti: Tensor, counts: list[int], weights_oi: Sequence[Tensor], transpose: bool) -> Tensor:
+def products(x_ti: Tensor, counts: list[int], weights_oi: Sequence[Tensor], transpose: bool) -> Tensor:
     """The rows of each group times the group's weight, `counts[g]` rows a group: x W^T if `transpose`, else x W."""
     stack = stacked(weights_oi)
     aligned = all(size * x_ti.element_size() % 16 == 0 for size in weights_oi[0].shape)  # what grouped_mm asks of rows
@@ -53,7 +53,7 @@ def _products(x_ti: Tensor, counts: list[int], weights_oi: Sequence[Tensor], tra
     return out
 
 
-class _GroupedLinear(torch.autograd.Function):
+class GroupedProduct(torch.autograd.Function):
     """y = x W^T for the rows of each group with the group's weight [o, i].
 
     Where the engine's DDP keeps a gradient buffer of the weight's dtype (`main_grad`), the weight's gradient is added
@@ -64,14 +64,17 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_ti: Tensor, counts: list[int], *weights_oi: Tensor) -> Tensor:
         ctx.counts = counts
         ctx.weights = weights_oi  # the parameters themselves: a saved tensor would come back without `main_grad`
-        ctx.save_for_backward(x_ti)
-        return _products(x_ti.contiguous(), counts, weights_oi, transpose=True)
+        # Of frozen weights only the input's gradient is wanted, which does not need the input.
+        ctx.save_for_backward(x_ti if any(ctx.needs_input_grad[2:]) else x_ti.new_empty(0))
+        return products(x_ti.contiguous(), counts, weights_oi, transpose=True)
 
     @staticmethod
     def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor | None, ...]:
         [x_ti] = ctx.saved_tensors
         grad_to = grad_to.contiguous()
-        grad_x = _products(grad_to, ctx.counts, ctx.weights, transpose=False) if ctx.needs_input_grad[0] else None
+        grad_x = products(grad_to, ctx.counts, ctx.weights, transpose=False) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return (grad_x, *(None for _ in ctx.needs_input_grad[1:]))
         groups = zip(grad_to.split(ctx.counts), x_ti.split(ctx.counts), ctx.weights, ctx.needs_input_grad[2:],
                      strict=True)
         return (grad_x, None, *(_weight_gradient(*group) for group in groups))
@@ -105,14 +108,14 @@ class GroupedLinear(torch.nn.Module):
         shape = [output_size, input_size]
         shape[partition_dim] = divide(shape[partition_dim], pg_collection.expt_tp.size())
         whole = torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=current_device())
-        own_groups = (config.expert_model_parallel_size > 1
-                      or config.expert_tensor_parallel_size != config.tensor_model_parallel_size)
+        self.own_groups = (config.expert_model_parallel_size > 1
+                           or config.expert_tensor_parallel_size != config.tensor_model_parallel_size)
         # The engine's DDP lays parameters out from the last to the first, so the last expert is registered first.
         for index in reversed(range(num_local_experts)):
             weight = torch.nn.Parameter(whole[index])
             # Gate and up are cut apart: two strides in a column-parallel shard of fc1.
             set_tensor_model_parallel_attributes(weight, True, partition_dim, 2 if partition_dim == 0 else 1)
-            weight.allreduce = not own_groups
+            weight.allreduce = not self.own_groups
             self.register_parameter(f"weight{index}", weight)
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
@@ -125,20 +128,24 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x_ti: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """([t, o], no bias): tokens sorted by expert, `tokens_per_expert` of each."""
-        return _GroupedLinear.apply(x_ti, tokens_per_expert, *self.weights()), None
+        return GroupedProduct.apply(x_ti, tokens_per_expert, *self.weights()), None
 
     def backward_dw(self) -> None:
         """The weights' gradients are there when the backward pass is done."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedLinear":
         """Another device or dtype gives every parameter a storage of its own: put them behind one another again."""
-        before = [weight.data_ptr() for weight in self.weights()]
+        before = [[one.data_ptr() for one in group] for group in self.stacks()]
         super()._apply(fn, recurse)
-        weights = self.weights()
-        if [weight.data_ptr() for weight in weights] != before and stacked(weights) is None:
-            for weight, part in zip(weights, torch.stack([weight.detach() for weight in weights]), strict=True):
-                weight.data = part
+        for group, places in zip(self.stacks(), before, strict=True):
+            if [one.data_ptr() for one in group] != places and stacked(group) is None:
+                for one, part in zip(group, torch.stack([one.detach() for one in group]), strict=True):
+                    one.data = part
         return self
+
+    def stacks(self) -> list[tuple[torch.nn.Parameter, ...]]:
+        """Parameters that are to lie behind one another."""
+        return [self.weights()]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (),
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -166,9 +173,10 @@ class GroupedExperts(TEGroupedMLP):
     """The engine's grouped experts with the linears of this module."""
 
     def __init__(self, num_local_experts: int, config: TransformerConfig,
-                 pg_collection: ProcessGroupCollection | None = None, name: str | None = None) -> None:
-        parts = GroupedMLPSubmodules(linear_fc1=partial(GroupedLinear, partition_dim=0),
-                                     linear_fc2=partial(GroupedLinear, partition_dim=1))
+                 pg_collection: ProcessGroupCollection | None = None, name: str | None = None,
+                 linear: Callable[..., GroupedLinear] = GroupedLinear) -> None:
+        parts = GroupedMLPSubmodules(linear_fc1=partial(linear, partition_dim=0),
+                                     linear_fc2=partial(linear, partition_dim=1))
         super().__init__(num_local_experts, config, parts, pg_collection, name)
         self.register_state_dict_post_hook(_name_as_sequential)
         self.register_load_state_dict_pre_hook(_name_as_grouped)
@@ -210,7 +218,8 @@ def _names(module: torch.nn.Module) -> list[tuple[str, str]]:
 
 def _name_as_sequential(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     for stem, name in _names(module):
-        state_dict[f"{prefix}{stem}weight"] = state_dict.pop(prefix + name)
+        if prefix + name in state_dict:  # a base of 4 bits has none
+            state_dict[f"{prefix}{stem}weight"] = state_dict.pop(prefix + name)
     for index in range(module.num_local_experts):
         for linear in ("linear_fc1", "linear_fc2"):
             state_dict[f"{prefix}local_experts.{index}.{linear}._extra_state"] = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral import runtime
-from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import AdapterConfig, Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import ShardPlan, assemble, hf_tensors, open_source
 
@@ -38,6 +38,9 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayo
     schedules. `ConfigError` for a layout or a type that cannot be, `CheckpointError` for weights that cannot be read.
     """
     source = open_source(directory)
+    if isinstance(source.config, AdapterConfig):
+        raise ConfigError(f"{directory} holds adapters, no model: give both to megatron_mixtral.lora.from_pretrained, "
+                          "or merge them with merge-lora")
     _validate(source.config, layout)
     name = type_name(dtype, source)
     layout = initialize(layout)
@@ -88,17 +91,19 @@ def initialize(layout: ParallelLayout) -> ParallelLayout:
 
 
 def fill(model: "MixtralModel", source: Any, coord: Coord, layout: ParallelLayout, *, chunk: int = 0,
-         padded_vocab: int) -> None:
+         padded_vocab: int, places: dict[str, Any] | None = None) -> None:
     """Fill one pipeline stage (model chunk) from a `TensorSource`, in place, in the model's dtype.
 
-    Reads only this rank's slices. `CheckpointError` where the source is not exactly this model's weights.
+    `places` are those that the source is to fill, by name (None: all parameters): parameters, or what else has their
+    `shape`, `dtype` and `copy_`. Reads only this rank's slices. `CheckpointError` where the source is not exactly this
+    model's weights.
     """
     import torch
 
     source.check()
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters() if places is None else places)
     with torch.no_grad():
-        for tensor in ShardPlan(model.mixtral, layout, coord, chunk, padded_vocab).tensors():
+        for tensor in ShardPlan(source.config, layout, coord, chunk, padded_vocab).tensors():
             names = (tensor.name, *tensor.aliases)  # the local spec's, and transformer-engine's
             parameter = next((parameters.pop(name) for name in names if name in parameters), None)
             if parameter is None:

@@ -20,7 +20,18 @@ def layer(shape: RunShape, recompute: str | None = None) -> float:
     recompute = recompute or shape.recompute
     if recompute == "full":
         return shape.tokens_per_micro_batch * shape.config.hidden_size / shape.layout.tp * shape.weight_bytes
-    return _attention(shape, recompute) + _experts(shape, recompute)
+    return _attention(shape, recompute) + _experts(shape, recompute) + _adapters(shape)
+
+
+def _adapters(shape: RunShape) -> float:
+    """What each A makes of its input: of q, k and v for the whole sequence on every tensor-parallel rank."""
+    adapter, layout = shape.adapter, shape.layout
+    if adapter is None:
+        return 0.0
+    whole, part, routed = (sum(name in adapter.targets for name in names) for names in (
+        ("q_proj", "k_proj", "v_proj"), ("o_proj", "gate"), ("w1", "w2", "w3")))
+    numbers = whole + (part + routed * shape.config.num_experts_per_tok * layout.etp) / layout.tp
+    return shape.tokens_per_micro_batch * adapter.rank * numbers * shape.weight_bytes
 
 
 def _attention(shape: RunShape, recompute: str) -> float:

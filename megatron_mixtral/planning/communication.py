@@ -33,7 +33,7 @@ class Volume(Summed):
 
 def communication_volume(shape: RunShape, stage: int) -> Volume:
     """What one device of pipeline stage `stage` sends."""
-    layout, config, parameters = shape.layout, shape.config, shape.parameters_of_stage(stage)
+    layout, config, parameters = shape.layout, shape.config, shape.trained_of_stage(stage)
     hidden = shape.tokens_per_micro_batch * config.hidden_size * shape.weight_bytes  # one activation, bytes
     rounds = shape.layers_of_stage(stage) * shape.micro_batches
     again = 1.5 if shape.recompute == "full" else 1.0  # the forward half is done twice

@@ -24,13 +24,29 @@ class Memory(Summed):
 
 def stage_memory(shape: RunShape, stage: int) -> Memory:
     """The fullest moment of one device of a pipeline stage."""
-    parameters = shape.parameters_of_stage(stage)
+    trained = shape.trained_of_stage(stage)
     return Memory(
-        weights=parameters.total * shape.weight_bytes,
-        gradients=parameters.total * 4,  # fp32 whatever the weights are: small gradients add up over micro-batches
-        optimizer=_optimizer(shape, parameters),
+        weights=_weights(shape, stage),
+        gradients=trained.total * 4,  # fp32 whatever the weights are: small gradients add up over micro-batches
+        optimizer=_optimizer(shape, trained),
         activations=_activations(shape, stage),
         logits=activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0)
+
+
+def _weights(shape: RunShape, stage: int) -> float:
+    """The model and, beside it, adapters. In 4 bits a number of a linear takes half a byte, and each 64 share one of
+    the weights' type; the experts of one layer are made dense at a time, fc1 being the larger part.
+    """
+    model, adapter = shape.parameters_of_stage(stage), shape.adapter
+    if adapter is None:
+        return model.total * shape.weight_bytes
+    size = (model.total + shape.trained_of_stage(stage).total) * shape.weight_bytes
+    if adapter.quantized:
+        layers = shape.layers_of_stage(stage)
+        linears = layers * (shape.config.attention_parameters // shape.layout.tp) + model.expert
+        size += linears * (0.5 + shape.weight_bytes / 64 - shape.weight_bytes)
+        size += model.expert / layers * 2 / 3 * shape.weight_bytes
+    return size
 
 
 def fullest_stage(shape: RunShape) -> int:

@@ -21,7 +21,8 @@ def describe(shape: RunShape) -> list[str]:
         f"batch: {shape.global_batch_size} x {shape.seq_length} tokens = {shape.micro_batches} micro-batch(es) of "
         f"{shape.micro_batch_size} on {layout.data_parallel} replica(s)",
         f"parameters per device: {parameters.dense / 1e6:.2f} M dense + {parameters.expert / 1e6:.2f} M in experts"
-        + (f" (stage {stage} of {layout.pp}, which needs most)" if layout.pp > 1 else ""),
+        + (f" (stage {stage} of {layout.pp}, which needs most)" if layout.pp > 1 else "")
+        + (f"; trained are adapters of {shape.trained_of_stage(stage).total / 1e6:.2f} M" if shape.adapter else ""),
         f"memory per device: {human_size(memory.total)} = {kinds}"
         + (f"; activations of {shape.chunks_in_flight(stage)} model chunk(s) in flight" if layout.pp > 1 else "")
         + (f"; recompute {shape.recompute}" if shape.recompute != "none" else ""),

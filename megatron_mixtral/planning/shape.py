@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import ConfigError
 
 RECOMPUTE = ("none", "selective", "full")
@@ -31,7 +31,8 @@ class RunShape:
     """One run. `layout.world` must be known.
 
     `recompute`: "none"; "selective": the experts' activation function and the norms are computed again in the backward
-    pass; "full": a layer keeps only its input. `weight_bytes` of a parameter is 2 (bf16) or 4 (fp32).
+    pass; "full": a layer keeps only its input. `weight_bytes` of a parameter is 2 (bf16) or 4 (fp32). Of a run with
+    `adapter` these alone have gradients and an optimizer, and the linears of the model may be in 4 bits.
     """
 
     config: MixtralConfig
@@ -42,6 +43,7 @@ class RunShape:
     recompute: str = "none"
     weight_bytes: int = 2
     distributed_optimizer: bool = True
+    adapter: AdapterConfig | None = None  # what is trained, if not the whole model
 
     def __post_init__(self) -> None:
         layout, data_parallel = self.layout, self.layout.data_parallel
@@ -111,6 +113,21 @@ class RunShape:
         dense += matrix * (first + last - (first and last and config.tie_word_embeddings)) + config.hidden_size * last
         experts = layers * (config.num_local_experts // layout.ep)
         return StageParameters(dense, experts * config.expert_parameters // layout.etp)
+
+    def trained_of_stage(self, stage: int) -> StageParameters:
+        """What is trained of `parameters_of_stage`, or of adapters: A or B of a linear is cut as the linear is."""
+        if self.adapter is None:
+            return self.parameters_of_stage(stage)
+        config, layout, layers = self.config, self.layout, self.layers_of_stage(stage)
+        hidden, width = config.hidden_size, config.intermediate_size // layout.etp
+        queries, keys = (heads * config.head_dim // layout.tp for heads in (
+            config.num_attention_heads, config.num_key_value_heads))
+        sides = {"q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys,
+                 "o_proj": queries + hidden, "gate": hidden + config.num_local_experts,
+                 **dict.fromkeys(("w1", "w2", "w3"), (hidden + width) * config.num_local_experts // layout.ep)}
+        counts = {name: layers * self.adapter.rank * sides[name] for name in self.adapter.targets}
+        experts = sum(count for name, count in counts.items() if name in ("w1", "w2", "w3"))
+        return StageParameters(sum(counts.values()) - experts, experts)
 
     # -- The pipeline schedule: 1F1B, or the interleaved one of Narayanan et al. 2021 (arXiv 2104.04473, 2.2), as
     # `megatron.core.pipeline_parallel.schedules` has them.

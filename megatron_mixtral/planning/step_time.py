@@ -160,6 +160,6 @@ def _replicas(shape: RunShape, machine: Machine, volume: Volume) -> float:
 def _optimizer(shape: RunShape, machine: Machine, stage: int) -> float:
     """Adam reads and writes its state, the gradient and the weight once; bound by memory."""
     replicas = (shape.dense_replicas, shape.expert_data_parallel) if shape.distributed_optimizer else (1, 1)
-    parameters = shape.parameters_of_stage(stage)
+    parameters = shape.trained_of_stage(stage)
     numbers = parameters.dense / replicas[0] + parameters.expert / replicas[1]
     return numbers * (2 * 12 + 4 + 2 * shape.weight_bytes) / (machine.device_bandwidth * 1e9)

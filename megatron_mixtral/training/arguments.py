@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import CONFIG_FILE, TRAINING_FLAGS, MixtralConfig, ParallelLayout, engine, preset
+from megatron_mixtral.config import CONFIG_FILE, AdapterConfig, MixtralConfig, ParallelLayout, engine, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.runtime import launch
-from megatron_mixtral.training import engine_flags
+from megatron_mixtral.training import adapters, engine_flags
 from megatron_mixtral.training.flags import EngineFlags, Flags, parse
 from megatron_mixtral.training.start import RANDOM, weights_of
 
@@ -29,7 +29,8 @@ class Run:
     layout: ParallelLayout
     ranks: launch.Launch
     start: str  # where the weights come from, as a sentence for the log
-    load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there
+    load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there, or adapters
+    adapter: AdapterConfig | None = None  # what is trained, if not the whole model
 
     def __str__(self) -> str:
         millions = [count / 1e6 for count in (self.config.total_parameters, self.config.active_parameters)]
@@ -46,7 +47,7 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     layout = _layout(given, config).validate(config)
     ranks = launch.decide(environ, layout.min_world, flags.nproc)
     layout = dataclasses.replace(layout, world=ranks.world)
-    layout.validate(config, {**TRAINING_FLAGS, "world": ranks.changed_by})
+    layout.validate(config, world=ranks.changed_by)
     _check_routers(flags, given, config, layout)
     if given.seq_length is not None and given.seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
@@ -60,7 +61,10 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     if start == RANDOM and "--no-initialization" in given.named:
         raise ConfigError("--no-initialization leaves what happens to lie in memory where no weights are loaded: "
                           "drop it, or give --load, --pretrained-checkpoint or --hf-checkpoint")
-    return Run(flags, given, config, layout, ranks, start, load_hf)
+    adapter = adapters.of_flags(flags, config, layout)
+    if adapter is not None:
+        start, load_hf = f"{adapters.described(adapter)}; {start}", True
+    return Run(flags, given, config, layout, ranks, start, load_hf, adapter)
 
 
 def _check_routers(flags: Flags, given: EngineFlags, config: MixtralConfig, layout: ParallelLayout) -> None:
@@ -155,12 +159,13 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         "calculate_per_token_loss": run.flags.is_instruction_dataset,
         "init_method_std": config.initializer_range,
         "make_vocab_size_divisible_by": 1,
-        "moe_aux_loss_coeff": aux_loss_coefficient(config, run.flags.moe_aux_loss_convention),
+        "moe_aux_loss_coeff": 0.0 if run.adapter is not None else aux_loss_coefficient(
+            config, run.flags.moe_aux_loss_convention),
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
-        "transformer_impl": transformer_impl,
+        "transformer_impl": "local" if run.adapter is not None else transformer_impl,
         "distributed_backend": collectives,
         # The engine's MoE layer refuses tensor parallelism without sequence parallelism.
         "sequence_parallel": run.layout.tp > 1,

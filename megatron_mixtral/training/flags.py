@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import engine_flags
 
@@ -66,6 +67,21 @@ class Flags:
         })
     is_instruction_dataset: bool = field(default=False, metadata={
         "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})
+    lora_rank: int | None = field(default=None, metadata={
+        "help": "train adapters of this rank beside the linears of --hf-checkpoint, which is frozen "
+                "(docs/finetuning.md); checkpoints hold the adapters alone"})
+    lora_alpha: float = field(default=16.0, metadata={"help": "adapters count alpha / rank times"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapters' inputs, in training"})
+    lora_target_modules: str = field(default=",".join(AdapterConfig.targets), metadata={
+        "help": "the linears with adapters, by Hugging Face's names with commas; gate is the router"})
+    qlora: bool = field(default=False, metadata={
+        "help": "hold the frozen linears, experts included, in 4 bits (NF4); packed while they are read"})
+    adapter: str | None = field(default=None, metadata={
+        "help": "adapters to start from, where --load holds none yet: a PEFT folder or an adapter checkpoint"})
+    adapter_format: str = field(default="per-expert", metadata={
+        "choices": ("per-expert", "v5"),
+        "help": "the form in which --export-hf-interval writes adapters: by expert, which PEFT and vLLM read, or fused "
+                "as PEFT writes on transformers 5"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={
         "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
 

@@ -36,7 +36,8 @@ def shape_of(run: Run) -> RunShape | None:
         batch -= batch % step
     return RunShape(
         run.config, run.layout, given.seq_length, given.micro_batch_size, batch, recompute,
-        weight_bytes=2 if given.bf16 or given.fp16 else 4, distributed_optimizer=given.use_distributed_optimizer)
+        weight_bytes=2 if given.bf16 or given.fp16 else 4, distributed_optimizer=given.use_distributed_optimizer,
+        adapter=run.adapter)
 
 
 def check_data(run: Run) -> None:
@@ -113,14 +114,14 @@ def check_places(run: Run, rank: int | None = None) -> None:
 def check_disk(run: Run, shape: RunShape) -> None:
     """`ConfigError` where the file system of `--save` has no room for one checkpoint.
 
-    A checkpoint holds every weight once and, without `--no-save-optim`, fp32 weights and both moments. Nodes are
+    A checkpoint holds what is trained once and, without `--no-save-optim`, fp32 weights and both moments. Nodes are
     assumed to share the file system.
     """
     save = run.engine.save
     if save is None:
         return
     per_parameter = shape.weight_bytes + (0 if run.engine.no_save_optim else 12)
-    parameters = shape.config.total_parameters
+    parameters = shape.config.total_parameters if run.adapter is None else run.adapter.trained_parameters
     need, free = parameters * per_parameter, free_space(save)
     if need > free:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """The training program: checks, arguments, one call of the engine. Two commands."""
 
+import functools
 import logging
 import os
 import socket
@@ -17,7 +18,7 @@ from megatron_mixtral.config import Coord, engine
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.runtime import launch
-from megatron_mixtral.training import arguments, data_files, engine_flags, preflight
+from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.checkpoints import Lease, lease
 from megatron_mixtral.training.flags import add_flags, without
@@ -101,7 +102,15 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
     writes_text = None if prompts is None else evaluation.Evaluation(prompts, resolved)
-    load = install(resolved, args, backend.device, end_at_signals(args.exit_signal), writes_text)
+    tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
+    saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
+
+    def after_step(tokens: Any) -> None:
+        saves_at_signals()
+        if tuned is not None:
+            tuned.look(tokens)
+
+    load = install(resolved, args, backend.device, after_step, writes_text)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
     datasets = partial(_datasets, args, writes_text)
     datasets.is_distributed = True  # every rank that needs data reads its own
@@ -110,7 +119,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
         container = pretrain_cfg_container_from_args(args)
     try:
         pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step,
-                 model_provider=partial(_model, resolved, args, (load, writes_text)),
+                 model_provider=partial(_model, resolved, args, (load, writes_text), tuned),
                  store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
@@ -194,8 +203,9 @@ def _datasets(args: Namespace, writes_text: Any, *arguments: Any, **keywords: An
     return micro_batch.datasets(args, *arguments, **keywords)
 
 
-def _model(resolved: Run, args: Namespace, watchers: Any, pre_process: bool = True, post_process: bool = True,
-           vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
+def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, pre_process: bool = True,
+           post_process: bool = True, vp_stage: int | None = None, config: Any = None,
+           pg_collection: Any = None) -> Any:
     """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
     from megatron.core import mpu
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -203,16 +213,21 @@ def _model(resolved: Run, args: Namespace, watchers: Any, pre_process: bool = Tr
     from megatron_mixtral.model import build, fill
     from megatron_mixtral.weights import HFSource
 
-    model = build(resolved.config, config or core_transformer_config_from_args(args),
-                  max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
-                  pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
-                  pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
+    make = partial(build, resolved.config) if tuned is None else tuned.build
+    model = make(config or core_transformer_config_from_args(args),
+                 max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
+                 pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
+                 pool_aux_loss=resolved.flags.moe_aux_loss_convention == "hf")
+    # The engine is asked where this rank is: --use-tp-pp-dp-mapping counts the ranks in another order.
+    coord = Coord(mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank(),
+                  mpu.get_expert_model_parallel_rank(), mpu.get_expert_tensor_parallel_rank())
+    into = partial(fill, model, coord=coord, layout=resolved.layout, chunk=vp_stage or 0,
+                   padded_vocab=args.padded_vocab_size)
     if resolved.load_hf:
-        # The engine is asked where this rank is: --use-tp-pp-dp-mapping counts the ranks in another order.
-        coord = Coord(mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank(),
-                      mpu.get_expert_model_parallel_rank(), mpu.get_expert_tensor_parallel_rank())
-        fill(model, HFSource(resolved.flags.hf_checkpoint, resolved.config), coord, resolved.layout,
-             chunk=vp_stage or 0, padded_vocab=args.padded_vocab_size)
+        base = HFSource(resolved.flags.hf_checkpoint, resolved.config)
+        into(base, places=None if tuned is None else tuned.base_places(model))
+    if tuned is not None:
+        tuned.fill(model, into)
     for watcher in filter(None, watchers):
         watcher.watch(model)
     return model

@@ -22,9 +22,9 @@ def weights_of(flags: Flags, given: EngineFlags) -> tuple[str, bool]:
     """
     own = given.load is not None and given.save is not None and Path(given.load).resolve() == Path(given.save).resolve()
     if given.save is not None and not own and (found := checkpoints.iterations(Path(given.save))):
-        raise ConfigError(f"--save {given.save} holds checkpoints already, the last is {checkpoints.name_of(found[-1])}, "
-                          f"and this run would overwrite them one by one: add --load {given.save} to go on from it, "
-                          "or name another --save")
+        last = checkpoints.name_of(found[-1])
+        raise ConfigError(f"--save {given.save} holds checkpoints already, the last is {last}, and this run would "
+                          f"overwrite them one by one: add --load {given.save} to go on from it, or another --save")
     if given.load is not None and (name := _chosen("--load", given.load, given.ckpt_step)):
         return _taken(given.load, name), False
     if flags.hf_checkpoint is not None:

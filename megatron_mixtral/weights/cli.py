@@ -14,6 +14,7 @@ from megatron_mixtral.config import TARGET_FLAGS, MixtralConfig, ParallelLayout
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import conversion, inspection
+from megatron_mixtral.weights.adapters import FORMS
 from megatron_mixtral.weights.dtypes import FLOATS, SHORT, type_name
 from megatron_mixtral.weights.edits import SelectedExperts, UpcycledSource, busiest
 from megatron_mixtral.weights.files import atomic
@@ -35,10 +36,15 @@ def convert(argv: Sequence[str]) -> int:
         description="Convert Mixtral weights: Hugging Face to Megatron, Megatron to another layout, Megatron to "
                     "Hugging Face. Nothing is written under its final name before it is whole.")
     parser.add_argument("--model-type", choices=["GPT"], default="GPT", help="Mixtral is a GPT; kept for old scripts")
-    parser.add_argument("--loader", choices=["mixtral_hf", "mixtral_mg"], required=True,
-                        help="what --load-dir is: a Hugging Face directory, or a Megatron checkpoint of either format")
+    parser.add_argument("--loader", choices=["mixtral_hf", "mixtral_mg", "peft"], required=True,
+                        help="what --load-dir is: a Hugging Face directory, a Megatron checkpoint of either format, or "
+                             "adapters in PEFT's form")
     parser.add_argument("--saver", choices=["mixtral"], default="mixtral")
-    parser.add_argument("--save-model-type", choices=["megatron", "huggingface"], default="megatron")
+    parser.add_argument("--save-model-type", choices=["megatron", "huggingface", "peft"], default="megatron",
+                        help="peft: of adapters, which a checkpoint of a --lora-rank run holds")
+    parser.add_argument("--adapter-format", choices=FORMS, default=FORMS[0],
+                        help="with peft: by expert, which PEFT and vLLM read, or fused, as on transformers 5")
+    parser.add_argument("--base-dir", type=Path, help="with --loader peft: the adapters' base, if they do not say it")
     parser.add_argument("--load-dir", type=Path, required=True)
     parser.add_argument("--save-dir", type=Path, required=True,
                         help=f"for huggingface: the result goes to SAVE_DIR/{EXPORT_FOLDER}/ (replacing it); "
@@ -64,6 +70,8 @@ def convert(argv: Sequence[str]) -> int:
     parser.add_argument("--megatron-path", help="ignored: megatron is not needed to convert")
     args = parser.parse_args(argv)
     _need_directory(args.load_dir, "--load-dir")
+    if "peft" in (args.loader, args.save_model_type):
+        return _convert_adapters(args)
     from_hf, to_megatron = args.loader == "mixtral_hf", args.save_model_type == "megatron"
     config = MixtralConfig.from_hf_dir(args.load_dir) if from_hf else _identity(args.load_dir)
     if to_megatron and config is not None:
@@ -152,6 +160,18 @@ def upcycle(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     return _edit(UpcycledSource(args.load_dir, args.num_experts, args.moe_router_topk, seed=args.seed,
                                 router_std=args.router_std, expert_noise=args.expert_noise), args)
+
+
+def _convert_adapters(args: argparse.Namespace) -> int:
+    """`convert` where one side is PEFT's form; the other may be a distributed checkpoint, which has no layout."""
+    base = None if args.base_dir is None else MixtralConfig.from_hf_dir(args.base_dir)
+    source = open_source(args.load_dir, base=base)
+    form = "peft" if args.save_model_type == "peft" else "torch_dist"
+    if args.save_model_type == "huggingface":
+        raise ConfigError("adapters alone are no model: give --save-model-type peft or megatron, or merge them into "
+                          "their base with merge-lora")
+    return _run(source, open_sink(args.save_dir, form, replace=args.overwrite, adapter_format=args.adapter_format),
+                args)
 
 
 # -- Parts -------------------------------------------------------------------------------------------------

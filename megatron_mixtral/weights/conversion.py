@@ -7,6 +7,7 @@ its name only when it is complete and on the disk (`files.atomic.staged`).
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -15,10 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.disk import free_space, human_size
-from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.dtypes import type_name
-from megatron_mixtral.weights.files import Region, atomic, writer
+from megatron_mixtral.weights.files import atomic, file_layout, writer
 from megatron_mixtral.weights.opening import open_source
 from megatron_mixtral.weights.plan import whole
 from megatron_mixtral.weights.protocols import Output, TensorSink, TensorSource
@@ -84,6 +86,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     `companions` are files to copy beside the weights, before those that the source itself has. `jobs` threads
     write (default: one for each core). `resume` keeps finished files of a killed conversion of the same
     source to the same target. `verify` reads the result back and compares checksums with the source's.
+    A source that is written to meanwhile is refused at the end.
     Raises `CheckpointError`; then nothing is at the target that was not there before.
     """
     started = time.monotonic()
@@ -91,6 +94,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     if sink.replace and source.where.resolve().is_relative_to(sink.target.resolve()):
         raise CheckpointError(f"{sink.target} holds the source {source.where}; choose another target")
     name = type_name(dtype)
+    _watch(source, sink.target)
     output = _plan(source, sink, name)
     found = [*companions, *output.companions, *source.companions]
     companions = list({path.name: path for path in reversed(found)}.values())  # the first of each name
@@ -107,9 +111,17 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
         if verify:
             report.checksums = compare(source, open_source(stage.root), name, jobs)
             _compare_copied(stage.root, output)
+        source.mapped.check_unchanged()
         report.seconds = time.monotonic() - started
         (stage.root / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report
+
+
+def _watch(source: TensorSource, target: Path) -> None:
+    """Note the state of every file of a source, but of no target in its folder."""
+    folders = {Path(os.path.abspath(target)), atomic.partial_of(target)}
+    source.mapped.watch(path for path in [*source.where.rglob("*"), *source.companions]
+                        if path.is_file() and not folders & set(Path(os.path.abspath(path)).parents))
 
 
 def preview(source: TensorSource, sink: TensorSink, *, dtype: Any = None, companions: Iterable[Path] = (),
@@ -128,8 +140,7 @@ def preview(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     lines += [
         f"{len(output.files)} files, {tensors} tensors, {human_size(output.size + copied)} with {human_size(copied)} "
         f"of other files; {human_size(free_space(sink.target))} free there",
-        f"{threads} thread(s), about {human_size(own_memory(threads, name is not None))} of memory, and up to "
-        f"{human_size(threads * writer.RELEASE)} of the source mapped at a time",
+        f"{threads} thread(s), about {human_size(own_memory(threads, name is not None))} of memory",
     ]
     if output.carried:
         lines.append(f"carried along: {', '.join(output.carried)}")
@@ -144,6 +155,11 @@ def own_memory(threads: int, cast: bool) -> int:
 def _plan(source: TensorSource, sink: TensorSink, dtype: str | None) -> Output:
     """The plan of a source that is whole. Raises `CheckpointError` for one that is not."""
     source.check()
+    kind = "adapters" if isinstance(source.config, AdapterConfig) else "model"
+    if kind not in getattr(sink, "contents", TensorSink.contents):
+        raise ConfigError(f"{source.where} holds {'adapters' if kind == 'adapters' else 'a whole model'}, which cannot "
+                          f"be written in the form asked for: adapters go to --save-model-type peft, or into their "
+                          "base with merge-lora; a model goes to the others")
     return sink.plan(source, {key: dtype or source.dtype(tensor) for key, tensor in hf_tensors(source.config).items()})
 
 
@@ -155,7 +171,7 @@ def _write_all(stage: atomic.Stage, output: Output, source: TensorSource, report
     report.resumed = list(not_finite)
     due = {path: layout for path, layout in output.files.items() if path not in not_finite}
     total = sum(layout.moved for layout in due.values())
-    meter = writer.Meter(source.mapped.release, None if progress is None else lambda done: progress(done, total))
+    meter = writer.Meter(None if progress is None else lambda done: progress(done, total))
 
     def done(path: str, bad: list[str]) -> None:
         stage.note(path, bad)
@@ -179,13 +195,11 @@ def compare(source: TensorSource, written: TensorSource, dtype: str | None = Non
             jobs: int | None = None) -> dict[str, int]:
     """Checksums of every Hugging Face tensor, which must be the same in both. Raises `CheckpointError` naming one."""
     written.check()
-    meter = writer.Meter(lambda: (source.mapped.release(), written.mapped.release()) and None)
     tensors = hf_tensors(source.config)
 
     def one(name: str) -> tuple[str, int]:
         target = whole(tensors[name])
         ours, theirs = checksum(blocks(target, source, dtype)), checksum(blocks(target, written))
-        meter.add(target.elements)
         if ours != theirs:
             raise CheckpointError(f"{written.where}: {name} has checksum {theirs:08x} when read back, the source's is "
                                   f"{ours:08x}; the disk or the memory of this machine is at fault")
@@ -200,8 +214,9 @@ def _compare_copied(root: Path, output: Output) -> None:
     for path, layout in output.files.items():
         for placed in layout.placed:
             copied = placed.payload
-            written = Region(root / path, placed.offset, copied.size)
-            if copied.dtype is None and checksum(written.blocks()) != checksum(copied.blocks()):
+            written = file_layout.Region(root / path, placed.offset, copied.size)
+            if copied.dtype is None and checksum(written.blocks()) != checksum(
+                    block for (block,) in copied.blocks([copied.part])):
                 raise CheckpointError(f"{written.file}: bytes {written.offset} to {written.offset + written.length} "
                                       f"({copied.name}) are not those of the source when read back; the disk or the "
                                       "memory of this machine is at fault")
@@ -210,9 +225,8 @@ def _compare_copied(root: Path, output: Output) -> None:
 def _fingerprint(source: TensorSource, output: Output) -> str:
     """Says whether a started conversion is this one: the source's files as they are now, and the plan to the byte."""
     digest = hashlib.sha256(str(source.where.resolve()).encode())
-    for path in sorted(path for path in source.where.rglob("*") if path.is_file()):
-        state = path.stat()
-        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+    for path, (size, written, _) in sorted(source.mapped.watch(()).items()):
+        digest.update(f"{path} {size} {written}\n".encode())
     for path, layout in output.files.items():
         digest.update(f"{path} {layout.size}\n".encode())
         for placed in layout.placed:

@@ -35,9 +35,9 @@ FLOATS: dict[str, FloatType] = {kind.name: kind for kind in (
     FloatType("float64", "F64", "DoubleStorage", 8, 0x7FF0000000000000),
 )}
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# Other storages that a checkpoint may hold beside its weights (random states, step counts).
-OTHER_STORAGES = ("ByteStorage", "CharStorage", "BoolStorage", "ShortStorage", "IntStorage", "LongStorage",
-                  "UntypedStorage")
+# Other storages that a checkpoint may hold beside its weights (random states, step counts), and bytes of an item.
+OTHER_STORAGES = {"ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1, "ShortStorage": 2, "IntStorage": 4,
+                  "LongStorage": 8, "UntypedStorage": 1}
 
 
 def type_name(dtype: Any) -> str | None:

@@ -8,7 +8,7 @@ architecture from it (`--use-checkpoint-args`); see `check_checkpoint_args` and 
 import argparse
 from typing import Any
 
-from megatron_mixtral.config import MixtralConfig, ParallelLayout, engine
+from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout, engine
 from megatron_mixtral.weights.files import pickle_writer
 
 
@@ -31,5 +31,6 @@ def release_state(config: MixtralConfig, layout: ParallelLayout, padded_vocab: i
         make_vocab_size_divisible_by=divisible_by, window_size=window, **engine.layout_args(layout),
         ckpt_format=ckpt_format, params_dtype=pickle_writer.Global("torch", dtype), bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
+        **(config.to_args() if isinstance(config, AdapterConfig) else {}),
         iteration=0, consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)
     return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}

@@ -10,9 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import read_json
+from megatron_mixtral.config import AdapterConfig, read_json
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError, MixtralError
+from megatron_mixtral.weights.adapters import PeftSource
 from megatron_mixtral.weights.conversion import REPORT_FILE, compare
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import atomic
@@ -81,9 +82,10 @@ def inspect(directory: str | Path, *, deep: bool = False) -> Findings:
 def _look(found: Findings, deep: bool) -> None:
     source = open_source(found.directory)
     found.format = ("Hugging Face" if isinstance(source, HFSource) else
+                    "adapters in PEFT's form" if isinstance(source, PeftSource) else
                     "distributed checkpoint (torch_dist)" if isinstance(source, DistSource) else
                     "rank directories (torch)")
-    if not isinstance(source, HFSource):
+    if not isinstance(source, HFSource | PeftSource):
         number = names.iteration_of(source.where.name)
         found.iteration = source.where.name if number is None else str(number)
         found.layout = str(getattr(source, "layout", "any"))
@@ -92,6 +94,9 @@ def _look(found: Findings, deep: bool) -> None:
         "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size", "tie_word_embeddings")}
     found.parameters, found.left_behind = config.total_parameters, list(source.left_behind)
+    if isinstance(config, AdapterConfig):
+        found.format += f", adapters of rank {config.rank} on {', '.join(config.targets)}"
+        found.parameters = config.trained_parameters
     source.check()
     kinds: collections.Counter[str] = collections.Counter()
     for tensor in hf_tensors(config).values():

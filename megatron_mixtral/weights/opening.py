@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from megatron_mixtral.config import ParallelLayout
+from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
+from megatron_mixtral.weights.adapters import PeftSink, PeftSource
 from megatron_mixtral.weights.formats import (
     DistSink,
     DistSource,
@@ -15,16 +16,19 @@ from megatron_mixtral.weights.formats import (
 )
 from megatron_mixtral.weights.protocols import TensorSink, TensorSource
 
-FORMATS = ("huggingface", "torch", "torch_dist")
+FORMATS = ("huggingface", "torch", "torch_dist", "peft")
 
 
-def open_source(path: str | Path, *, compare_copies: bool = True) -> TensorSource:
-    """The source for any directory this library reads, by what is in it.
+def open_source(path: str | Path, *, compare_copies: bool = True, base: MixtralConfig | None = None) -> TensorSource:
+    """The source for any directory this library reads, by what is in it: a model, or adapters.
 
-    `compare_copies` compares the copies that several ranks of rank directories hold of the same weights.
+    `base` is the Mixtral that a PEFT folder's adapters are of, where it does not say so itself. `compare_copies`
+    compares the copies that several ranks of rank directories hold of the same weights.
     Raises `CheckpointError` or `ConfigError` for a directory that is none, or cannot be read.
     """
     path = _directory(path)
+    if _has_signs(path, PeftSource):
+        return PeftSource(path, base)
     # A config.json without weights is a Hugging Face folder that lacks something: its source says what.
     if _has_signs(path, HFSource) or ((path / "config.json").is_file() and not directory.is_checkpoint(path)):
         return HFSource(path)
@@ -45,8 +49,10 @@ def open_megatron(path: str | Path, *, compare_copies: bool = True) -> RankDirSo
 
 def open_sink(path: str | Path, format: str = "huggingface", layout: ParallelLayout | None = None, *,
               replace: bool = False, template: str | Path | None = None, max_shard_size: str = "5GB",
-              vocab_divisible_by: int | None = None, carry_state: bool = True) -> TensorSink:
-    """The sink for a directory to be written: "huggingface", "torch" (rank directories) or "torch_dist".
+              vocab_divisible_by: int | None = None, carry_state: bool = True,
+              adapter_format: str = "per-expert") -> TensorSink:
+    """The sink for a directory to be written: "huggingface", "torch" (rank directories) or "torch_dist"; for adapters,
+    "peft" in the form `adapter_format`, or "torch_dist".
 
     `layout` (default: one device) is that of Megatron's formats, and `vocab_divisible_by` their padding; `template` and
     `max_shard_size` are Hugging Face's, see `HFSink`; `carry_state` is of "torch_dist", see `DistSink`. `replace`
@@ -58,6 +64,8 @@ def open_sink(path: str | Path, format: str = "huggingface", layout: ParallelLay
         return RankDirSink(path, layout, vocab_divisible_by=vocab_divisible_by, replace=replace)
     if format == "torch_dist":
         return DistSink(path, layout, vocab_divisible_by=vocab_divisible_by, replace=replace, carry_state=carry_state)
+    if format == "peft":
+        return PeftSink(path, form=adapter_format, replace=replace)
     raise ConfigError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
 
 

@@ -79,7 +79,7 @@ class ShardPlan:
         experts = self.layout.experts_of(self.coord.ep, self.config.num_local_experts)
         # Tied: one stage needs no output layer; a last stage of its own keeps a copy of the embedding there.
         return [self._slice(rule, tensors, (layer, expert), (layer - layers.start, expert - experts.start))
-                for rule, layer, expert in walk(layers, experts, first, last)
+                for rule, layer, expert in walk(self.config, layers, experts, first, last)
                 if not (rule is OUTPUT and self.config.tie_word_embeddings and first)]
 
     def extra_states(self) -> list[str]:

@@ -76,6 +76,7 @@ class Output:
 class TensorSink(Protocol):
     """A format in which a checkpoint can be written to a directory, which gets its name when it is whole."""
 
+    contents: ClassVar[tuple[str, ...]] = ("model",)  # what can be written: "model", "adapters"
     target: Path
     replace: bool  # whether a directory already at `target` is replaced
 

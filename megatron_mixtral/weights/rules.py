@@ -4,7 +4,8 @@ A rule says of one Megatron tensor: its names, the Hugging Face tensors ("pieces
 piece in which joining is a concatenation along `join_dim` and tensor parallelism is a plain interval of `shard_dim`.
 The two dims differ wherever there is more than one piece, so slicing and joining commute, and a shard can be read
 from, or written to, any other slicing of the same tensor without assembling the whole. Import, export, resharding
-and the reading of distributed checkpoints all walk this table. Standard library only.
+and the reading of distributed checkpoints all walk this table. The rules of adapters (LoRA) are derived from it, so
+that adapters move by the same code. Standard library only.
 
 Legend: V vocabulary, H hidden, F expert intermediate, E experts, L layers, g query groups, q query heads of a group,
 d head_dim. Collapsing a view's leading dims gives the stored matrix: (g, q*d, H) is stored as (g*q*d, H).
@@ -15,9 +16,10 @@ that transformers 5 uses in memory; Megatron, `GPTModel.state_dict()` and `shard
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from math import prod
 
-from megatron_mixtral.config import MixtralConfig
+from megatron_mixtral.config import AdapterConfig, MixtralConfig
 
 Shape = tuple[int, ...]
 
@@ -196,6 +198,61 @@ def dist_names(key: str) -> tuple[str, ...]:
     return (key,)
 
 
+# -- Adapters ------------------------------------------------------------------------------------------------
+
+PEFT_PREFIX = "base_model.model."  # of every name in a file of PEFT's
+
+
+def target(piece: Piece) -> str:
+    """The name that `--lora-target-modules` has for a linear."""
+    return piece.hf.split(".")[-2]
+
+
+def _adapter(rule: WeightRule, letter: str, pieces: tuple[Piece, ...], rank: int) -> WeightRule:
+    """The rule of the matrices A or B beside the linears of `rule`.
+
+    A linear whose outputs are cut cuts B as itself, with the rank for a width, and every rank has all of A; one whose
+    inputs are cut, the last dim, cuts A and has all of B.
+    """
+    inputs_cut = rule.shard_dim == len(rule.pieces[0].view(MixtralConfig())) - 1
+
+    def view(piece: Piece, config: MixtralConfig) -> Shape:
+        *rows, width = piece.view(config)
+        if letter == "B":
+            return (*rows, rank)
+        return (rank, width) if inputs_cut else (1, rank, width)  # those of several pieces stand below each other
+
+    def of_peft(name: str | None) -> str | None:
+        return None if name is None else PEFT_PREFIX + name.replace(".weight", f".lora_{letter}.weight")
+
+    def renamed(name: str) -> str:
+        return f"lora_{letter}".join(name.rsplit("weight", 1))
+
+    cut = {"axis": rule.axis, "shard_dim": rule.shard_dim, "join_dim": rule.join_dim}
+    if inputs_cut and letter == "B":
+        cut = {"axis": None, "shard_dim": 0, "join_dim": 0}
+    elif not inputs_cut and letter == "A":
+        cut = {"axis": None, "shard_dim": 1, "join_dim": 0}
+    return WeightRule(
+        name=f"{rule.name}_{letter}", owner=rule.owner, dist_keys=(renamed(rule.dist_keys[0]),), **cut,
+        megatron=renamed(rule.megatron_aliases[0] if rule.per_expert else rule.megatron),
+        pieces=tuple(Piece(of_peft(piece.hf), partial(view, piece), of_peft(piece.alias)) for piece in pieces))
+
+
+@lru_cache(maxsize=16)
+def _adapter_rules(targets: tuple[str, ...], rank: int) -> tuple[WeightRule, ...]:
+    found = []
+    for rule in RULES:
+        pieces = tuple(piece for piece in rule.pieces if rule.owner == "layer" and target(piece) in targets)
+        found += [_adapter(rule, letter, pieces, rank) for letter in "AB" if pieces]
+    return tuple(found)
+
+
+def rules_of(config: MixtralConfig) -> tuple[WeightRule, ...]:
+    """The ten rules of a Mixtral, or those of the adapters that `config` is of."""
+    return _adapter_rules(config.targets, config.rank) if isinstance(config, AdapterConfig) else RULES
+
+
 # Tensors that some checkpoints carry and no Mixtral needs: recomputed from the config.
 IGNORABLE_HF_SUFFIXES: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
@@ -227,14 +284,16 @@ class HFTensor:
         return None if fused is None else Fused(fused.name.format(layer=self.layer), fused.part, fused.parts)
 
 
-def walk(layers: range, experts: range, first: bool = True, last: bool = True) -> Iterator[tuple[WeightRule, int, int]]:
+def walk(config: MixtralConfig, layers: range, experts: range, first: bool = True,
+         last: bool = True) -> Iterator[tuple[WeightRule, int, int]]:
     """Rules in the model's order, each with its layer and expert, for some layers and experts, and the model's ends."""
-    yield from ((rule, 0, 0) for rule in RULES if first and rule.owner == "first")
+    rules = rules_of(config)
+    yield from ((rule, 0, 0) for rule in rules if first and rule.owner == "first")
     for layer in layers:
-        for rule in RULES:
+        for rule in rules:
             if rule.owner == "layer":
                 yield from ((rule, layer, expert) for expert in (experts if rule.per_expert else (0,)))
-    yield from ((rule, 0, 0) for rule in RULES if last and rule.owner == "last")
+    yield from ((rule, 0, 0) for rule in rules if last and rule.owner == "last")
 
 
 def hf_tensors(config: MixtralConfig) -> dict[str, HFTensor]:
@@ -243,6 +302,6 @@ def hf_tensors(config: MixtralConfig) -> dict[str, HFTensor]:
     With tied embeddings there is no `lm_head.weight`: the output layer *is* the embedding.
     """
     return {name: HFTensor(name, rule, index, layer, expert, rule.pieces[index].view(config))
-            for rule, layer, expert in walk(range(config.num_hidden_layers), range(config.num_local_experts))
+            for rule, layer, expert in walk(config, range(config.num_hidden_layers), range(config.num_local_experts))
             if not (rule is OUTPUT and config.tie_word_embeddings)
             for index, name in enumerate(rule.hf_names(layer, expert))}

@@ -1,12 +1,11 @@
 """Reading weights in the order in which they will be stored: the bytes of a slice, block after block, from a source.
 
-Whole runs stay where they are mapped, so they reach the output (or a checksum) without another copy; columns are
-gathered in a small buffer. Sinks plan with `payload`, and `files.writer` writes the blocks. `assemble` makes one torch
-tensor of them.
+A block is read into memory that the processor's cache holds until it is summed and written. All slices of the same rows
+are made in one pass (`cuts`): the columns of every tensor-parallel rank, and the copies that several ranks have. Sinks
+plan with `payload`, and `files.writer` writes the blocks. `assemble` makes one torch tensor of them.
 """
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,7 +14,7 @@ import numpy
 
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS, as_torch, cast, type_name
-from megatron_mixtral.weights.files import file_layout
+from megatron_mixtral.weights.files import Reader, file_layout
 from megatron_mixtral.weights.plan import TensorSlice
 from megatron_mixtral.weights.protocols import Fragment, TensorSource, narrow
 from megatron_mixtral.weights.rules import Shape
@@ -28,27 +27,47 @@ def blocks(target: TensorSlice, source: TensorSource, dtype: str | None = None) 
 
     None keeps the source's type, which all pieces must share (`payload` sees to it).
     """
+    for (block,) in cuts(target, source, dtype, [_interval(target)]):
+        yield block
+
+
+def cuts(target: TensorSlice, source: TensorSource, dtype: str | None,
+         intervals: Sequence[tuple[int, int]]) -> Iterator[list[numpy.ndarray]]:
+    """`blocks` of slices that differ from `target` in their (start, length) only, all of them from one pass.
+
+    Several different ones there are of columns only: their rows are read whole, and cut while the cache holds them.
+    """
     parts = [source.fragments(piece) for piece in target.pieces]
-    for run, kind in _runs(target, parts):
-        for block in _cut(run):
-            yield block if dtype in (None, kind) else cast(block, kind, dtype)
+    with Reader() as reader:
+        for found, kind in (_columns(parts[0], intervals, reader) if _by_columns(target) else
+                            _blocks(target, parts, reader)):
+            yield found if dtype in (None, kind) else [cast(block, kind, dtype) for block in found]
     if target.padding:
         kind = FLOATS[dtype or parts[0][0].dtype]
-        yield from _cut(numpy.zeros((target.padding, *target.view[1:]), kind.carrier))
+        yield from ([block] for block in _cut(numpy.zeros((target.padding, *target.view[1:]), kind.carrier)))
 
 
-def _runs(target: TensorSlice, parts: list[list[Fragment]]) -> Iterator[tuple[numpy.ndarray, str]]:
-    """Arrays that are `target` when laid one behind the other, each with its type. Padding is not among them."""
+def _interval(target: TensorSlice) -> tuple[int, int]:
+    return target.start, target.length
+
+
+def _by_columns(target: TensorSlice) -> bool:
+    return 0 < target.rule.shard_dim == len(target.view) - 1
+
+
+def _blocks(target: TensorSlice, parts: list[list[Fragment]],
+            reader: Reader) -> Iterator[tuple[list[numpy.ndarray], str]]:
+    """The blocks of a slice of rows, each with its type. Padding is not among them."""
     dim = target.rule.shard_dim
     inside = [_inside(target, fragments) for fragments in parts]
-    if dim == len(target.view) - 1 and dim > 0:
-        yield from _columns(inside[0])
-    elif len(parts) > 1 and target.rule.join_dim > dim:  # pieces alternate, unit by unit
+    runs = chain.from_iterable(inside)
+    if len(parts) > 1 and target.rule.join_dim > dim:  # pieces alternate, unit by unit
         assert dim == 0, f"{target.rule.name}: joined inside of dim {dim}"
         units = [[(unit, kind) for array, kind in runs for unit in array] for runs in inside]
-        yield from chain.from_iterable(zip(*units, strict=True))
-    else:
-        yield from chain.from_iterable(inside)
+        runs = chain.from_iterable(zip(*units, strict=True))
+    for run, kind in runs:
+        for block in _cut(run):
+            yield [reader.fetch(block)], kind
 
 
 def _inside(target: TensorSlice, fragments: list[Fragment]) -> list[tuple[numpy.ndarray, str]]:
@@ -61,21 +80,25 @@ def _inside(target: TensorSlice, fragments: list[Fragment]) -> list[tuple[numpy.
     return found
 
 
-def _columns(runs: list[tuple[numpy.ndarray, str]]) -> Iterator[tuple[numpy.ndarray, str]]:
-    """The rows of columns that lie side by side, a block at a time."""
-    arrays, kind = [array for array, _ in runs], runs[0][1]
-    if len(arrays) == 1 and arrays[0].flags.c_contiguous:
-        yield arrays[0], kind
-        return
-    step = max(1, BLOCK // sum(array[:1].nbytes for array in arrays))
-    for row in range(0, len(arrays[0]), step):
-        yield numpy.hstack([array[row:row + step] for array in arrays]), kind
+def _columns(fragments: list[Fragment], intervals: Sequence[tuple[int, int]],
+             reader: Reader) -> Iterator[tuple[list[numpy.ndarray], str]]:
+    """The rows of columns that lie side by side, a block at a time, cut into `intervals`, each with its type."""
+    low, high = min(start for start, _ in intervals), max(start + length for start, length in intervals)
+    used = [part for part in fragments if part.start < high and part.start + part.length > low]
+    first, kind = used[0].start, used[0].dtype
+    width = sum(part.length for part in used)
+    step = max(1, BLOCK // (width * used[0].data.itemsize))
+    for row in range(0, len(used[0].data), step):
+        read = [reader.fetch(part.data[row:row + step]) for part in used]
+        rows = read[0] if len(read) == 1 else numpy.hstack(read)
+        yield [numpy.ascontiguousarray(rows[:, start - first:start - first + length])
+               for start, length in intervals], kind
 
 
 def _cut(run: numpy.ndarray) -> Iterator[numpy.ndarray]:
-    """A run in contiguous blocks."""
+    """A run in parts of at most `BLOCK` bytes, which are contiguous where it is."""
     if run.nbytes <= BLOCK:
-        yield numpy.ascontiguousarray(run).reshape(-1)
+        yield run
     elif run.flags.c_contiguous:
         flat, step = run.reshape(-1), BLOCK // run.itemsize
         for at in range(0, len(flat), step):
@@ -96,19 +119,25 @@ def payload(target: TensorSlice, source: TensorSource, dtypes: dict[str, str],
         raise CheckpointError(f"{target.name}: its parts are of different types ({', '.join(kinds)}); give "
                               "--params-dtype to store one")
     return file_layout.Payload(target.name, target.elements * FLOATS[kinds[0]].itemsize,
-                               partial(blocks, target, source, kinds[0]), kinds[0], shape or target.shape)
+                               partial(cuts, target, source, kinds[0]), kinds[0], shape or target.shape,
+                               (*(piece.name for piece in target.pieces),
+                                None if _by_columns(target) else _interval(target)), _interval(target))
 
 
 def assemble(target: TensorSlice, source: TensorSource, dtype: Any = None) -> Any:
     """The torch tensor that `target` describes, of its stored shape, in `dtype` (None: the source's)."""
-    name = type_name(dtype) or source.dtype(target.pieces[0])
-    found = list(blocks(target, source, name))
-    return as_torch(numpy.concatenate(found).reshape(target.shape), name)
+    name, at = type_name(dtype) or source.dtype(target.pieces[0]), 0
+    found = numpy.empty(target.elements, FLOATS[name].carrier)
+    for block in blocks(target, source, name):
+        found[at:at + block.size] = block.reshape(-1)
+        at += block.size
+    assert at == target.elements, f"{target.name}: {at} elements, expected {target.elements}"
+    return as_torch(found.reshape(target.shape), name)
 
 
 def checksum(found: Iterable[Any]) -> int:
     """CRC-32 of blocks of bytes."""
     crc = 0
     for block in found:
-        crc = zlib.crc32(block, crc)
+        crc = file_layout.crc32(block, crc)
     return crc

@@ -83,23 +83,28 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, micro_batches: int,
-            sequence: int, recompute: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One training step of a randomly initialised Mixtral; bytes held by kind, and sent by group."""
+            sequence: int, recompute: dict[str, Any] | None = None, adapter: Any = None) -> dict[str, Any]:
+    """One training step of a randomly initialised Mixtral, or its adapters; bytes held by kind, and sent by group."""
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
     from megatron.core.transformer.module import Float16Module
 
+    from megatron_mixtral.lora import adapted
     from megatron_mixtral.model import build, transformer_config
 
     laid = set_up(layout)
     engine = transformer_config(config, laid, dtype, **(recompute or {}))
     pp, chunks = mpu.get_pipeline_model_parallel_rank(), []
     for chunk in range(laid.vpp):
-        model = build(config, engine, max_sequence_length=sequence, padded_vocab_size=config.vocab_size,
-                      pre_process=laid.is_first(pp, chunk), post_process=laid.is_last(pp, chunk),
-                      vp_stage=chunk if laid.vpp > 1 else None)
+        make = build if adapter is None else adapted
+        model = make(adapter or config, engine, max_sequence_length=sequence, padded_vocab_size=config.vocab_size,
+                     pre_process=laid.is_first(pp, chunk), post_process=laid.is_last(pp, chunk),
+                     vp_stage=chunk if laid.vpp > 1 else None)
+        for packed in [one for one in model.modules() if hasattr(one, "absmax")]:
+            packed.absmax.fill_(0.1)
+            packed.nf4.random_()
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         chunks.append(model if dtype == torch.float32 else Float16Module(engine, model))
@@ -116,14 +121,15 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
                          generator=torch.Generator().manual_seed(rank // (laid.tp * laid.pp)))
     micro = [{"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous()} for row in rows]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    saved, sent = SavedBytes(parameters), SentBytes()
+    frozen = [one for chunk in chunks for name, one in chunk.named_buffers() if name.endswith(("nf4", "absmax"))]
+    saved, sent = SavedBytes([*parameters, *frozen]), SentBytes()
     with sent:
         with saved.hooks():
             _schedule(chunks, micro, _forward_loss, forward_only=False)
         optimizer.step()
     buffers = [buffer for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
     return {
-        "weights": sum(parameter.nbytes for parameter in parameters),
+        "weights": sum(one.nbytes for one in (*parameters, *frozen)),
         "dense": sum(one.numel() for one in parameters if getattr(one, "allreduce", True)),
         "expert": sum(one.numel() for one in parameters if not getattr(one, "allreduce", True)),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),

@@ -259,11 +259,11 @@ def test_refusals_say_what_to_do(hf, tmp_path, capsys):
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(hf, tmp_path, capsys):
     code = ("import os, sys; from megatron_mixtral.weights import cli\n"
-            "from megatron_mixtral.weights.files import writer; write = writer.FileWriter.write\n"
-            "def die(self, part):\n"
+            "from megatron_mixtral.weights.files import writer; whole = writer.FileWriter.open\n"
+            "def die(self):\n"
             "    if '_001' in str(self.path): os.kill(os.getpid(), 9)\n"
-            "    write(self, part)\n"
-            "writer.FileWriter.write = die; cli.convert(sys.argv[1:])")
+            "    return whole(self)\n"
+            "writer.FileWriter.open = die; cli.convert(sys.argv[1:])")
     arguments = ["--loader", "mixtral_hf", "--load-dir", str(hf), "--save-dir", str(tmp_path / "mg"),
                  "--target-pipeline-parallel-size", "2", "--jobs", "1"]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -13,7 +13,7 @@ from helpers.program import Outcome, pretrain
 from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import cli, convert, open_source
-from megatron_mixtral.weights.files import Region
+from megatron_mixtral.weights.files.file_layout import Region
 from megatron_mixtral.weights.formats import DistSink, DistSource
 from megatron_mixtral.weights.formats.dist_metadata import read_contents
 from megatron_mixtral.weights.formats.saved_args import common_state

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.errors import MixtralError
 
 logger = logging.getLogger(__name__)
@@ -19,15 +20,23 @@ logger = logging.getLogger(__name__)
 EXPORTS = "hf"  # below --save
 
 
-def write(checkpoint: Path, target: Path, template: Path | None) -> None:
-    """Convert one iteration's directory; the exit status says whether it succeeded. The body of the process."""
+def write(checkpoint: Path, target: Path, template: Path | None, adapter_format: str) -> None:
+    """Convert one iteration's directory; the exit status says whether it succeeded. The body of the process.
+
+    A checkpoint of adapters becomes a folder of PEFT's.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the training, which waits for this
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from megatron_mixtral.weights import convert, open_sink, open_source
 
     try:
-        report = convert(open_source(checkpoint), open_sink(target, template=template, replace=True), jobs=1)
+        source = open_source(checkpoint)
+        if isinstance(source.config, AdapterConfig):
+            sink = open_sink(target, "peft", adapter_format=adapter_format, replace=True)
+        else:
+            sink = open_sink(target, template=template, replace=True)
+        report = convert(source, sink, jobs=1)
     except MixtralError as error:
         logger.error("export: %s", error)
         sys.exit(1)
@@ -37,10 +46,11 @@ def write(checkpoint: Path, target: Path, template: Path | None) -> None:
 class Exporter:
     """The exports of a run, on rank 0."""
 
-    def __init__(self, save: Path, interval: int | None, template: Path | None) -> None:
+    def __init__(self, save: Path, interval: int | None, template: Path | None,
+                 adapter_format: str = "per-expert") -> None:
         """`template` is a Hugging Face directory whose config.json and tokenizer files go along."""
         self._save, self._interval, self._template = save, interval, template
-        self._running: dict[int, Any] = {}
+        self._adapter_format, self._running = adapter_format, dict[int, Any]()
 
     def start(self, iteration: int, checkpoint: Path) -> None:
         """Export a checkpoint that has its name, if its iteration is due."""
@@ -48,7 +58,8 @@ class Exporter:
             return
         target = self._save / EXPORTS / checkpoint.name
         process = multiprocessing.get_context("spawn").Process(
-            target=write, args=(checkpoint, target, self._template), name=f"export of {checkpoint.name}")
+            target=write, args=(checkpoint, target, self._template, self._adapter_format),
+            name=f"export of {checkpoint.name}")
         process.start()
         self._running[iteration] = process
 

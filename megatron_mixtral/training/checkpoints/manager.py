@@ -15,6 +15,7 @@ import megatron_mixtral.training.checkpoints.directory as saves
 import megatron_mixtral.training.checkpoints.integrity as integrity
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import CheckpointError, MixtralError
+from megatron_mixtral.training import adapters
 from megatron_mixtral.training.checkpoints import resume
 from megatron_mixtral.training.checkpoints.export import Exporter
 from megatron_mixtral.training.checkpoints.lease import Lease
@@ -42,7 +43,7 @@ class CheckpointManager:
             self._save.mkdir(parents=True, exist_ok=True)
             saves.tidy(self._save)
             template = Path(args.hf_checkpoint) if args.hf_checkpoint else None
-            self._exporter = Exporter(self._save, args.export_hf_interval, template)
+            self._exporter = Exporter(self._save, args.export_hf_interval, template, args.adapter_format)
 
     # -- saving ----------------------------------------------------------------------------------------
 
@@ -132,6 +133,8 @@ class CheckpointManager:
 
     def _compare(self, directory: Path, whole: bool) -> None:
         saved = saved_arguments(directory, self._args)
+        if saved is not None:
+            adapters.check_saved(saved, self._args, directory)
         if whole and saved is not None:
             resume.check_optimizer(saved, self._args)
             resume.check_schedule(saved, self._args, self._length_given)

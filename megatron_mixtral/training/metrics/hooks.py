@@ -27,17 +27,16 @@ class Tracker(MoEMetricsTracker):
     has prompts continued when it is time.
     """
 
-    def __init__(self, load: ExpertLoad, device: str, after_first_step: Callable[[], None],
+    def __init__(self, load: ExpertLoad, device: str, after_step: Callable[[torch.Tensor], None],
                  evaluate: Callable[[int], None]) -> None:
         super().__init__()
-        self._evaluate = evaluate
-        self._load, self._device, self._after_first_step = load, device, functools.cache(after_first_step)
+        self._load, self._device, self._after_step, self._evaluate = load, device, after_step, evaluate
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
         """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
-        self._after_first_step()
         text = super().report(*args, writer=writer, **kwargs)
         tokens = self._load.collect()
+        self._after_step(tokens)
         memory = torch.tensor(runtime.memory_used(), dtype=torch.int64, device=self._device)
         torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
         if writer is not None:
@@ -46,13 +45,13 @@ class Tracker(MoEMetricsTracker):
         return text
 
 
-def install(run: Run, args: Namespace, device: str, after_first_step: Callable[[], None],
+def install(run: Run, args: Namespace, device: str, after_step: Callable[[torch.Tensor], None],
             evaluation: Evaluation | None = None) -> ExpertLoad:
-    """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_first_step` is
-    called once, on every rank.
+    """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_step` is
+    called after each step, on every rank, with the tokens [layers, experts] of all ranks.
     """
     load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
-    set_moe_metrics_tracker(Tracker(load, device, after_first_step, functools.partial(_evaluate, evaluation, args)))
+    set_moe_metrics_tracker(Tracker(load, device, after_step, functools.partial(_evaluate, evaluation, args)))
     metrics = _metrics_file(run, args)
     if evaluation is not None and metrics is not None:
         evaluation.path = metrics.with_name("evaluation_prompts.jsonl")

@@ -6,7 +6,7 @@ from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
     from megatron_mixtral.weights.files import atomic, file_layout, inert_pickle, pickle_writer, safetensors, writer
-    from megatron_mixtral.weights.files.mapped import MappedFiles, Region, Stored
-    from megatron_mixtral.weights.files.torch_zip import load_torch
+    from megatron_mixtral.weights.files.mapped import MappedFiles, Reader, Stored
+    from megatron_mixtral.weights.files.torch_files import load_torch
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

@@ -37,7 +37,7 @@ def refuse_existing(target: Path, replace: bool) -> None:
 
     Nor through a symbolic link, also under the temporary names: anyone may put one into a shared directory.
     """
-    for path in (target, _partial(target), _replaced(target)):
+    for path in (target, partial_of(target), _replaced(target)):
         if path.is_symlink():
             raise CheckpointError(f"{path} is a symbolic link to {os.readlink(path)}, expected a directory or nothing; "
                                   "remove it, or give --save-dir without a link as its last part")
@@ -49,7 +49,7 @@ def refuse_existing(target: Path, replace: bool) -> None:
 
 def need_space(target: Path, needed: int) -> None:
     """Raise `CheckpointError` when the disk that `target` will be on has less than `needed` bytes free."""
-    left = _partial(target)  # of an unfinished conversion: will be removed or used
+    left = partial_of(target)  # of an unfinished conversion: will be removed or used
     free = free_space(target) + sum(path.lstat().st_blocks * 512 for path in left.rglob("*"))
     if free < needed:
         raise CheckpointError(f"{target} needs {human_size(needed)}, but {existing_parent(target)} has "
@@ -98,7 +98,7 @@ def staged(target: Path, replace: bool = False, resume: bool = False) -> Iterato
     """
     target = Path(os.path.abspath(target))
     refuse_existing(target, replace)
-    partial, old = _partial(target), _replaced(target)
+    partial, old = partial_of(target), _replaced(target)
     with _exclusive(target, partial) as lock:
         try:
             _recover(target, old)
@@ -162,13 +162,14 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _partial(target: Path) -> Path:
+def partial_of(target: Path) -> Path:
+    """The temporary directory of a target."""
     target = Path(os.path.abspath(target))
     return target.parent / f".{target.name}{PARTIAL}"
 
 
 def _replaced(target: Path) -> Path:
-    return _partial(target).with_suffix(".replaced")
+    return partial_of(target).with_suffix(".replaced")
 
 
 def _open_own(partial: Path) -> int:

@@ -1,21 +1,22 @@
-"""Files mapped into memory for reading: bytes become arrays where they lie, and pages are given back after use."""
+"""Files of weights, for reading: their tensors as arrays over mapped files, and `Reader`, which fetches the bytes.
+
+The arrays say where numbers lie; cutting and reshaping them touches no byte. `Reader` reads what is left of them from
+the file, block by block: a mapped page of a file that has become shorter would end the process without a word (SIGBUS),
+a read that comes up short is an error like any other. Nor does reading leave mapped pages behind.
+"""
 
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 
+from megatron_mixtral.disk import START, placeholder
 from megatron_mixtral.errors import CheckpointError
 
 BLOCK = 1 << 20  # bytes of a region that are read at a time
-# What a download leaves in the place of weights, by how it begins: no format that is read here begins so.
-NO_WEIGHTS = {
-    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder",
-    b"<!doctype html": "is a web page (of a log-in or an error?), not the file itself; download it again",
-    b"<html": "is a web page (of a log-in or an error?), not the file itself; download it again",
-}
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,38 @@ class Region:
                 yield block
 
 
+State = tuple[int, int, int]  # of a file: its size, when it was written last (ns), and which one it is (inode)
+
+
+def state_of(file: str | Path | int) -> State:
+    """What tells a file that was written anew from the one that was there. Raises `OSError`."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def check_same(path: Path, before: State, now: State) -> None:
+    """Raise `CheckpointError` where a source file is no longer what it was."""
+    if before != now:
+        how = f"had {before[0]} bytes and has {now[0]}" if before[0] != now[0] else "was written anew"
+        raise CheckpointError(f"{path} {how} since it was opened; start again when nothing writes to it any more")
+
+
 class MappedFile:
-    """A file as read-only memory. Raises `CheckpointError` when it is empty, cannot be opened or is of `NO_WEIGHTS`."""
+    """A file as read-only memory. Raises `CheckpointError` when it is empty, cannot be opened, or is
+    none of weights (`placeholder`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with open(path, "rb") as file:
-                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.state = state_of(file.fileno())
+                self.bytes = _Memory(file.fileno(), 0, access=mmap.ACCESS_READ)
+                cure = placeholder(os.pread(file.fileno(), START, 0))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
-        start = self.bytes[:64].lstrip().lower()
-        for sign, cure in NO_WEIGHTS.items():
-            if start.startswith(sign):
-                raise CheckpointError(f"{path} {cure}")
+        self.bytes.file, self.address = self, _address(numpy.frombuffer(self.bytes, numpy.uint8))
+        if cure is not None:
+            raise CheckpointError(f"{path} {cure}")
 
     def array(self, carrier: numpy.dtype, shape: tuple[int, ...], offset: int,
               strides: tuple[int, ...] | None = None) -> numpy.ndarray:
@@ -74,14 +93,110 @@ class MappedFile:
         return numpy.ndarray(shape, carrier, self.bytes, offset, steps)
 
 
+class _Memory(mmap.mmap):
+    """Mapped memory that knows its file."""
+
+    file: MappedFile
+
+
+def _address(array: numpy.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _file_of(array: numpy.ndarray) -> MappedFile | None:
+    """The file that an array lies in; None for one in ordinary memory."""
+    base: object = array
+    while isinstance(base, numpy.ndarray):
+        base = base.base
+    return base.file if isinstance(base, _Memory) else None
+
+
+class Reader:
+    """Reads from mapped files, each opened at its first use and closed when the `with` block ends.
+
+    Raises `CheckpointError` for a file that changed since it was mapped.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[MappedFile, int] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+
+    def _handle(self, file: MappedFile) -> int:
+        if file not in self._handles:
+            try:
+                self._handles[file] = os.open(file.path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{file.path} cannot be read any more: {error}") from None
+            check_same(file.path, file.state, state_of(self._handles[file]))
+        return self._handles[file]
+
+    def read(self, file: MappedFile, offset: int, count: int) -> bytes:
+        """At most `count` bytes from `offset` on: fewer at the end of the file."""
+        return os.pread(self._handle(file), count, offset)
+
+    def fetch(self, array: numpy.ndarray) -> numpy.ndarray:
+        """The numbers of a mapped array in memory of their own; an array in ordinary memory as it is, contiguous."""
+        file = _file_of(array)
+        if file is None or array.size == 0:
+            return numpy.ascontiguousarray(array)
+        found = numpy.empty(array.shape, array.dtype)
+        self._fill(found, array, file)
+        return found
+
+    def _fill(self, found: numpy.ndarray, array: numpy.ndarray, file: MappedFile) -> None:
+        """Read an array into a contiguous one, run by run."""
+        if array.flags.c_contiguous:
+            left, at = memoryview(found.reshape(-1)).cast("B"), _address(array) - file.address
+            while left:
+                count = os.preadv(self._handle(file), [left], at)
+                if count == 0:
+                    raise CheckpointError(f"{file.path} ends at byte {at}; start again when nothing writes to it")
+                left, at = left[count:], at + count
+        elif array.ndim > 1 and array.strides[-1] == array.itemsize:
+            for one, part in zip(found, array, strict=True):
+                self._fill(one, part, file)
+        else:
+            self._copy(found, array, file)
+
+    def _copy(self, found: numpy.ndarray, array: numpy.ndarray, file: MappedFile) -> None:
+        """Out of mapped memory, for what is transposed, in files of older engines: no run could be read at once."""
+        check_same(file.path, file.state, state_of(self._handle(file)))
+        found[...] = array
+
+
 class MappedFiles(dict[Path, MappedFile]):
     """Files by path, each mapped when it is first asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: dict[Path, State] = {}
 
     def __missing__(self, path: Path) -> MappedFile:
         return self.setdefault(path, MappedFile(path))
 
+    def watch(self, paths: Iterable[Path]) -> dict[Path, State]:
+        """Note the state of other files for `check_unchanged`; of all these files, each as it was when first seen."""
+        for path in paths:
+            self._watched.setdefault(path, state_of(path))
+        return self._watched | {path: file.state for path, file in self.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` naming a mapped or watched file that is no longer the one that was there."""
+        for path, before in self.watch(()).items():
+            try:
+                now = state_of(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read any more: {error}") from None
+            check_same(path, before, now)
+
     def release(self) -> None:
-        """Give the mapped pages back to the system; they come again when touched."""
+        """Give mapped pages back to the system that were touched without a `Reader`; they come again when touched."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for file in list(self.values()):  # other threads map more
                 file.bytes.madvise(mmap.MADV_DONTNEED)

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files.file_layout import FileLayout, Payload, Placed
-from megatron_mixtral.weights.files.mapped import MappedFile, Stored
+from megatron_mixtral.weights.files.mapped import MappedFile, Reader, Stored
 
 MOST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 KINDS = {kind.safetensors: kind for kind in FLOATS.values()}
@@ -37,10 +37,11 @@ def load_safetensors(file: MappedFile) -> dict[str, Stored]:
 
 def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
     """The entries of a header, checked, and where the data begin. Raises `ValueError` and what a wrong type raises."""
-    length = int.from_bytes(file.bytes[:8], "little")
-    if len(file.bytes) < 8 or length > min(MOST_HEADER, len(file.bytes) - 8):
-        raise ValueError(f"its header should have {length} bytes, the file has {len(file.bytes)}")
-    entries = json.loads(file.bytes[8:8 + length], object_pairs_hook=_unique)
+    with Reader() as reader:
+        length = int.from_bytes(reader.read(file, 0, 8), "little")
+        if len(file.bytes) < 8 or length > min(MOST_HEADER, len(file.bytes) - 8):
+            raise ValueError(f"its header should have {length} bytes, the file has {len(file.bytes)}")
+        entries = json.loads(reader.read(file, 8, length), object_pairs_hook=_unique)
     if not isinstance(entries, dict):
         raise ValueError("its header is not a JSON object")
     entries.pop("__metadata__", None)

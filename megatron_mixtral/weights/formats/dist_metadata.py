@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.disk import START, placeholder
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.files import Region, inert_pickle, pickle_writer
+from megatron_mixtral.weights.files import file_layout, inert_pickle, pickle_writer
 from megatron_mixtral.weights.formats.directory import file_beside
 from megatron_mixtral.weights.rules import Shape, dist_names
 
@@ -19,7 +20,7 @@ COMMON = "common_state/shard_0_1"  # arguments, iteration and other small state
 COMMON_FILE = "common.pt"  # where older engines put it
 
 _MODULE = "torch.distributed.checkpoint.metadata"
-Call, Global = pickle_writer.Call, pickle_writer.Global
+Call, Global, Region = pickle_writer.Call, pickle_writer.Global, file_layout.Region
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ class Contents:
 def read_contents(directory: Path) -> Contents:
     """Read `directory/.metadata`. Raises `CheckpointError` naming the file, and the key where there is one."""
     path = directory / METADATA_FILE
+    contents = path.read_bytes()
+    cure = placeholder(contents[:START])
+    if cure is not None:
+        raise CheckpointError(f"{path} {cure}")
     try:
-        metadata = inert_pickle.unpickle(path.read_bytes(), str(path))
+        metadata = inert_pickle.unpickle(contents, str(path))
         regions = {(index.fqn, _offset(index)): info for index, info in metadata.storage_data.items()}
         entries = dict(metadata.state_dict_metadata)
         tensors, objects = {}, {}

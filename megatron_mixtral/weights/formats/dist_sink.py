@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import TARGET_FLAGS, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import TARGET_FLAGS, AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.engine_args import release_state
 from megatron_mixtral.weights.files import file_layout
@@ -55,6 +55,8 @@ class DistSink:
     source's run is taken over, with its arguments and its padding.
     """
 
+    contents = ("model", "adapters")
+
     def __init__(self, target: str | Path, layout: ParallelLayout | None = None, *,
                  vocab_divisible_by: int | None = None, replace: bool = False, carry_state: bool = True) -> None:
         self.target, self.replace, self.carry_state = Path(target), replace, carry_state
@@ -64,7 +66,8 @@ class DistSink:
         """Files of about equal size, each with consecutive tensors of the model; a run's state has its own."""
         config, layout = source.config, self.layout.validate(source.config, TARGET_FLAGS)
         rows = padded_vocabulary(config, layout, self.divisible_by or 1)
-        run = run_state(source) if self.carry_state and isinstance(source, DistSource) else NO_RUN
+        of_a_run = isinstance(source, DistSource) and not isinstance(config, AdapterConfig)
+        run = run_state(source) if self.carry_state and of_a_run else NO_RUN
         if run.iteration is not None:
             self._check_unchanged(source, dtypes, run, rows)
         (plan,) = all_plans(config, ParallelLayout(), rows)

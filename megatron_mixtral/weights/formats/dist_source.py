@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy
 
-from megatron_mixtral.config import MixtralConfig, engine
+from megatron_mixtral.config import AdapterConfig, MixtralConfig, engine
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import MappedFiles, Stored, file_layout, load_torch
@@ -110,7 +110,8 @@ class DistSource(TensorSource):
         self.companions, self.mapped = companions_of(self.root), MappedFiles()
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         common, where = common_state(self.where, self.contents)
-        self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)
+        config = engine.config_of_checkpoint(self.root, common.get("args"), where)
+        self.config = AdapterConfig.from_args(config, common.get("args"))
         self._places: dict[str, list[_Place]] = {}
         self.left_behind = state_names(self.contents)
 

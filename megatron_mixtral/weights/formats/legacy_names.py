@@ -35,7 +35,10 @@ def today(group: dict[str, Any], experts: int, version: Any, where: str) -> dict
 
     `version` is the file's `checkpoint_version`. Raises `CheckpointError` where it is not clear what is meant.
     """
-    flat = dict(_flat(group, ""))
+    try:
+        flat = dict(_flat(group, ""))
+    except RecursionError:
+        raise CheckpointError(f"{where}: has a dictionary that holds itself") from None
     if any(name.startswith(LEGACY) for name in flat):
         mixed = [name for name in flat if name.startswith("decoder.")]
         if mixed:

@@ -16,7 +16,7 @@ import numpy
 
 from megatron_mixtral.config import Coord, ParallelLayout, engine
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights.files import MappedFiles, Stored, load_torch
+from megatron_mixtral.weights.files import MappedFiles, Reader, Stored, load_torch
 from megatron_mixtral.weights.formats.directory import companions_of, iteration_directory
 from megatron_mixtral.weights.formats.legacy_names import today
 from megatron_mixtral.weights.plan import ShardPlan, TensorSlice, all_plans
@@ -28,7 +28,7 @@ OPTIMIZER_FILE = "distrib_optim.pt"
 LABEL = "megatron_mixtral"  # our own entry in a rank file: the coordinate it belongs to
 IGNORABLE_SUFFIXES = ("_extra_state", "rotary_pos_emb.inv_freq")
 LEFT_BEHIND = ("optimizer", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-COMPARED = 1 << 22  # elements of two copies compared at a time
+COMPARED = 1 << 19  # elements of two copies compared at a time
 
 
 def rank_name(coord: Coord, pipeline: bool, expert: bool) -> str:
@@ -202,7 +202,9 @@ class RankDirSource(TensorSource):
         for one, *others in self._intervals(tensor).values():
             if self.compare_copies and tensor.name not in self._compared:
                 for other in others:
-                    if one.dtype != other.dtype or not same_bits(one.data, other.data):
+                    with Reader() as reader:
+                        same = one.dtype == other.dtype and same_bits(one.data, other.data, reader)
+                    if not same:
                         raise CheckpointError(f"{tensor.name}: {one.where} and {other.where} hold different values of "
                                               "the same weights")
             found.append(one)
@@ -210,11 +212,11 @@ class RankDirSource(TensorSource):
         return tiled(tensor, found)
 
 
-def same_bits(one: numpy.ndarray, other: numpy.ndarray) -> bool:
+def same_bits(one: numpy.ndarray, other: numpy.ndarray, reader: Reader) -> bool:
     """Whether two arrays of bit patterns are the same: a NaN equals itself. In parts, to need little memory."""
     if one.size <= COMPARED:
-        return numpy.array_equal(one, other)
+        return numpy.array_equal(reader.fetch(one), reader.fetch(other))
     if len(one) == 1:
-        return same_bits(one[0], other[0])
+        return same_bits(one[0], other[0], reader)
     half = len(one) // 2
-    return same_bits(one[:half], other[:half]) and same_bits(one[half:], other[half:])
+    return same_bits(one[:half], other[:half], reader) and same_bits(one[half:], other[half:], reader)

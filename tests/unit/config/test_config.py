@@ -92,6 +92,13 @@ def test_training_flops_are_counted_by_torch():
     assert forward + masked == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
+def test_experts_that_a_token_does_not_meet_cost_no_flops():
+    """But for their rows of the router."""
+    two, eight = (dataclasses.replace(preset("tiny"), num_local_experts=experts) for experts in (2, 8))
+    more = eight.training_flops_per_token(64) - two.training_flops_per_token(64)
+    assert more == 6 * 6 * two.num_hidden_layers * two.hidden_size
+
+
 @pytest.mark.parametrize("window", [None, 16, 64, 100])
 def test_a_token_is_counted_with_the_keys_that_it_sees(window):
     config, seq_length = dataclasses.replace(preset("tiny"), sliding_window=window), 64

@@ -162,3 +162,33 @@ def test_no_device_is_taken_for_another() -> None:
     """The first entry whose name is a part of what torch says wins."""
     for device in hardware.DEVICES.values():
         assert hardware.find(f"NVIDIA {device.reported}") is device
+
+
+def test_adapters_alone_are_trained() -> None:
+    """8x7B on one device, rank 64: the arithmetic of docs/finetuning.md, in bytes."""
+    from megatron_mixtral.config import AdapterConfig
+
+    def memory(**values):
+        adapter = AdapterConfig.of(preset("mixtral-8x7b"), rank=64, **values)
+        return stage_memory(RunShape(preset("mixtral-8x7b"), ParallelLayout(world=1), 2048, 4, 16, "full",
+                                     adapter=adapter), 0)
+
+    trained, linears = 960_495_616, 46_702_792_704 - 2 * 32000 * 4096 - 32 * 4096 * 10 - 4096
+    whole, packed = memory(), memory(quantized=True)
+    assert whole.gradients == packed.gradients == 4 * trained and packed.optimizer == 12 * trained
+    assert whole.weights == 2 * (46_702_792_704 + trained)
+    one_layer = 8 * 2 * 4096 * 14336 * 2
+    assert packed.weights == whole.weights - linears * (2 - 0.53125) + one_layer
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(world=1), ParallelLayout(tp=2, pp=2, ep=2, etp=1, world=4),
+                                    ParallelLayout(tp=2, ep=4, etp=2, world=8)], ids=str)
+def test_trained_parameters_of_a_stage_are_those_of_the_plan(layout) -> None:
+    from megatron_mixtral.config import AdapterConfig
+    from megatron_mixtral.weights import ShardPlan
+
+    adapter = AdapterConfig.of(preset("mixtral-8x7b"), rank=16, targets=("q_proj", "o_proj", "w1", "w2", "w3", "gate"))
+    shape = RunShape(preset("mixtral-8x7b"), layout, 2048, 1, 8, adapter=adapter)
+    for coord in layout.coords():
+        expected = sum(tensor.elements for tensor in ShardPlan(adapter, layout, coord).tensors())
+        assert shape.trained_of_stage(coord.pp).total == expected

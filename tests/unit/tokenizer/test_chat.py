@@ -118,6 +118,16 @@ def test_the_trained_ids_are_the_answer(name, tokenizer):
         assert trained[-1] and ids[0] == tokenizer.bos_id and (ids == tokenizer.bos_id).sum() == 1
 
 
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_system_text_stands_before_its_own_question(name, tokenizer):
+    """Also in the middle of a dialogue."""
+    turns = [Turn("Moon?", "Cheese."), Turn("Sun?", "Butter.", "Be kind."), Turn("Mars?", "Bread.")]
+    text = tokenizer.decode(render(turns, TEMPLATES[name], tokenizer)[0].tolist())
+    words = ("Moon?", "Cheese.", "Be kind.", "Sun?", "Butter.", "Mars?", "Bread.")
+    assert all(text.count(word) == 1 for word in words)
+    assert sorted(words, key=text.index) == list(words)
+
+
 def test_answers_without_loss_are_written_and_not_trained(tokenizer):
     turns = [Turn("a", "first", loss=False), Turn("b", "second")]
     ids, trained = render(turns, TEMPLATES["mixtral"], tokenizer)

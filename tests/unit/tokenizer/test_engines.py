@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from megatron_mixtral.data import preprocess_command
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer.encode import ControlCounts, ControlStrings, DocumentEncoder
 from megatron_mixtral.tokenizer.engines import choose, native
-from megatron_mixtral.tokenizer.engines.base import SpecialTokens, frame, token_dtype
+from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTokens, frame, token_dtype
 from megatron_mixtral.tokenizer.engines.choose import choose_engine, make_engine
+from megatron_mixtral.tokenizer.engines.libraries import ReferenceEngine
 from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
 
 FRAME = SpecialTokens(1, 2)
@@ -101,6 +103,18 @@ def test_an_engine_with_one_wrong_id_is_not_used(mixtral, extension, monkeypatch
     assert "its ids are not those" in caplog.text
     with pytest.raises(ConfigError, match="a zebra"):
         choose_engine("native", tokenizer, ["a zebra"])
+
+
+def test_an_engine_is_proved_on_difficult_strings_too(mixtral):
+    """The first documents of a run may be all plain."""
+    tokenizer = open_tokenizer(mixtral / "tokenizer.json")
+    reference = ReferenceEngine(tokenizer)
+    for difficult in (NASTY_STRINGS[0], NASTY_STRINGS[-1], "a</s> b"):
+        wrong = SimpleNamespace(encode=lambda texts, specials, difficult=difficult: reference.encode(
+            ["x" if text == difficult else text for text in texts], specials))
+        with pytest.raises(EngineUnavailable, match="its ids are not those of tokenizers"):
+            choose.prove(wrong, tokenizer, ["a horse"])
+    assert choose.prove(reference, tokenizer, ["a horse"])["documents"] == 1
 
 
 def test_a_named_engine_that_cannot_serve_is_an_error(mixtral, byte_level, extension):
@@ -192,6 +206,21 @@ def test_frame_refuses_ids_before_they_wrap():
     framed, lengths = frame(pieces, FRAME, 70_000)
     assert framed.tolist() == [1, 5, 65_543, 2] and framed.dtype == np.int32 and lengths.tolist() == [4]
     assert (token_dtype(65_499), token_dtype(65_500)) == (np.uint16, np.int32)
+
+
+def test_a_text_without_ids_has_no_frame():
+    framed, lengths = frame([np.array([5]), np.array([], dtype=np.int64), np.array([6, 7])], FRAME, 100)
+    assert framed.tolist() == [1, 5, 2, 1, 6, 7, 2] and lengths.tolist() == [3, 0, 4]
+
+
+def test_texts_with_and_without_control_strings_keep_their_order(mixtral):
+    tokenizer = open_tokenizer(mixtral / "tokenizer.json")
+    encoder = DocumentEncoder(tokenizer, FRAME, allow_special=True)
+    texts = ["plain", "a</s>", "also plain", "", "<s>b"]
+    ids, lengths = encoder.encode_documents(texts)
+    alone = [encoder.encode_documents([text])[0].tolist() for text in texts]
+    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == alone
+    assert [len(one) for one in alone] == lengths.tolist() and lengths[3] == 0
 
 
 def test_control_strings_are_found():

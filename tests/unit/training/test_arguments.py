@@ -1,6 +1,7 @@
 """Resolving a command line: which model, which layout, from where; refused early and with a sentence."""
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -158,6 +159,19 @@ def test_defaults_that_matter() -> None:
     assert defaults["moe_aux_loss_coeff"] == pytest.approx(0.00125)
     with_te = engine_defaults(run, "transformer_engine", "nccl")
     assert with_te.keys().isdisjoint({"masked_softmax_fusion", "num_workers"})
+
+
+def test_defaults_that_nobody_would_miss(tmp_path: Path) -> None:
+    """Left out, each gives a run that goes on, and is another one."""
+    config = dataclasses.replace(preset("tiny"), initializer_range=0.07)
+    defaults = engine_defaults(resolve(["--load", checkpoint(tmp_path / "run", config)], {}), "local", "gloo")
+    assert defaults["moe_router_dtype"] == "fp32"
+    assert defaults["init_method_std"] == 0.07
+    assert defaults["dist_ckpt_strictness"] == "raise_unexpected"
+    assert defaults["null_tokenizer_eod_id"] == config.eos_token_id
+    assert defaults["calculate_per_token_loss"] is False
+    answers = resolve(["--model", "tiny", "--is-instruction-dataset"], {})
+    assert engine_defaults(answers, "local", "gloo")["calculate_per_token_loss"] is True
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from megatron_mixtral.data.corpus.files import cut_chunks, list_inputs, natural_key
-from megatron_mixtral.data.corpus.readers import LineCounts, read_lines
+from megatron_mixtral.data.corpus.readers import LineCounts, lines_before, read_lines
 from megatron_mixtral.data.corpus.records import REASONS, BadRecord, parse_record
 from megatron_mixtral.errors import ConfigError, DataError
 
@@ -97,6 +97,7 @@ CONTENTS = {
     "crlf": b'{"a": 1}\r\n{"b": 22}\r\n',
     "one long line": b"[" + b"1," * 300 + b"1]\n{}\n",
     "bom": b'\xef\xbb\xbf{"a": 1}\n{"b": 2}\n',
+    "bom inside": b'{"a": 1}\n\xef\xbb\xbf{"b": 2}\n',  # a file put behind another: the line is bad, and must stay so
     "separators inside": '{"a": "\u2028\u0085\x0b\x0c\x1c \rx"}\n{"b": 2}\n'.encode(),
     "only newlines": b"\n\n\n",
     "one byte": b"x",
@@ -114,6 +115,17 @@ def test_every_cut_gives_every_line_once(tmp_path, name):
         assert lines == expected, chunk_bytes
         assert counts.bytes == len(content) and counts.lines == len(pieces) - (pieces[-1] == b"")
         assert counts.blank == counts.lines - len(expected) and counts.boms == (name == "bom")
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_lines_before_every_place(tmp_path, name):
+    """A piece owns the lines that begin in it, so before it are those that begin before: also the one under way."""
+    content = CONTENTS[name]
+    path = touch(tmp_path / "x.jsonl", content)
+    begins = [0, *(place + 1 for place, byte in enumerate(content[:-1]) if byte == 10)]
+    for step in (1, 7):
+        for chunk in cut_chunks(list_inputs([str(path)]).files, step):
+            assert lines_before(chunk) == sum(begin < chunk.start for begin in begins), chunk.start
 
 
 def test_empty_file_and_gzip(tmp_path):

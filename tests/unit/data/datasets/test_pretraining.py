@@ -2,9 +2,10 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from helpers.datasets import write_dataset
+from helpers.datasets import numbered_dataset, write_dataset
 
 from megatron_mixtral.data.datasets import blend_of, build_pretraining, check_pretraining, identities
 from megatron_mixtral.data.indexed import IndexFile
@@ -82,8 +83,9 @@ def test_a_data_set_shorter_than_a_sample_is_refused(prefix: str) -> None:
         check_pretraining([blend_of([prefix])], 96, 1_000_000)
 
 
-def build(prefix: str, samples: tuple[int, int, int], split: str, seq_length: int = 32) -> object:
-    return build_pretraining(samples, tokenizer=SimpleNamespace(vocab_size=96), seq_length=seq_length, seed=1,
+def build(prefix: str, samples: tuple[int, int, int], split: str, seq_length: int = 32, seed: int = 1) -> Any:
+    tokenizer = SimpleNamespace(vocab_size=96, eod=2, unique_identifiers={})
+    return build_pretraining(samples, tokenizer=tokenizer, seq_length=seq_length, seed=seed,
                           blend=([prefix], None), blend_per_split=None, split=split, cache=None,
                           is_built_on_rank=lambda: True,
                           reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False)
@@ -94,6 +96,32 @@ def test_empty_and_short_splits_are_refused(prefix: str) -> None:
         build(prefix, (8, 0, 8), "999,0.5,0.5")
     with pytest.raises(DataError, match=r"its training split .* one sample needs 1000001 \(--seq-length \+ 1\)"):
         build(prefix, (8, 0, 0), "1,0,0", seq_length=1_000_000)
+
+
+def test_a_data_set_and_a_split_suffice_to_the_token(prefix: str) -> None:
+    """A sample has one token more than the sequence: the last one is only predicted."""
+    lengths = IndexFile(prefix).lengths
+    check_pretraining([blend_of([prefix])], 96, int(lengths.sum()) - 1)
+    with pytest.raises(DataError, match="one sample needs"):
+        check_pretraining([blend_of([prefix])], 96, int(lengths.sum()))
+    half = int(lengths[:100].sum())
+    build(prefix, (1, 0, 0), "1,1,0", seq_length=half - 1)
+    with pytest.raises(DataError, match="its training split"):
+        build(prefix, (1, 0, 0), "1,1,0", seq_length=half)
+
+
+def test_splits_share_no_document_and_have_all(tmp_path: Path) -> None:
+    read = []
+    for data in build(numbered_dataset(tmp_path / "set", 0, 50), (60, 30, 10), "60,30,10", seq_length=16):
+        read.append({int(token) for index in range(len(data)) for token in data[index]["tokens"]})
+    assert [len(tokens) for tokens in read] == [30, 15, 5]
+    assert set.union(*read) == set(range(50))
+
+
+def test_the_seed_decides_the_order(prefix: str) -> None:
+    first, again, other = (build(prefix, (40, 0, 0), "1,0,0", seed=seed)[0] for seed in (1, 1, 2))
+    rows = [[tuple(data[index]["tokens"].tolist()) for index in range(40)] for data in (first, again, other)]
+    assert rows[0] == rows[1] != rows[2]
 
 
 def test_validation_without_a_part_to_validate_on_is_refused(prefix: str) -> None:

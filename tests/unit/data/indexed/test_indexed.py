@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from megatron_mixtral.data.indexed import IndexFile
 from megatron_mixtral.data.indexed import writer as indexed
 from megatron_mixtral.data.indexed.writer import IndexedWriter
 from megatron_mixtral.errors import DataError
@@ -85,6 +86,21 @@ def test_parts_give_the_same_bytes(tmp_path, monkeypatch, kernel):
     writer.close()
     same_files(tmp_path / "whole", tmp_path / "parts")
     assert (writer.documents, writer.tokens) == (len(docs), sum(map(len, docs)))
+
+
+def test_places_beyond_two_giga_tokens(tmp_path):
+    """Five documents of 2**30 tokens: a sparse file, which takes no room on the disk."""
+    (tmp_path / "scratch").mkdir()
+    writer = IndexedWriter(tmp_path / "set", np.dtype(np.uint16), tmp_path / "scratch")
+    writer.add_lengths(np.full(5, 2**30, dtype=np.int32))
+    writer.tokens = 5 * 2**30
+    writer.close()
+    os.truncate(tmp_path / "scratch" / "set.bin.tmp", 10 * 2**30)
+    writer.finish()
+    writer.publish()
+    index = IndexFile(str(tmp_path / "set"))
+    assert index.pointers.tolist() == [number * 2**31 for number in range(5)]
+    assert index.tokens == 5 * 2**30 and index.documents.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_nothing_is_published_early(tmp_path):

@@ -1,6 +1,7 @@
 """Instruction preprocessing: the files, their labels, packs as documents, and an account of every record."""
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_longer_samples_are_left_out_and_counted(tmp_path, samples, caplog):
     assert f"left out: {len(long)} samples of {sum(long)} tokens longer than --seq-length + 1" in caplog.text
 
 
+def test_a_sample_that_just_fits_is_kept(tmp_path, samples):
+    """n ids are n - 1 positions: n - 1 = --seq-length fits, one id more does not."""
+    sizes = sorted({len(ids) for ids, _ in samples})
+    assert any(low + 1 == high for low, high in itertools.pairwise(sizes))
+    for most in (size - 1 for size in sizes[3:20]):
+        preprocess_instructions(options(tmp_path, write(tmp_path / "a.jsonl", RECORDS), seq_length=most))
+        assert rows_of(tmp_path / "out") == [[sample] for sample in samples if len(sample[0]) <= most + 1]
+
+
 def test_modellinks_handler_masks_the_prompt_exactly(tmp_path):
     """Its text, with the mask at the boundary of the encoded pieces instead of the length of another encoding."""
     given = parse_flags(["--input", write(tmp_path / "a.jsonl", RECORDS), "--output-prefix", str(tmp_path / "out"),
@@ -111,6 +121,16 @@ def test_append_eod_ends_every_sample_once(tmp_path):
         preprocess_instructions(options(tmp_path, source, append_eod=True, prompt_type=kind))
         for [(ids, labels)] in rows_of(tmp_path / "out"):
             assert ids[-1] == labels[-1] == 2 and ids.count(2) == 1
+
+
+def test_an_eod_after_an_untrained_answer_is_not_trained(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 0}]
+    source = write(tmp_path / "a.jsonl", [{"messages": messages}])
+    for kind in ("mixtral", "chatml"):
+        preprocess_instructions(options(tmp_path, source, append_eod=True, prompt_type=kind))
+        [[(ids, labels)]] = rows_of(tmp_path / "out")
+        assert (ids[-1], labels[-1]) == (2, chat.IGNORED) and set(labels) != {chat.IGNORED}
 
 
 def test_every_record_is_accounted_for(tmp_path, caplog):

@@ -112,6 +112,26 @@ def test_killed_between_any_two_renames(at: int, tmp_path: Path, monkeypatch: py
     assert found == ("old" if at < 2 else "new") and (tmp_path / retention.TRACKER).read_text() == "7"
 
 
+@pytest.mark.parametrize("at", range(2))
+def test_killed_before_a_new_checkpoint_has_its_name(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracker names one that is whole, without any tidying: another program may read it meanwhile."""
+    retention.publish(drafted(tmp_path, 5), tmp_path, 5)
+    folder, done, rename = drafted(tmp_path, 7), [], Path.rename
+
+    def counted(self: Path, target: Path) -> Path:
+        if len(done) == at:
+            raise Killed
+        done.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    with pytest.raises(Killed):
+        retention.publish(folder, tmp_path, 7)
+    monkeypatch.undo()
+    assert (tmp_path / retention.TRACKER).read_text() == "5"
+    assert retention.iterations(tmp_path) == ([5], [5, 7])[at]
+
+
 def test_a_removed_checkpoint_loses_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     retention.publish(drafted(tmp_path, 5), tmp_path, 5)
     monkeypatch.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before it
@@ -258,7 +278,7 @@ def _cannot_begin(rank: int, save: str) -> tuple[Path | None, str | None, list[s
     from megatron_mixtral.training.checkpoints import manager as module
 
     manager = module.CheckpointManager(Namespace(save=save, rank=0, save_retain_interval=None, hf_checkpoint=None,
-                                                 export_hf_interval=None, load=None))
+                                                 export_hf_interval=None, load=None, adapter_format="per-expert"))
     Path(save).rmdir()
     Path(save).touch()
     said: list[str] = []
@@ -280,7 +300,8 @@ def _loses_its_directory(rank: int, save: str) -> list[str]:
 
     held = lease.acquire(Path(save), lease.this_process({})) if rank == 0 else None
     manager = CheckpointManager(Namespace(save=save, load=None, rank=rank, save_retain_interval=None,
-                                          hf_checkpoint=None, export_hf_interval=None), held)
+                                          hf_checkpoint=None, export_hf_interval=None,
+                                          adapter_format="per-expert"), held)
     folder = manager.begin(2)
     if held is not None:
         (Path(save) / lease.NAME).unlink()

@@ -77,6 +77,14 @@ def test_cast_changes_config_too(hf, tmp_path):
     assert all(torch.equal(wide[name], t.float()) for name, t in tensors_of(hf).items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_rounds_as_torch_does(tmp_path, dtype):
+    wide = tiny_hf_mixtral(tmp_path / "wide")
+    convert(HFSource(wide), HFSink(tmp_path / "out"), dtype=dtype)
+    narrow = tensors_of(tmp_path / "out")
+    assert all(torch.equal(narrow[name], tensor.to(dtype)) for name, tensor in tensors_of(wide).items())
+
+
 def test_fused_names_are_read(hf, tmp_path):
     def fuse(tensors):
         for layer in range(4):
@@ -159,6 +167,18 @@ def test_bad_indexes_are_refused(hf, tmp_path):
         HFSource(tmp_path / "many")
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("rms_norm_eps", 1e-3), ("sliding_window", 7), ("num_experts_per_tok", 1), ("num_key_value_heads", 4),
+    ("rope_parameters", {"rope_theta": 77.0, "rope_type": "default"})])
+def test_a_template_of_another_network_is_refused(hf, tmp_path, key, value):
+    """Also where every tensor has the same shape."""
+    shutil.copytree(hf, tmp_path / "other")
+    said = json.loads((hf / "config.json").read_text()) | {key: value}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match="the folder given is of another model"):
+        copy(hf, tmp_path / "out", template=tmp_path / "other")
+
+
 def test_targets_and_templates(hf, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
@@ -212,16 +232,18 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 48
     (POINTER, ("git-lfs pointer", "git lfs pull")),
     (b"<!DOCTYPE html>\n<html><head>", ("web page", "download")), (b"\n  <html lang='en'>", ("web page", "download")),
 ])
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-1.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-1.safetensors", "config.json",
+                                  "model.safetensors.index.json", "pytorch_model.bin.index.json"])
 def test_what_is_saved_in_the_place_of_weights_is_named_with_its_cure(hf, contents, words, name):
-    if name != "model.safetensors":
+    if name not in ("model.safetensors", "config.json"):
         (hf / "model.safetensors").unlink()
     if name == "model-1.safetensors":
         (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: name}}))
     (hf / name).write_bytes(contents)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(MixtralError) as error:
         open_source(hf)
     assert all(word in str(error.value) for word in (str(hf / name), *words))
+    assert str(error.value).count(str(hf)) == 1
 
 
 def test_a_folder_saved_by_automodel_is_named_with_its_cure(hf, tmp_path):

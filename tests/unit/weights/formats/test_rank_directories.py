@@ -16,11 +16,13 @@ from helpers.models import TINY, assert_same_weights, random_hf_directory, tenso
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.conversion import convert
+from megatron_mixtral.weights.formats import rank_source
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
 from megatron_mixtral.weights.formats.rank_source import RankDirSource
 from megatron_mixtral.weights.opening import open_source
+from megatron_mixtral.weights.rules import hf_tensors
 
 LAYOUTS = {
     "tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "tp2-pp2": {"tp": 2, "pp": 2},
@@ -120,6 +122,29 @@ def test_a_file_holds_what_the_engine_expects(hf, tmp_path):
     args = contents["args"]
     assert (args.tensor_model_parallel_size, args.expert_model_parallel_size, args.padded_vocab_size) == (2, 2, 100)
     assert args.virtual_pipeline_model_parallel_size == 2 and args.params_dtype == torch.bfloat16
+
+
+def test_square_matrices_are_not_turned(tmp_path):
+    """Where rows and columns are as many, no shape tells that a matrix lies the wrong way round."""
+    config = MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+                           num_key_value_heads=4, head_dim=2, num_local_experts=8, num_experts_per_tok=2)
+    original = random_hf_directory(tmp_path / "hf", config)
+    hf = tensors_of(original)
+    root = to_ranks(HFSource(original), tmp_path / "mg", ParallelLayout())
+    stored = torch.load(root / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)["model"]
+    layer, block = "decoder.layers.0.", "model.layers.0."
+    for name, theirs in (("embedding.word_embeddings", "model.embed_tokens"), ("output_layer", "lm_head"),
+                         (f"{layer}mlp.router", f"{block}block_sparse_moe.gate"),
+                         (f"{layer}self_attention.linear_proj", f"{block}self_attn.o_proj"),
+                         (f"{layer}mlp.experts.local_experts.5.linear_fc2", f"{block}block_sparse_moe.experts.5.w2")):
+        assert torch.equal(stored[f"{name}.weight"], hf[f"{theirs}.weight"]), name
+    gate, up = stored[f"{layer}mlp.experts.local_experts.5.linear_fc1.weight"].chunk(2)
+    assert torch.equal(gate, hf[f"{block}block_sparse_moe.experts.5.w1.weight"])
+    assert torch.equal(up, hf[f"{block}block_sparse_moe.experts.5.w3.weight"])
+    qkv = stored[f"{layer}self_attention.linear_qkv.weight"].reshape(4, 3, 2, 8)
+    for index, name in enumerate("qkv"):
+        assert torch.equal(qkv[:, index].reshape(8, 8), hf[f"{block}self_attn.{name}_proj.weight"])
+    assert_same_weights(original, to_hf(open_source(root), tmp_path / "back"))
 
 
 def test_a_tensor_is_stored_without_the_rest_of_its_file(ranks):
@@ -253,6 +278,21 @@ def test_a_pickled_payload_does_not_run(ranks, tmp_path, place):
         open_source(ranks).check()
     assert "mp_rank_00_000" in str(error.value)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", [NORM, "decoder.layers.1.mlp.router.weight", QKV])
+def test_copies_are_compared_whole(ranks, name, monkeypatch):
+    """Large ones in parts; what differs may lie in any of them."""
+    monkeypatch.setattr(rank_source, "COMPARED", 8)
+    whole = torch.load(shard(ranks, 1, 1), weights_only=False)["model"][name]
+    for place in range(0, whole.numel(), max(1, whole.numel() // 9)):
+        other = whole.clone()
+        other.view(-1)[place] += 1
+        change(shard(ranks, 1, 1), lambda contents, other=other: contents["model"].update({name: other}))
+        source = RankDirSource(ranks)
+        with pytest.raises(CheckpointError, match="different values"):
+            for tensor in hf_tensors(source.config).values():
+                source.fragments(tensor)
 
 
 def test_copies_may_be_left_uncompared(hf, ranks, tmp_path):
