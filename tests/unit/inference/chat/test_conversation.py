@@ -59,12 +59,14 @@ class Room:
 
 def test_history_and_commands(parts):
     room = Room(parts)
-    seen = room.talk("Hello 你好\n".encode(), b"Again\n", b"/system Be kind.\n", b"New\n", b"/clear\n", b"Newer\n",
+    seen = room.talk("Hello 你好\n".encode(), b"Again\n", b"Third\n", b"/system Be kind.\n", b"New\n", b"/clear\n", b"Newer\n",
                      b"/what\n", b"\n")
     assert room.asked == ["[INST] Hello 你好 [/INST]",
                           "[INST] Hello 你好 [/INST] one two \U0001f600 [INST] Again [/INST]",
+                          "[INST] Hello 你好 [/INST] one two \U0001f600 [INST] Again [/INST] one two \U0001f600 "
+                          "[INST] Third [/INST]",
                           "[INST] Be kind.\n\nNew [/INST]", "[INST] Be kind.\n\nNewer [/INST]"]
-    assert seen.count("> one two \U0001f600\n") == 4 and seen.count("(forgotten)") == 2
+    assert seen.count("> one two \U0001f600\n") == 5 and seen.count("(forgotten)") == 2
     assert seen.count("/clear forgets") == 2, "at the start, and for a command that there is not"
 
 
