@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.inference import cli
+    from megatron_mixtral.inference import chat, cli
     from megatron_mixtral.inference.engine import Engine
     from megatron_mixtral.inference.generator import Completion, Generator
     from megatron_mixtral.inference.parameters import Event, SamplingParams, TokenLogprobs

@@ -27,6 +27,7 @@ from megatron_mixtral.errors import ConfigError, DataError, MixtralError, RankLo
 from megatron_mixtral.inference.generator import Completion, Generator, Prompt
 from megatron_mixtral.inference.parameters import SamplingParams
 from megatron_mixtral.runtime import launch
+from megatron_mixtral.tokenizer import chat_prompts
 
 _LAYOUT = ("tp", "pp", "ep", "etp", "first", "last")
 _DTYPES = {"--bf16": "bfloat16", "--fp16": "float16", "--fp32": "float32"}
@@ -78,6 +79,23 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{item.name: getattr(args, item.name) for item in dataclasses.fields(SamplingParams)})
 
 
+def template_flag(parser: argparse.ArgumentParser, said: str) -> None:
+    """Add the flag that says how a chat's prompts are written."""
+    parser.add_argument("--prompt-template", metavar="NAME", help=said)
+
+
+def prompts_of(generator: Generator, template: str | None) -> Any:
+    """How the generator's model is asked in a chat, see `tokenizer.chat_prompts`. `ConfigError` without a tokenizer."""
+    generator.encode("")
+    return chat_prompts(generator.tokenizer, generator.tokenizer.path.parent, template)
+
+
+def with_ends(params: SamplingParams, prompts: Any) -> SamplingParams:
+    """The settings, and what ends an answer to these prompts beside them."""
+    return dataclasses.replace(params, stop=(*params.stop, *prompts.ends.texts),
+                               stop_token_ids=(*params.stop_token_ids, *prompts.ends.ids))
+
+
 def open_generator(args: argparse.Namespace, command: str, argv: Sequence[str]) -> Generator:
     """The generator of `model_flags`. Where the layout needs more ranks than this process, it becomes torchrun, which
     starts `megatron-mixtral COMMAND ARGV` as so many ranks, and does not return. Errors as `Generator.from_pretrained`.
@@ -118,6 +136,8 @@ def generate(argv: Sequence[str]) -> int:
                         help="a prompt on each line; in FILE.jsonl a JSON text, or an object with a prompt (a text, or "
                              "token ids) and sampling settings of its own (default: standard input)")
     parser.add_argument("--jsonl", action="store_true", help="the lines are JSON, whatever their file is called")
+    template_flag(parser, "write each text prompt as a question, by the model's own chat template (model) or one of "
+                          "training's (mixtral, chatml, ...); default: as it stands")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers go (default: standard output)")
     args = parser.parse_args(argv)
     common = sampling_params(args)
@@ -128,9 +148,10 @@ def generate(argv: Sequence[str]) -> int:
         generator = open_generator(args, "generate", argv)
         with leading(generator) as is_first:
             if is_first:
-                prompts, params = requests or _requests(args, common)
-                _write((_answer(prompts[place], one) for place, one in generator.completions(prompts, params)),
-                       args.output)
+                prompts, params = asked = requests or _requests(args, common)
+                if args.prompt_template:
+                    asked = _as_questions(generator, args.prompt_template, prompts, params)
+                _write((_answer(prompts[place], one) for place, one in generator.completions(*asked)), args.output)
     except RankLostError:
         raise
     except MixtralError as error:
@@ -138,6 +159,14 @@ def generate(argv: Sequence[str]) -> int:
             raise
         return 1
     return 0
+
+
+def _as_questions(generator: Generator, template: str, prompts: Sequence[Prompt],
+                  params: Sequence[SamplingParams]) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The texts among the prompts as a chat's first question, and with what ends its answer."""
+    written = prompts_of(generator, template)
+    return ([written.prompt([{"role": "user", "content": one}]) if isinstance(one, str) else one for one in prompts],
+            [with_ends(one, written) for one in params])
 
 
 def _requests(args: argparse.Namespace, common: SamplingParams) -> tuple[list[Prompt], list[SamplingParams]]:

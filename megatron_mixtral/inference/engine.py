@@ -25,7 +25,7 @@ from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference.cache import Row
 from megatron_mixtral.inference.continuation import Continuation, TextStream
-from megatron_mixtral.inference.lockstep import Lockstep
+from megatron_mixtral.inference.lockstep import Lockstep, others_needed
 from megatron_mixtral.inference.parameters import Event, SamplingParams, TokenLogprobs
 from megatron_mixtral.inference.sampling import choose, generator_of, logprobs_of
 from megatron_mixtral.inference.stage import Stage, cache_of
@@ -155,7 +155,8 @@ class Engine:
         self._admit()
         plans = [list(self._plan(running)) for running in self._running]
         if any(plans):
-            logits = self._read(plans[self._replica]) if plans[self._replica] or self._together else None
+            with others_needed():
+                logits = self._read(plans[self._replica]) if plans[self._replica] or self._together else None
             events += self._take(plans, logits)
         with self._guard:
             for event in events:

@@ -29,7 +29,7 @@ class Lockstep:
         """Rank 0's commands, on every rank. Without any it costs one broadcast of 8 bytes."""
         if self._group is None:
             return commands
-        with _others_needed():
+        with others_needed():
             content = pickle.dumps(list(commands)) if commands else b""
             size = torch.tensor(len(content))
             dist.broadcast(size, 0, group=self._group)
@@ -57,7 +57,7 @@ class Lockstep:
                 table[place, :len(flat)] = torch.tensor(flat, dtype=torch.float64)
                 table[place, len(flat)::2] = -1  # no token: fewer were asked for
         if table.numel():
-            with _others_needed():
+            with others_needed():
                 dist.all_reduce(table, group=self._group)
         found = [TokenLogprobs(int(token), logprob, tuple(
             (int(one), its) for one, its in zip(rest[::2], rest[1::2], strict=True) if one >= 0))
@@ -67,7 +67,8 @@ class Lockstep:
 
 
 @contextmanager
-def _others_needed() -> Iterator[None]:
+def others_needed() -> Iterator[None]:
+    """What fails in here because another rank has ended, fails with a sentence: `RankLostError`."""
     try:
         yield
     except RuntimeError as error:

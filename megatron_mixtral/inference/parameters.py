@@ -5,6 +5,7 @@ a user of the command, of the chat or of the server reads.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0, "(0: all tokens)")
         _number("top_p", self.top_p, 0, 1, "a number above 0 and at most 1", above=True)
         _number("repetition_penalty", self.repetition_penalty, 0, math.inf, "a number above 0 (1: none)", above=True)
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # torch takes no integer above 2^64
         _integer("seed", self.seed, 0, "below 2^63, or null", nullable=True, most=2**63 - 1)
         _integer("n", self.n, 1, "")
         _integer("logprobs", self.logprobs, 0, f"and at most {MOST_TOP_LOGPROBS}, or null", nullable=True,
@@ -89,7 +92,8 @@ class Event:
 
 
 def _number(name: str, value: Any, least: float, most: float, expected: str, above: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Of an integer that no float holds, isfinite would raise OverflowError.
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not fits or not least <= value <= most or (above and value == least):
         raise ConfigError(f"{name} is {value!r}, expected {expected}")
 

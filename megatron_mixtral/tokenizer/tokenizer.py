@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ class _TokenizerFile:
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to another process: there the file is read again, but only if the tokenizer encodes."""
-        return {name: value for name, value in self.__dict__.items() if name != "_model"}
+        return {name: value for name, value in self.__dict__.items()
+                if name not in ("_model", "_with_controls")}
 
 
 class SentencePieceTokenizer(_TokenizerFile):
@@ -82,8 +84,18 @@ class SentencePieceTokenizer(_TokenizerFile):
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def encode_with_controls(self, text: str) -> list[int]:
+        """As `encode`, but control strings in the text become control ids, and what is between two is encoded alone."""
+        controls = self.control_tokens()
+        parts = re.split(f"({'|'.join(map(re.escape, controls))})", text)
+        return [number for part in parts for number in ([controls[part]] if part in controls else self.encode(part))]
+
     def control_tokens(self) -> dict[str, int]:
         """The control pieces as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
+        return dict(self._controls)
+
+    @cached_property
+    def _controls(self) -> dict[str, int]:
         ids = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
         return {self._model.id_to_piece(i): i for i in ids}
 
@@ -112,7 +124,7 @@ class JsonTokenizer(_TokenizerFile):
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         added = self._model.get_added_tokens_decoder()
         self._controls = {token.content: number for number, token in added.items() if token.special}
-        declared = _declared_specials(self.path.parent)
+        declared = declared_specials(self.path.parent)
         self.bos_id = self._special_id(declared, "bos_token", "<s>")
         self.eos_id = self._special_id(declared, "eos_token", "</s>")
 
@@ -136,11 +148,14 @@ class JsonTokenizer(_TokenizerFile):
 
     def encode_with_controls(self, text: str) -> list[int]:
         """As `encode`, but control strings in the text become control ids (`--allow-special-in-text`)."""
-        self._model.encode_special_tokens = False
-        try:
-            return self.encode(text)
-        finally:
-            self._model.encode_special_tokens = True
+        return self._with_controls.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _with_controls(self) -> Any:
+        """A model of its own: another thread may be using the first one, whose setting therefore stays."""
+        model = type(self._model).from_str(self._model.to_str())
+        model.encode_special_tokens = False
+        return model
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -235,21 +250,30 @@ def mixtral_tokenizer_path() -> Path:
     )
 
 
-def _declared_specials(directory: Path) -> dict[str, str | None]:
-    """`bos_token` and `eos_token` as declared beside `tokenizer.json`; a key that no file declares is absent."""
+def declared_specials(directory: Path) -> dict[str, str | None]:
+    """`bos_token`, `eos_token` and their like, as declared beside `tokenizer.json`; what no file declares is absent.
+
+    Raises `DataError` for a file that is no JSON.
+    """
     declared: dict[str, str | None] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (directory / name).is_file():
-            continue
-        try:
-            content = json.loads((directory / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{directory / name} is not valid JSON: {error}") from error
-        for key in ("bos_token", "eos_token"):
-            if isinstance(content, dict) and key in content and key not in declared:
-                value = content[key]
-                declared[key] = value["content"] if isinstance(value, dict) else value
+        content = read_settings(directory / name)
+        for key in [key for key in content if key.endswith("_token") and key not in declared]:
+            value = content[key]["content"] if isinstance(content[key], dict) else content[key]
+            if value is None or isinstance(value, str):
+                declared[key] = value
     return declared
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; an empty one where there is no file. Raises `DataError` for a file that is no JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _id_or_none(token_id: int) -> int | None:

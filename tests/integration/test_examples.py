@@ -16,7 +16,6 @@ from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 ROOT = Path(__file__).resolve().parents[2]
 FOUR = "examples/mixtral_4x7b_example.sh"
 PTD = "examples/mixtral/pretrain_mixtral_8x7b_ptd.sh"
-GENERATE = "examples/mixtral/generate_mixtral_8x7b_ptd.sh"
 TP_PP = "examples/mixtral/pretrain_mixtral_8x7b_tp4_pp4.sh"
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("examples", "tests")
                  for path in (ROOT / folder).rglob("*.sh")) + [".ci/run"]  # fmt: skip
@@ -95,22 +94,24 @@ def test_dry_run_prints_the_recipe(script, environment, expected):
     assert not {"--num-layers", "--hidden-size", "--num-experts", "--rotary-base"} & set(flags)
 
 
-def test_dry_run_of_generation() -> None:
+@pytest.mark.parametrize("program", ["generate", "chat", "serve"])
+def test_dry_run_of_inference(program) -> None:
     """The variables of the published recipe, each under its name; another layout than the checkpoint's."""
-    done = run(GENERATE, "--prompts", "a b", DRY_RUN="1", PRECISION="bf16", NNODES="2", NODE_RANK="1", MASTER_ADDR="n0",
+    script = f"examples/mixtral/{program}_mixtral_8x7b_ptd.sh"
+    done = run(script, "--prompts", "a b", DRY_RUN="1", PRECISION="bf16", NNODES="2", NODE_RANK="1", MASTER_ADDR="n0",
                MASTER_PORT="6001", GPUS_PER_NODE="4", TP="4", PP="2", CHECKPOINT="c", TOKENIZER_MODEL="t")
     words = shlex.split(done.stdout.replace("\\\n", " "))
     assert words[1:] == [
         "torchrun", "--nproc-per-node", "4", "--nnodes", "2", "--node-rank", "1", "--master-addr", "n0",
-        "--master-port", "6001", "tools/generate_mixtral.py", "--load", "c", "--tokenizer-model", "t",
+        "--master-port", "6001", f"tools/{program}_mixtral.py", "--load", "c", "--tokenizer-model", "t",
         "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "1",
         "--bf16", "--prompts", "a b"]
-    plain = shlex.split(run(GENERATE, DRY_RUN="1", PRECISION="fp32").stdout.replace("\\\n", " "))
+    plain = shlex.split(run(script, DRY_RUN="1", PRECISION="fp32").stdout.replace("\\\n", " "))
     assert "--standalone" in plain and plain[plain.index("--tensor-model-parallel-size") + 1] == "8"
     assert plain[plain.index("--load") + 1] == "./model_weights/Mixtral-8x7B-v0.1-tp1-pp8-ep1/"
-    tiny = shlex.split(run(GENERATE, DRY_RUN="1", MODEL="tiny").stdout.replace("\\\n", " "))
+    tiny = shlex.split(run(script, DRY_RUN="1", MODEL="tiny").stdout.replace("\\\n", " "))
     assert tiny[tiny.index("--nproc-per-node") + 1] == tiny[tiny.index("--tensor-model-parallel-size") + 1] == "2"
-    missing = run(GENERATE, CHECKPOINT="absent")
+    missing = run(script, CHECKPOINT="absent")
     assert missing.returncode == 1 and "absent does not exist" in missing.stderr
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.inference import Completion, Generator, SamplingParams, TokenLogprobs, cli
+from megatron_mixtral.tokenizer import chat_prompts, load_tokenizer
 
 GREEDY = SamplingParams()
 
@@ -84,3 +86,13 @@ def test_answers_are_json_lines(tmp_path, capsys) -> None:
         "logprobs": [{"token_id": 5, "logprob": -0.5, "top": [[5, -0.5]]}]}
     plain = cli._answer("a", Completion((1,), 0, (), "", (), "length"))
     assert plain == {"prompt": "a", "text": "", "token_ids": (), "finish_reason": "length"}
+
+
+def test_prompts_as_questions(tmp_path) -> None:
+    write_hf_tokenizer(tmp_path)
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer.json")
+    prompts, params = cli._as_questions(Generator(None, tokenizer), "chatml", ["a", [1, 2]], [GREEDY, GREEDY])
+    assert prompts == [chat_prompts(tokenizer, tmp_path, "chatml").prompt([{"role": "user", "content": "a"}]), [1, 2]]
+    assert [one.stop for one in params] == [("<|im_end|>",)] * 2
+    with pytest.raises(ConfigError, match="--prompt-template model: .* brings no chat template"):
+        cli._as_questions(Generator(None, tokenizer), "model", ["a"], [GREEDY])

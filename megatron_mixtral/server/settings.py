@@ -1,0 +1,26 @@
+"""What a server is told; `docs/inference.md` explains the flags. Standard library only."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_mixtral.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One server's settings. `ConfigError` for a limit that cannot be."""
+
+    model: str  # the name under which the model is asked for
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_queue: int = 256  # continuations that may wait for a slot
+    max_body: int = 2**20  # bytes
+    request_timeout: float = 600.0  # seconds
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (("--max-queue", self.max_queue, 0), ("--max-body", self.max_body, 1)):
+            if value < least:
+                raise ConfigError(f"{flag} {value}: expected at least {least}")
+        if not 0 < self.request_timeout < math.inf:
+            raise ConfigError(f"--request-timeout {self.request_timeout:g}: expected a number of seconds above 0")
