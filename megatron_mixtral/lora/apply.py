@@ -14,7 +14,7 @@ from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.lora.experts import AdaptedExperts
 from megatron_mixtral.lora.linears import AdaptedProj, AdaptedQKV, AdaptedRouter
 from megatron_mixtral.lora.nf4 import Packed
-from megatron_mixtral.model import MixtralModel, build, experts, router, spec
+from megatron_mixtral.model import MixtralModel, build, experts, spec
 
 MARK = "lora_"  # in the name of every trained parameter
 
@@ -48,7 +48,7 @@ def adapted(adapter: AdapterConfig, engine: TransformerConfig, **options: Any) -
         linear_qkv=partial(AdaptedQKV, **known) if attention or adapter.quantized else None,
         linear_proj=partial(AdaptedProj, **known) if "o_proj" in adapter.targets or adapter.quantized else None,
         experts=partial(experts.GroupedExperts, linear=partial(AdaptedExperts, **known)),
-        router=partial(AdaptedRouter, **known) if routed else router.MixtralRouter)
+        router=partial(AdaptedRouter, **known) if routed else spec.MixtralRouter)
     model = build(adapter.model, engine, parts=parts, kind=AdaptedModel, **options)
     model.adapter = adapter
     for name, parameter in model.named_parameters():

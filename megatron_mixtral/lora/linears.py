@@ -29,7 +29,7 @@ from torch.nn.functional import linear
 
 from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.lora.nf4 import Packed, packed_linear
-from megatron_mixtral.model import router
+from megatron_mixtral.model import spec
 from megatron_mixtral.runtime import current_device
 
 
@@ -163,7 +163,7 @@ class AdaptedProj(RowParallelLinear):
         return shards_of(self, prefix, {"lora_A": 1}, sharded_offsets, metadata)
 
 
-class AdaptedRouter(router.MixtralRouter):
+class AdaptedRouter(spec.MixtralRouter):
     """The router with the adapter of `gate`."""
 
     def __init__(self, config: TransformerConfig, *args: Any, adapter: AdapterConfig, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.model import experts, router, spec
+    from megatron_mixtral.model import experts, spec
     from megatron_mixtral.model.builder import MixtralModel, build, transformer_config
     from megatron_mixtral.model.pretrained import fill, from_pretrained, initialize, type_name
 
