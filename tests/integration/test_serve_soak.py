@@ -67,13 +67,13 @@ def test_a_server_stays_as_large_as_it_is(tmp_path):
             for one in asked:
                 one.result()
 
-        part(0, REQUESTS // WARM)
-        memory, files, threads = size()
-        for number in range(1, WARM):
+        sizes = []
+        for number in range(WARM):
             part(number * REQUESTS // WARM, REQUESTS // WARM)
-        after, files_after, threads_after = size()
-        print(f"{REQUESTS} requests: memory {memory / 1e6:.1f} -> {after / 1e6:.1f} MB, open files {files} -> "
-              f"{files_after}, threads {threads} -> {threads_after}")
+            sizes.append(size())
+            print(f"\nafter {(number + 1) * REQUESTS // WARM} requests: {sizes[-1][0] / 1e6:.1f} MB, {sizes[-1][1]} open "
+                  f"files, {sizes[-1][2]} threads", flush=True)
+        (memory, files, threads), (after, files_after, threads_after) = sizes[0], sizes[-1]
         assert after <= memory * 1.02
         assert files_after <= files and threads_after <= threads
     finally:
