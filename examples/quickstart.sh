@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of this library on one machine, on real text, in a few minutes: set-up, corpus, tokenization, conversion
-# from Hugging Face, 3D-parallel pretraining, a stop and a resumption, export, and a check with transformers.
+# from Hugging Face, 3D-parallel pretraining, a stop and a resumption, export, a check with transformers, and generation.
 #
 #     bash examples/quickstart.sh            # start, or go on where an earlier start was stopped
 #     CLEAN=1 bash examples/quickstart.sh    # start afresh (or --clean)
@@ -201,6 +201,22 @@ step_check() {
     return "$status"
 }
 
+step_generate() {
+    explain "The run's own checkpoint, without a conversion and on the same ranks, writes what transformers wrote."
+    rm -f "$work/written.jsonl"
+    typed python tools/generate_mixtral.py --load "$work/run" --tokenizer-model "$work/hf" \
+        --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP" \
+        --expert-tensor-parallel-size 1 --fp32 --max-tokens 24 --repetition-penalty 1.3 --ignore-eos \
+        --prompts $'import os\n\ndef ' --output "$work/written.jsonl" || return 1
+    show='\|(ok|FAILED)$'
+    typed python examples/quickstart/check.py --model "$work/exported/mg2hg" --tokenizer "$work/hf" \
+        --written "$work/written.jsonl"
+    local status=$?
+    show=.
+    grep -E '\|(ok|FAILED)$' "$log" >>"$rows" || return 1
+    return "$status"
+}
+
 step_plot() {
     explain "The loss curve as a picture."
     typed python examples/quickstart/plot.py --metrics "$work/run/metrics.jsonl" --output "$work/loss.png" \
@@ -265,10 +281,13 @@ print(f"an environment|Python {sys.version.split()[0]}, torch {of("torch")}, meg
     step resume "Resumption" "$recipe"
     step export "Export to Hugging Face" "$recipe"
     step check "Check with transformers" "$recipe"
+    step generate "Generation" "$recipe"
     step plot "Loss curve" "$recipe"
     table
     printf '\nAll checks passed, after %d s. The model is in %s, the curve in %s.\n' "$((SECONDS - began))" \
         "$work/exported/mg2hg" "$work/loss.png"
+    printf 'To talk to it: python tools/chat_mixtral.py --load %s --tokenizer-model %s --prompt-template raw\n' \
+        "$work/run" "$work/hf"
 }
 
 main

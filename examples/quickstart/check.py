@@ -7,10 +7,15 @@
 2. Its loss on the validation samples equals what the training program logged for them after its last step.
 3. It continues a line of text.
 
+    python examples/quickstart/check.py --model DIR --tokenizer DIR --written FILE
+
+4. `tools/generate_mixtral.py` wrote the same continuation into FILE.
+
 Prints one row `check|result` for each; the exit status is 1 when one failed.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -59,22 +64,33 @@ def logged_loss(log: Path) -> tuple[int, float]:
     return int(found[-1][0]), float(found[-1][1])
 
 
-def continuation(model: torch.nn.Module, tokenizer: Path, prompt: str, length: int) -> str:
-    """`length` greedy tokens after the prompt."""
+def continuation(model: torch.nn.Module, tokenizer: Path, prompt: str, length: int) -> tuple[str, list[int]]:
+    """(text on one line, token ids) of `length` greedy tokens after the prompt."""
     words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     ids = words(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=length, do_sample=False, repetition_penalty=1.3, pad_token_id=2)
-    return " ".join(words.decode(out[0, ids.shape[1]:], skip_special_tokens=True).split())
+    new = out[0, ids.shape[1]:]
+    return " ".join(words.decode(new, skip_special_tokens=True).split()), new.tolist()
+
+
+def compared(written: Path, expected: list[int]) -> tuple[str, str, bool]:
+    """The row of what our generator wrote, which may go on where transformers stopped at the end-of-sequence id."""
+    found = json.loads(written.read_text(encoding="utf-8"))["token_ids"][:len(expected)]
+    same = found == expected
+    result = f"{len(expected)} of {len(expected)} tokens equal transformers'" if same else f"{found} is not {expected}"
+    return "it writes the same text", result, same
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check an exported Mixtral with transformers.")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--log", type=Path, required=True, help="output of the training program")
-    parser.add_argument("--data-path", nargs="+", required=True)
-    parser.add_argument("--split", required=True)
-    parser.add_argument("--seq-length", type=int, required=True)
-    parser.add_argument("--samples", type=int, required=True, help="eval iterations x global batch size")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--log", type=Path, help="output of the training program: checks 1 to 3")
+    what.add_argument("--written", type=Path, help="output of tools/generate_mixtral.py: check 4")
+    parser.add_argument("--data-path", nargs="+")
+    parser.add_argument("--split")
+    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--samples", type=int, help="eval iterations x global batch size")
     parser.add_argument("--seed", type=int, default=1234, help="the training program's --seed")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
     parser.add_argument("--prompt", default="import os\n\ndef ")
@@ -88,17 +104,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(argv)
     transformers.logging.disable_progress_bar()
     model, problems = load(flags.model)
+    text, ids = continuation(model, flags.tokenizer, flags.prompt, 24)
+    rows = checks(flags, model, problems, text) if flags.log else [compared(flags.written, ids)]
+    for check, result, passed in rows:
+        print(f"{check}|{result.replace('|', '/')}|{'ok' if passed else 'FAILED'}")
+    return 0 if all(passed for *_, passed in rows) else 1
+
+
+def checks(flags: argparse.Namespace, model: torch.nn.Module, problems: str,
+           text: str) -> list[tuple[str, str, bool]]:
+    """The rows of checks 1 to 3; `text` is the model's continuation of the prompt."""
     rows = [("transformers loads it", problems or "nothing missing, nothing unexpected", not problems)]
     step, logged = logged_loss(flags.log)
     found = loss_of(model, validation_samples(flags))
     close = abs(found - logged) <= flags.tolerance
     rows.append((f"validation loss at step {step}",
                  f"transformers {found:.4f}, Megatron {logged:.4f}" + ("" if close else ": DIFFERENT"), close))
-    text = continuation(model, flags.tokenizer, flags.prompt, 24)
     rows.append(("it writes text", f"{' '.join(flags.prompt.split())} {text}"[:72], bool(text)))
-    for check, result, passed in rows:
-        print(f"{check}|{result.replace('|', '/')}|{'ok' if passed else 'FAILED'}")
-    return 0 if all(passed for *_, passed in rows) else 1
+    return rows
 
 
 if __name__ == "__main__":
