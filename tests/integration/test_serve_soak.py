@@ -71,7 +71,8 @@ def test_a_server_stays_as_large_as_it_is(tmp_path):
         for number in range(WARM):
             part(number * REQUESTS // WARM, REQUESTS // WARM)
             sizes.append(size())
-            print(f"\nafter {(number + 1) * REQUESTS // WARM} requests: {sizes[-1][0] / 1e6:.1f} MB, {sizes[-1][1]} open "
+            done = (number + 1) * REQUESTS // WARM
+            print(f"\nafter {done} requests: {sizes[-1][0] / 1e6:.1f} MB, {sizes[-1][1]} open "
                   f"files, {sizes[-1][2]} threads", flush=True)
         (memory, files, threads), (after, files_after, threads_after) = sizes[0], sizes[-1]
         assert after <= memory * 1.02
