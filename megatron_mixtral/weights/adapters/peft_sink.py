@@ -4,7 +4,7 @@ The same adapters give the same bytes, whatever layout trained them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -86,7 +86,7 @@ def _fused(place: str, tensors: list[HFTensor], source: TensorSource, dtypes: di
     is_a = tensors[0].rule.name.endswith("_A")
     shape = (experts * parts * rank, columns) if is_a else (parts * rows, parts * rank * experts)
 
-    def blocks() -> Iterator[numpy.ndarray]:
+    def blocks(_: Sequence[Hashable]) -> Iterator[list[numpy.ndarray]]:
         out = numpy.zeros(shape, FLOATS[kind].carrier)
         by_a, by_b = (out.reshape(experts, parts, rank, -1), None) if is_a else (
             None, out.reshape(parts, rows, parts, rank, experts))
@@ -99,6 +99,6 @@ def _fused(place: str, tensors: list[HFTensor], source: TensorSource, dtypes: di
                 data = data.reshape(-1, data.shape[-1])
                 into = by_a[one.expert, one.piece] if is_a else by_b[one.piece, :, one.piece, :, one.expert]
                 into[(at, slice(None)) if cut_rows else (slice(None), at)] = data
-        yield out.reshape(-1)
+        yield [out.reshape(-1)]
 
     return file_layout.Payload(place, int(numpy.prod(shape)) * FLOATS[kind].itemsize, blocks, kind, shape)
