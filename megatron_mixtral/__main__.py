@@ -28,6 +28,7 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "plan": ("planning", "plan_command", "rank the parallel layouts that fit a machine, by predicted step time"),
     "pretrain": ("training", "pretrain_command", "train, with tensor, pipeline, expert and data parallelism"),
     "generate": ("inference", "cli.generate", "continue prompts with a trained model, in any layout"),
+    "evaluate": ("evaluation", "cli.evaluate", "measure a trained model: MMLU and lm-eval's tasks, in any layout"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
     "plot": ("training", "plot_command", "draw loss, throughput and load of the experts of runs"),
     "calc": ("training", "calc_command", "average the throughput of a run"),
