@@ -31,6 +31,7 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "generate": ("inference", "cli.generate", "continue prompts with a trained model, in any layout"),
     "chat": ("inference", "chat.chat", "talk to a model in the terminal, in any layout"),
     "serve": ("server", "serve_command", "serve a model: OpenAI's API and a chat page, in any layout"),
+    "evaluate": ("evaluation", "cli.evaluate", "measure a trained model: MMLU and lm-eval's tasks, in any layout"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
     "plot": ("training", "plot_command", "draw loss, throughput and load of the experts of runs"),
     "watch": ("training", "watch_command", "show runs while they go on, in the terminal or on a page"),

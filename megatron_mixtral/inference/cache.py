@@ -90,6 +90,11 @@ class Cache:
         seen = places <= positions_q[..., None]
         return seen if self.window is None else seen & (places > positions_q[..., None] - self.window)
 
+    def copy(self, source: int, slot: int, count: int) -> None:
+        """The first `count` tokens of a slot to another one."""
+        for held in (self.keys, self.values):
+            held[:, slot, :count] = held[:, source, :count]
+
     def write(self, layer: int, key_tgd: torch.Tensor, value_tgd: torch.Tensor) -> None:
         """Keep the step's keys, already rotated to their positions, and values; padding is left out."""
         place = self._slot_t, self.positions_t[:self.tokens]

@@ -96,12 +96,16 @@ def with_ends(params: SamplingParams, prompts: Any) -> SamplingParams:
                                stop_token_ids=(*params.stop_token_ids, *prompts.ends.ids))
 
 
+def layout_of(args: argparse.Namespace) -> ParallelLayout:
+    """The layout of `model_flags`."""
+    return ParallelLayout(**{axis: getattr(args, axis) for axis in _LAYOUT if getattr(args, axis) is not None})
+
+
 def open_generator(args: argparse.Namespace, command: str, argv: Sequence[str]) -> Generator:
     """The generator of `model_flags`. Where the layout needs more ranks than this process, it becomes torchrun, which
     starts `megatron-mixtral COMMAND ARGV` as so many ranks, and does not return. Errors as `Generator.from_pretrained`.
     """
-    given = {axis: getattr(args, axis) for axis in _LAYOUT if getattr(args, axis) is not None}
-    layout = ParallelLayout(**given)
+    layout = layout_of(args)
     launch.take_part(launch.decide_here(layout.min_world, args.nproc), command, argv)
     if not launch.is_first_here():
         logging.getLogger("megatron_mixtral").setLevel(logging.WARNING)  # rank 0 says it for all

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from megatron_mixtral.inference.parameters import Event, FinishReason, SamplingParams, TokenLogprobs
 
+NOT_FINITE = ("the model's logits are not finite: its weights, or the sums of its 16-bit type, are too large; try "
+              "bfloat16 or float32")
 BROKEN = "\ufffd"  # what decoders give for bytes that are no whole character
 _CONTEXT = 8  # tokens of the prompt with which the first new ones are decoded, for the space between them
 _LONGEST = 4  # bytes of a character, each of which may be a token of its own
@@ -89,11 +91,14 @@ class Continuation:
             return self.ids[-1:]
         return self.prompt_ids[self.read:self.read + most]
 
+    def wanted(self, count: int) -> range:
+        """Which of the next `count` tokens to read are followed by something new: the last, once the prompt is read."""
+        return range(count - 1 if self.read + count >= len(self.prompt_ids) else count, count)
+
     def take(self, token_id: int, logprobs: TokenLogprobs | None = None) -> Event:
         """A new token was chosen: its event. A negative id means that the logits were no numbers."""
         if token_id < 0:
-            return self.event("", "error", message="the model's logits are not finite: its weights, or the sums of "
-                              "its 16-bit type, are too large; try bfloat16 or float32")
+            return self.event("", "error", message=NOT_FINITE)
         self.ids.append(token_id)
         new = {"token_ids": (token_id,), "logprobs": () if logprobs is None else (logprobs,)}
         if token_id in self.stop_ids:

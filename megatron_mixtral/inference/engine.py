@@ -10,6 +10,8 @@ and decide alike, without asking one another. One exchange of the new tokens end
 
 Data-parallel replicas share the requests. Those that share experts too pass over the model together, whatever they have
 to read; one that has nothing reads a token of padding.
+
+A request with `ScoringParams` is scored, not continued, and begins with what a slot holds of its tokens (`scoring.py`).
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,8 +29,9 @@ from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference.cache import Row
 from megatron_mixtral.inference.continuation import Continuation, TextStream
 from megatron_mixtral.inference.lockstep import Lockstep, others_needed
-from megatron_mixtral.inference.parameters import Event, SamplingParams, TokenLogprobs
-from megatron_mixtral.inference.sampling import choose, generator_of, logprobs_of
+from megatron_mixtral.inference.parameters import Event, SamplingParams, ScoringParams, TokenLogprobs
+from megatron_mixtral.inference.sampling import choose, generator_of, logprobs_of, scores_of
+from megatron_mixtral.inference.scoring import Scoring, place
 from megatron_mixtral.inference.stage import Stage, cache_of
 from megatron_mixtral.tokenizer import Tokenizer
 
@@ -36,11 +40,17 @@ if TYPE_CHECKING:
 
 
 class _Part(NamedTuple):
-    """What a step reads of one continuation; `last` where a new token follows from it."""
+    """What a step reads of one continuation; `wanted` are the places of those tokens whose logits are looked at."""
 
-    continuation: Continuation
+    continuation: Continuation | Scoring
     token_ids: Sequence[int]
-    last: bool
+    wanted: range
+    targets: Sequence[Sequence[int]] = ((0,),)  # of a scoring, for each wanted place
+
+    @property
+    def rows(self) -> int:
+        """How many results follow from it."""
+        return sum(map(len, self.targets)) if self.wanted else 0
 
 
 class Engine:
@@ -65,8 +75,10 @@ class Engine:
         self._speaks = model.post_process and groups.tp.rank() == 0  # for its replica: it samples
         self._together = layout.ep > 1 or layout.etp != layout.tp  # whether replicas share experts
         self._lockstep = Lockstep(silence)
-        self._waiting: deque[Continuation] = deque()
-        self._running: list[dict[int, Continuation]] = [{} for _ in range(replicas)]  # a replica's, by slot
+        self._waiting: deque[Continuation | Scoring] = deque()
+        self._running: list[dict[int, Continuation | Scoring]] = [{} for _ in range(replicas)]  # a replica's, by slot
+        self._held: list[dict[int, tuple[int, ...]]] = [{} for _ in range(replicas)]  # tokens that free slots hold
+        self.tokens_read = self.tokens_kept = 0  # by the model; found in a slot. Of all replicas
         self._random: dict[Continuation, torch.Generator | None] = {}  # of this replica's, where this rank samples
         self._commands: list[Any] = []  # of rank 0, for the next step
         self._open: Counter[str] = Counter()  # continuations of each request that have not ended; rank 0 only
@@ -75,7 +87,7 @@ class Engine:
 
     # -- Requests --------------------------------------------------------------------------------------
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams | ScoringParams) -> None:
         """Take a request; on rank 0 only, from any thread. It starts in a later `step`, where a slot is free, first
         come first served.
 
@@ -91,14 +103,21 @@ class Engine:
             self._open[request_id] = params.n
             self._commands.append(("add", request_id, tuple(prompt_ids), params))
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams | ScoringParams) -> None:
         """`ConfigError` for a request that `add` would not take."""
         if not prompt_ids:
             raise ConfigError("the prompt is empty: give at least one token")
-        if len(prompt_ids) >= self.max_length:
+        if isinstance(params, ScoringParams):
+            given = [one for targets in params.targets for one in targets]
+            if len(prompt_ids) > self.max_length or len(params.targets) > len(prompt_ids):
+                raise ConfigError(f"{len(params.targets)} places of {len(prompt_ids)} tokens are to be scored, in a "
+                                  f"context of {self.max_length}: shorten the text, or raise max_length (--max-length)")
+        else:
+            given = params.stop_token_ids
+        if isinstance(params, SamplingParams) and len(prompt_ids) >= self.max_length:
             raise ConfigError(f"the prompt has {len(prompt_ids)} tokens, and the context {self.max_length}, of which "
                               "one at least has to be free: shorten it, or raise max_length (--max-length)")
-        wrong = next((one for one in (*prompt_ids, *params.stop_token_ids) if not 0 <= one < self.vocab_size), None)
+        wrong = next((one for one in (*prompt_ids, *given) if not 0 <= one < self.vocab_size), None)
         if wrong is not None:
             raise ConfigError(f"token id {wrong} is not one of the model's {self.vocab_size}")
         if params.stop and self.tokenizer is None:
@@ -163,6 +182,9 @@ class Engine:
                 if event.finish_reason is not None:
                     self._open[event.request_id] -= 1
             self._open += Counter()  # forgets those at zero
+        if not self._waiting and not self.running:
+            for held in self._held:
+                held.clear()  # the next request may meet other weights: a model in training
         self._in_step = False
         return events
 
@@ -181,7 +203,10 @@ class Engine:
 
     # -- The same on every rank ----------------------------------------------------------------------------
 
-    def _add(self, request_id: str, prompt_ids: tuple[int, ...], params: SamplingParams) -> list[Event]:
+    def _add(self, request_id: str, prompt_ids: tuple[int, ...], params: SamplingParams | ScoringParams) -> list[Event]:
+        if isinstance(params, ScoringParams):
+            self._waiting.append(Scoring(request_id, prompt_ids, params))
+            return []
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_token_ids)
         for index in range(params.n):
             stream = None if self.tokenizer is None else TextStream(self._decode, prompt_ids, params.stop)
@@ -210,16 +235,31 @@ class Engine:
     def _admit(self) -> None:
         """Give the free slots to those that wait: the lowest of the replica that has most."""
         while self._waiting:
-            running = min(self._running, key=len)
+            replica = min(range(len(self._running)), key=lambda one: len(self._running[one]))
+            running, held, one = self._running[replica], self._held[replica], self._waiting[0]
             if len(running) == self.max_slots:
                 return
-            one = self._waiting.popleft()
             one.slot = next(slot for slot in range(self.max_slots) if slot not in running)
-            running[one.slot] = one
-            if self._speaks and running is self._running[self._replica]:
+            if isinstance(one, Scoring):
+                found = place(one, running, held)
+                if found is None:
+                    return  # what it shares with another one is being read: it waits for it
+                self._begin_with(one, replica, *found)
+            elif self._speaks and replica == self._replica:
                 self._random[one] = generator_of(one.params, one.index)
+            held.pop(one.slot, None)
+            running[one.slot] = self._waiting.popleft()
 
-    def _plan(self, running: dict[int, Continuation]) -> Iterator[_Part]:
+    def _begin_with(self, one: Scoring, replica: int, source: int, count: int) -> None:
+        """The first tokens of a scoring are in the slot `source`: it goes on there if it is free, or has a copy."""
+        if count and source in self._held[replica]:
+            one.slot = source
+        elif count and replica == self._replica:
+            self._stage.cache.copy(source, one.slot, count)
+        one.read = count
+        self.tokens_kept += count
+
+    def _plan(self, running: dict[int, Continuation | Scoring]) -> Iterator[_Part]:
         """What a replica reads: every last token, and of the prompts, in the order of their coming, a chunk."""
         left = self.prompt_chunk
         for one in running.values():
@@ -227,50 +267,62 @@ class Engine:
             if one.read < len(one.prompt_ids):
                 left -= len(token_ids)
             if token_ids:
-                yield _Part(one, token_ids, one.read + len(token_ids) >= len(one.prompt_ids))
+                wanted = one.wanted(len(token_ids))
+                targets = (one.targets(wanted),) if isinstance(one, Scoring) else ()
+                yield _Part(one, token_ids, wanted, *targets)
 
     def _read(self, parts: Sequence[_Part]) -> torch.Tensor | None:
         rows = [Row(part.continuation.slot, part.continuation.read, len(part.token_ids)) for part in parts]
         token_ids = [one for part in parts for one in part.token_ids]
         ends, wanted = 0, []
         for part in parts:
+            wanted += [ends + place for place in part.wanted]
             ends += len(part.token_ids)
-            if part.last:
-                wanted.append(ends - 1)
         return self._stage.read(rows, token_ids, wanted)
 
     def _take(self, plans: Sequence[Sequence[_Part]], logits: torch.Tensor | None) -> list[Event]:
         """Choose, tell one another, and let every continuation take its token."""
-        due = [[part.continuation for part in parts if part.last] for parts in plans]
+        due = [[part for part in parts if part.wanted] for parts in plans]
         for part in (part for parts in plans for part in parts):
             part.continuation.read += len(part.token_ids)
+            self.tokens_read += len(part.token_ids)
         mine = self._choose(due[self._replica], logits) if self._speaks else None
-        top = max((one.params.logprobs or 0 for ones in due for one in ones), default=0)
+        top = max((part.continuation.params.logprobs or 0 for parts in due for part in parts), default=0)
+        counts = [sum(part.rows for part in parts) for parts in due]
         events = []
-        for ones, chosen in zip(due, self._lockstep.share([*map(len, due)], top, mine, self._replica), strict=True):
-            for one, found in zip(ones, chosen, strict=True):
-                events.append(one.take(found.token_id, None if one.params.logprobs is None else found))
-                if events[-1].finish_reason is not None:
-                    self._release(one)
-        return events
+        for parts, chosen in zip(due, map(iter, self._lockstep.share(counts, top, mine, self._replica)), strict=True):
+            for one, found in ((part.continuation, list(islice(chosen, part.rows))) for part in parts):
+                if isinstance(one, Scoring):
+                    event = one.take(found)
+                else:
+                    event = one.take(found[0].token_id, None if one.params.logprobs is None else found[0])
+                events.append(event)
+                if event.finish_reason is not None:
+                    self._release(one, keep=event.finish_reason != "error")
+        return [event for event in events if event.finish_reason is not None or event.token_ids]
 
-    def _release(self, one: Continuation) -> None:
-        for running in self._running:
+    def _release(self, one: Continuation | Scoring, keep: bool = True) -> None:
+        """Free its slot, which goes on holding what was read, for a scoring that begins alike."""
+        for running, held in zip(self._running, self._held, strict=True):
             if running.get(one.slot) is one:
                 del running[one.slot]
+                if keep:
+                    held[one.slot] = (*one.prompt_ids, *one.ids)[:one.read]
         self._random.pop(one, None)
 
-    def _choose(self, ones: Sequence[Continuation], logits: torch.Tensor | None) -> list[TokenLogprobs]:
-        """This replica's tokens; -1 where the logits are no numbers."""
-        if not ones:
+    def _choose(self, parts: Sequence[_Part], logits: torch.Tensor | None) -> list[TokenLogprobs]:
+        """This replica's tokens, and the scores of its scorings; -1 where the logits are no numbers."""
+        if not parts:
             return []
-        finite = logits.isfinite().all(-1).tolist()
-        found = []
-        for one, logits_v, is_finite in zip(ones, logits, finite, strict=True):
-            if not is_finite:
-                found.append(TokenLogprobs(-1, 0.0))
-                continue
-            token_id = choose(logits_v, one.params, (*one.prompt_ids, *one.ids), self._random[one])
-            found.append(TokenLogprobs(token_id, 0.0) if one.params.logprobs is None else
-                         logprobs_of(logits_v, token_id, one.params.logprobs))
+        finite, found, end = logits.isfinite().all(-1).tolist(), [], 0
+        for part in parts:
+            begin, end, one = end, end + len(part.wanted), part.continuation
+            if not all(finite[begin:end]):
+                found += [TokenLogprobs(-1, 0.0)] * part.rows
+            elif isinstance(one, Scoring):
+                found += scores_of(logits[begin:end], part.targets)
+            else:
+                token_id = choose(logits[begin], one.params, (*one.prompt_ids, *one.ids), self._random[one])
+                found.append(TokenLogprobs(token_id, 0.0) if one.params.logprobs is None else
+                             logprobs_of(logits[begin], token_id, one.params.logprobs))
         return found

@@ -20,7 +20,7 @@ from megatron_mixtral import model, runtime
 from megatron_mixtral.config import ParallelLayout, read_json
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.inference.parameters import Event, FinishReason, SamplingParams, TokenLogprobs
+from megatron_mixtral.inference.parameters import Event, FinishReason, SamplingParams, ScoringParams, TokenLogprobs
 from megatron_mixtral.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixtral.weights import ShardPlan, open_source
 
@@ -109,8 +109,10 @@ class Generator:
         return [one for _, one in self.completions(prompts, each)]
 
     def completions(self, prompts: Sequence[Prompt],
-                    params: Sequence[SamplingParams]) -> Iterator[tuple[int, Completion]]:
-        """As `generate`, in the same order, each with its prompt's place as soon as it is known."""
+                    params: Sequence[SamplingParams | ScoringParams]) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, in the same order, each with its prompt's place as soon as it is known. With `ScoringParams` a
+        completion has no tokens, and the log-probabilities of the given ones.
+        """
         ids = [self._ids(prompt) for prompt in prompts]
         order = deque((place, index) for place, one in enumerate(params) for index in range(one.n))
         events: dict[tuple[int, int], list[Event]] = {one: [] for one in order}
@@ -127,7 +129,8 @@ class Generator:
     def _ids(self, prompt: Prompt) -> list[int]:
         return self.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _events(self, ids: Sequence[list[int]], params: Sequence[SamplingParams]) -> Iterator[tuple[int, Event]]:
+    def _events(self, ids: Sequence[list[int]],
+                params: Sequence[SamplingParams | ScoringParams]) -> Iterator[tuple[int, Event]]:
         """(place of the prompt, event) until all have ended. Every rank checks all of them before rank 0 adds any."""
         for prompt_ids, one in zip(ids, params, strict=True):
             self.engine.check(prompt_ids, one)

@@ -7,12 +7,12 @@ a user of the command, of the chat or of the server reads.
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_mixtral.errors import ConfigError
 
 MOST_TOP_LOGPROBS = 20
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "scored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,25 @@ class SamplingParams:
         return self.temperature < 1e-5
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoringParams:
+    """Of a request that is not continued: how probable given tokens are, each after the prompt up to its place.
+
+    `targets[-1]` are tokens that may come after the prompt's last token, `targets[-2]` after the one before, and so on.
+    The one event has their log-probabilities in this order, and `top` the most probable token of the place.
+    """
+
+    targets: tuple[tuple[int, ...], ...]
+    n: ClassVar[int] = 1
+    logprobs: ClassVar[int] = 1
+    stop: ClassVar[tuple[str, ...]] = ()
+    greedy: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.targets or not all(self.targets):
+            raise ConfigError("nothing to score: give at least one token for each of the prompt's last places")
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Natural logarithms of the model's own probabilities at a place: before penalty, temperature, top-k and top-p."""
@@ -86,7 +105,7 @@ class Event:
     token_ids: tuple[int, ...] = ()  # new ones, a stop id or the tokens of a stop text included
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of token_ids, where they were asked for
-    finish_reason: FinishReason | None = None  # stop, length (max_tokens, or the context is full), cancelled, error
+    finish_reason: FinishReason | None = None  # "length": max_tokens, or the context is full
     stop_reason: int | str | None = None  # the stop id or stop text, where finish_reason is "stop"
     message: str | None = None  # a sentence where the context is full, or for an error
 

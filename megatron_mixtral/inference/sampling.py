@@ -65,3 +65,12 @@ def logprobs_of(logits_v: torch.Tensor, token_id: int, count: int) -> TokenLogpr
     found = logits_v.float().log_softmax(0)
     values, ids = found.topk(min(count, found.numel()))
     return TokenLogprobs(token_id, float(found[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def scores_of(logits_wv: torch.Tensor, targets: Sequence[Sequence[int]]) -> list[TokenLogprobs]:
+    """Of the targets of each of the w places, by the logits as the model gave them; `top` is the place's best token."""
+    found = logits_wv.float().log_softmax(-1)
+    values, ids = found.max(-1)
+    best = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return [TokenLogprobs(token_id, logprob, (top,)) for row, wanted, top in zip(found, targets, best, strict=True)
+            for token_id, logprob in zip(wanted, row[list(wanted)].tolist(), strict=True)]

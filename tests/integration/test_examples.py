@@ -16,9 +16,11 @@ from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 ROOT = Path(__file__).resolve().parents[2]
 FOUR = "examples/mixtral_4x7b_example.sh"
 PTD = "examples/mixtral/pretrain_mixtral_8x7b_ptd.sh"
+EVALUATE = "examples/mixtral/evaluate_mixtral_8x7b_ptd.sh"
+SBATCH = "examples/slurm/evaluate.sbatch"
 TP_PP = "examples/mixtral/pretrain_mixtral_8x7b_tp4_pp4.sh"
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("examples", "tests")
-                 for path in (ROOT / folder).rglob("*.sh")) + [".ci/run"]  # fmt: skip
+                 for path in (ROOT / folder).rglob("*.sh")) + [SBATCH, ".ci/run"]  # fmt: skip
 
 
 def run(script: str, *arguments: str, cwd: Path = ROOT, timeout: int = 600,
@@ -113,6 +115,18 @@ def test_dry_run_of_inference(program) -> None:
     assert tiny[tiny.index("--nproc-per-node") + 1] == tiny[tiny.index("--tensor-model-parallel-size") + 1] == "2"
     missing = run(script, CHECKPOINT="absent")
     assert missing.returncode == 1 and "absent does not exist" in missing.stderr
+
+
+def test_dry_run_of_evaluation() -> None:
+    """The variables of the published recipe; as a job, whose script Slurm runs from another place."""
+    given = {"TOKENIZER_PATH": "./hf/", "CHECKPOINT": "./model", "DATA_PATH": "./mmlu/test/", "TASK": "mmlu"}
+    for script, more in ((EVALUATE, {}), (SBATCH, {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "1"})):
+        done = run(script, "--limit", "5", DRY_RUN="1", PRECISION="bf16", OUTPUT="out", **given, **more)
+        words = shlex.split(done.stdout.replace("\\\n", " "))
+        assert words[words.index("tools/evaluate_mixtral.py") + 1:] == [
+            "--load", "./model", "--tokenizer-model", "./hf/", "--tensor-model-parallel-size", "8",
+            "--pipeline-model-parallel-size", "1", "--expert-model-parallel-size", "1", "--bf16", "--tasks", "mmlu",
+            "--data-path", "./mmlu/test/", "--output", "out", "--resume", "--limit", "5"]
 
 
 def test_flags_of_a_dry_run_are_accepted_for_a_world_that_fits():

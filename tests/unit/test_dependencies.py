@@ -24,7 +24,7 @@ FORBIDDEN = {  # room -> modules that it does without, also inside of functions
     "weights": ["megatron", "transformers", "safetensors", "torch.distributed"],
     "tokenizer": ["megatron", "transformers", "torch"],
     "data": ["megatron", "transformers", "torch"],
-    **dict.fromkeys(("model", "lora", "inference"), ["transformers"]),
+    **dict.fromkeys(("model", "lora", "inference", "evaluation"), ["transformers"]),
 }
 READS_FOR_A_RUN = f"{PACKAGE}/data/datasets/"  # the part of `data` that the engine's datasets are made of
 

@@ -59,8 +59,8 @@ class Room:
 
 def test_history_and_commands(parts):
     room = Room(parts)
-    seen = room.talk("Hello 你好\n".encode(), b"Again\n", b"Third\n", b"/system Be kind.\n", b"New\n", b"/clear\n", b"Newer\n",
-                     b"/what\n", b"\n")
+    seen = room.talk("Hello 你好\n".encode(), b"Again\n", b"Third\n", b"/system Be kind.\n", b"New\n", b"/clear\n",
+                     b"Newer\n", b"/what\n", b"\n")
     assert room.asked == ["[INST] Hello 你好 [/INST]",
                           "[INST] Hello 你好 [/INST] one two \U0001f600 [INST] Again [/INST]",
                           "[INST] Hello 你好 [/INST] one two \U0001f600 [INST] Again [/INST] one two \U0001f600 "

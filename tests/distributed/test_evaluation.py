@@ -1,0 +1,142 @@
+"""lm-eval's requests in every kind of layout: the figures of its own backend for transformers.
+
+Ranks are started three times; each set works off a list of layouts, and the tests look at what came out.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.mmlu import write_mmlu
+from helpers.models import tiny_hf_mixtral
+from helpers.ranks import run_ranks
+
+from examples.quickstart.hf_tokenizer import write_hf_tokenizer
+from megatron_mixtral.config import ParallelLayout
+
+LAYOUTS = {  # name: (ranks, layout, options of the generator)
+    "tp1": (1, {}, {}),
+    "tp1-one-slot": (1, {}, {"max_slots": 1}),
+    "tp2": (2, {"tp": 2}, {"max_slots": 3}),
+    "pp2": (2, {"pp": 2}, {"prompt_chunk": 50}),
+    "ep2": (2, {"ep": 2}, {"max_slots": 2}),
+    "tp2-pp2-ep2": (4, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}, {"max_slots": 4}),
+}
+LONG = "a word of a text that goes on and on, " * 40  # more tokens than the context has
+SCORED = [("", "Once"), ("Once upon", " a time there was"), ("Once upon", " a time there is"), ("Once upon ", "a"),
+          (LONG, " end"), (LONG + "x", " of the end"), ("Once upon", " a time there was")]
+GENERATED = [("Once upon", {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}),
+             (LONG, {"until": ["e"], "max_gen_toks": 20}), ("The", {"until": [], "max_gen_toks": 5})]
+
+
+def answers(lm: Any, folder: str) -> dict[str, Any]:
+    """What a model of lm-eval's says to everything."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    from megatron_mixtral.evaluation import read_mmlu
+
+    def ask(name: str, arguments: list[Any]) -> list[Any]:
+        return getattr(lm, name)([SimpleNamespace(args=one) for one in arguments])
+
+    tasks = TaskManager(include_defaults=False).load([*read_mmlu(f"{folder}/mmlu/test").tasks().values()])
+    found = evaluate(lm, tasks, bootstrap_iters=1000)
+    return {"scored": ask("loglikelihood", SCORED), "generated": ask("generate_until", GENERATED),
+            "rolling": ask("loglikelihood_rolling", [(LONG,), ("Once upon a time",)]), "results": found["results"],
+            "samples": {name: [one["filtered_resps"] for one in samples] for name, samples in found["samples"].items()}}
+
+
+def many_questions(generator: Any, folder: str) -> dict[str, int]:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    from megatron_mixtral.evaluation import Harness, read_mmlu
+
+    harness = Harness(generator)
+    evaluate(harness, TaskManager(include_defaults=False).load([*read_mmlu(f"{folder}/many").tasks().values()]))
+    return dict(harness.counts)
+
+
+def work_off(rank: int, folder: str, layouts: dict[str, Any]) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    from megatron_mixtral.inference import Generator, cli
+
+    found = {}
+    for name, (_, layout, options) in layouts.items():
+        parallel_state.destroy_model_parallel()
+        generator = Generator.from_pretrained(f"{folder}/hf", ParallelLayout(**layout), **options)
+        with cli.leading(generator) as is_first:
+            if is_first:
+                from megatron_mixtral.evaluation import Harness
+
+                harness = Harness(generator)
+                found[name] = answers(harness, folder) | {"counts": dict(harness.counts)}
+                if name == "tp1":
+                    found[name]["many"] = many_questions(generator, folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("evaluation")
+    tiny_hf_mixtral(found / "hf", vocab_size=32000, max_position_embeddings=384)
+    write_hf_tokenizer(found / "hf")
+    write_mmlu(found / "mmlu")
+    write_mmlu(found / "many", ["anatomy"], questions=100)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> dict[str, Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=str(folder / "hf"), dtype="float32", batch_size=1, device="cpu")
+    forwarded, call = [], lm._model_call
+    lm._model_call = lambda inps, **kwargs: forwarded.append(inps.numel()) or call(inps, **kwargs)
+    return answers(lm, str(folder)) | {"forwarded": sum(forwarded)}
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[str, Any]:
+    everything = {}
+    for world in (1, 2, 4):
+        jobs = {name: one for name, one in LAYOUTS.items() if one[0] == world}
+        everything |= run_ranks(world, work_off, str(folder), jobs)[0]
+    return everything
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_figures_are_those_of_lm_evals_own_backend(name, found, expected) -> None:
+    ours = found[name]
+    for (logprob, is_greedy), (their_logprob, theirs) in zip(ours["scored"], expected["scored"], strict=True):
+        assert abs(logprob - their_logprob) < 1e-4 and is_greedy == theirs
+    for mine, theirs in zip(ours["rolling"], expected["rolling"], strict=True):
+        assert abs(mine - theirs) < 1e-6 * abs(theirs)
+    assert ours["generated"] == expected["generated"] and all(ours["generated"])
+    assert len(ours["samples"]) == 10
+    for task, samples in ours["samples"].items():
+        for mine, theirs in zip(samples, expected["samples"][task], strict=True):
+            assert max(abs(one[0] - other[0]) for one, other in zip(mine, theirs, strict=True)) < 1e-4
+            assert [one[1] for one in mine] == [other[1] for other in theirs]
+    assert ours["results"] == expected["results"]  # accuracies and standard errors
+    assert len({one["acc,none"] for one in ours["results"].values()}) > 1
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_examples_and_choices_are_read_once(name, found, expected) -> None:
+    counts = found[name]["counts"]
+    generated = 12 + 20 + 5  # tokens that are written, at most
+    written = 384 * len(GENERATED) + generated  # in generation it does not pass where forwarded tokens are counted
+    assert abs(counts["distinct"] - expected["forwarded"]) <= written
+    assert counts["requested"] > 3.5 * counts["distinct"] > 5 * counts["read"]
+    assert 0 <= counts["read"] + counts["kept"] - counts["distinct"] <= generated
+    assert counts["truncated"] == 3  # two that are scored, one that is continued
+
+
+def test_a_hundred_questions_of_a_subject(found) -> None:
+    """Fewer tokens than the sum of lm-eval's requests, and than its own backend forwards."""
+    counts = found["tp1"]["many"]
+    assert counts["requests"] == 400 and counts["truncated"] == 0
+    assert counts["requested"] >= 15 * counts["read"] and counts["distinct"] >= 4 * counts["read"]
