@@ -1,5 +1,6 @@
 """The training program: checks, arguments, one call of the engine. Two commands."""
 
+import functools
 import logging
 import os
 import socket
@@ -8,18 +9,17 @@ import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import Coord, engine
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
-from megatron_mixtral.training import arguments, data_files, engine_flags, launch, preflight
+from megatron_mixtral.training import arguments, data_files, engine_flags, launch, preflight, screen
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.checkpoints import Lease, lease
-from megatron_mixtral.training.flags import add_flags, without
+from megatron_mixtral.training.flags import add_flags, help_of, without
 from megatron_mixtral.training.signals import end_at_signals
 
 logger = logging.getLogger(__name__)
@@ -29,16 +29,26 @@ def run(argv: Sequence[str]) -> int:
     """Train as the command line says, or start the ranks that do. `MixtralError` before the first step for whatever can
     be known before it. Returns 0, or 1 on a rank that leaves it to another one of its node to say what is wrong.
     """
+    if (page := help_of(argv, "pretrain")) is not None:
+        sys.stdout.write(page)
+        return 0
     try:
         _run(list(argv))
     except MixtralError as error:
+        if isinstance(error, RankLostError):
+            time.sleep(1)  # the rank that was lost may have something to say, which explains this one's end
+            if launch.has_spoken(os.environ):
+                return 1
         if not launch.speaks(os.environ, str(error)):
             time.sleep(1)  # torchrun ends all when the first has ended: time for the one that speaks
             return 1
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             raise
-        raise type(error)(f"rank {rank} on {socket.gethostname()}: {error}") from error
+        named = type(error)(f"rank {rank} on {socket.gethostname()}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            named.add_note(note)
+        raise named from error
     return 0
 
 
@@ -69,23 +79,23 @@ def _run(argv: list[str]) -> None:
         os.execv(command[0], command)  # signals reach torchrun, which passes them on
     held = lease.acquire(save, lease.this_process(os.environ)) if save is not None and rank == 0 else None
     try:
-        _train(resolved, argv, shape, held)
+        with screen.Output(save, rank, resolved.flags.log_level) as output:
+            _train(resolved, argv, shape, held, output)
     finally:
         if held is not None:
             held.release()
 
 
-def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None) -> None:
-    """Be a rank. `held` is the lease of --save, on rank 0."""
+def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None, output: screen.Output) -> None:
+    """Be a rank. `held` is the lease of --save, on rank 0; `output` is to be named once the ranks are connected."""
     from megatron_mixtral import runtime
 
+    memory = runtime.device_memory()
     if shape is not None:
-        preflight.check_memory(shape, runtime.device_memory())
+        preflight.check_memory(shape, memory)
     backend = runtime.ready(training=True)
     engine_flags.check_device(resolved.engine.named, backend.device)
     args = _engine_args(resolved, argv, backend)
-    if args.rank == 0:
-        logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -93,24 +103,30 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
 
     from megatron_mixtral.training import micro_batch
     from megatron_mixtral.training.checkpoints import CheckpointManager, directory
-    from megatron_mixtral.training.metrics import install
+    from megatron_mixtral.training.metrics import Waiting, install
 
     if args.rank == 0:
         args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
+        where = f"{backend.device}, {backend.collectives} collectives"
+        for line in screen.summary(resolved, shape, where, memory, args.data_identity, args.train_iters):
+            logger.info("%s", line)
         if args.save:
             directory.write_identity(Path(args.save), resolved.config)
+            directory.carry_tokenizer(Path(args.save), preflight.tokenizers_of(resolved))
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
-    load = install(resolved, args, backend.device, after_first_step=end_at_signals(args.exit_signal))
+    waiting = Waiting()
+    load = install(resolved, args, backend.device, waiting, after_first_step=end_at_signals(args.exit_signal))
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
-    datasets = partial(micro_batch.datasets, args)
+    datasets = functools.partial(micro_batch.datasets, args)
     datasets.is_distributed = True  # every rank that needs data reads its own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
     try:
-        pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step,
-                 model_provider=partial(_model, resolved, args, load), store=runtime.store_of_this_start())
+        pretrain(container, datasets, ModelType.encoder_or_decoder, waiting.timed(forward_step),
+                 model_provider=functools.partial(_model, resolved, args, load, functools.cache(output.settle)),
+                 store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
             manager.close()
@@ -128,6 +144,9 @@ def build_index_cache(argv: Sequence[str]) -> int:
 
     WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
     """
+    if (page := help_of(argv, "build-index-cache")) is not None:
+        sys.stdout.write(page)
+        return 0
     argv = data_files.expand(argv)
     data_files.require(argv)
     resolved = arguments.resolve(argv, os.environ)
@@ -184,15 +203,20 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
     return args
 
 
-def _model(resolved: Run, args: Namespace, load: Any, pre_process: bool = True, post_process: bool = True,
-           vp_stage: int | None = None, config: Any = None, pg_collection: Any = None) -> Any:
-    """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
+def _model(resolved: Run, args: Namespace, load: Any, connected: Callable[[Any], Any],
+           pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
+           config: Any = None, pg_collection: Any = None) -> Any:
+    """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for. It is
+    the first place that every rank comes to when all are connected, which it says to `connected`.
+    """
     from megatron.core import mpu
     from megatron.training.argument_utils import core_transformer_config_from_args
 
+    from megatron_mixtral import runtime
     from megatron_mixtral.model import build, fill
     from megatron_mixtral.weights import HFSource
 
+    connected(runtime.from_first_rank)
     model = build(resolved.config, config or core_transformer_config_from_args(args),
                   max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
                   pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,

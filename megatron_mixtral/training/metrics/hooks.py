@@ -18,34 +18,41 @@ from megatron.training import get_tensorboard_writer, get_timers, get_wandb_writ
 from megatron_mixtral import runtime
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.metrics.expert_load import ExpertLoad
+from megatron_mixtral.training.metrics.waiting import Waiting
 from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
 
 
 class Tracker(MoEMetricsTracker):
-    """The engine's tracker, which also gives the writer the load of the experts and the memory of the fullest rank."""
+    """The engine's tracker, which also gives the writer the load of the experts, the memory of the fullest rank, and
+    how long the rank waited for data that waited longest.
+    """
 
-    def __init__(self, load: ExpertLoad, device: str, after_first_step: Callable[[], None]) -> None:
+    def __init__(self, load: ExpertLoad, waiting: Waiting, device: str, after_first_step: Callable[[], None]) -> None:
         super().__init__()
-        self._load, self._device, self._after_first_step = load, device, functools.cache(after_first_step)
+        self._load, self._waiting, self._device = load, waiting, device
+        self._after_first_step = functools.cache(after_first_step)
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
         """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
         self._after_first_step()
         text = super().report(*args, writer=writer, **kwargs)
         tokens = self._load.collect()
-        memory = torch.tensor(runtime.memory_used(), dtype=torch.int64, device=self._device)
-        torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        most = torch.tensor([runtime.memory_used(), round(self._waiting.take() * 1e9)], dtype=torch.int64,
+                            device=self._device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         if writer is not None:
-            writer.observe(expert_tokens=tokens.tolist(), memory_bytes=int(memory))
+            memory, nanoseconds = most.tolist()
+            writer.observe(expert_tokens=tokens.tolist(), memory_bytes=memory, data_seconds=nanoseconds / 1e9)
         return text
 
 
-def install(run: Run, args: Namespace, device: str, after_first_step: Callable[[], None]) -> ExpertLoad:
+def install(run: Run, args: Namespace, device: str, waiting: Waiting,
+            after_first_step: Callable[[], None]) -> ExpertLoad:
     """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_first_step` is
     called once, on every rank.
     """
     load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
-    set_moe_metrics_tracker(Tracker(load, device, after_first_step))
+    set_moe_metrics_tracker(Tracker(load, waiting, device, after_first_step))
     metrics = _metrics_file(run, args)
     if args.rank == args.world_size - 1:
         clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)

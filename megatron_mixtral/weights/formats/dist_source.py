@@ -110,7 +110,8 @@ class DistSource(TensorSource):
         self.companions, self.mapped = companions_of(self.root), MappedFiles()
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         common, where = common_state(self.where, self.contents)
-        self.config = engine.config_of_checkpoint(self.root, common.get("args"), where)
+        self.args = common.get("args")
+        self.config = engine.config_of_checkpoint(self.root, self.args, where)
         self._places: dict[str, list[_Place]] = {}
         self.left_behind = state_names(self.contents)
 
