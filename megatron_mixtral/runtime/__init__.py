@@ -11,6 +11,6 @@ if TYPE_CHECKING:
     from megatron_mixtral.runtime.backend import current_device, device_memory, memory_used, peak_tflops
     from megatron_mixtral.runtime.cpu import lost_a_rank
     from megatron_mixtral.runtime.environment import lead_checkpoints_through, ready, set_variables
-    from megatron_mixtral.runtime.process_group import from_first_rank, join_process_group, store_of_this_start
+    from megatron_mixtral.runtime.process_group import join_process_group, store_of_this_start
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

@@ -32,15 +32,6 @@ def join_process_group(backend: "Backend") -> int:
     return dist.get_world_size()
 
 
-def from_first_rank(word: str) -> str:
-    """Rank 0's `word`, on every rank of the default process group; all have to call it."""
-    import torch.distributed as dist
-
-    words = [word]
-    dist.broadcast_object_list(words)
-    return words[0]
-
-
 def store_of_this_start() -> Any:
     """The store to initialise torch.distributed with; None, the default, unless torchrun has restarted the ranks.
 

@@ -148,8 +148,8 @@ def build_index_cache(argv: Sequence[str]) -> int:
         sys.stdout.write(page)
         return 0
     argv = data_files.expand(argv)
-    data_files.require(argv)
     resolved = arguments.resolve(argv, os.environ)
+    data_files.require(argv)
     preflight.check_data(resolved)
     from megatron_mixtral import runtime
 
@@ -203,6 +203,15 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
     return args
 
 
+def _from_first_rank(word: str) -> str:
+    """Rank 0's `word`, on every rank; all have to call it."""
+    import torch.distributed as dist
+
+    words = [word]
+    dist.broadcast_object_list(words)
+    return words[0]
+
+
 def _model(resolved: Run, args: Namespace, load: Any, connected: Callable[[Any], Any],
            pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
            config: Any = None, pg_collection: Any = None) -> Any:
@@ -212,11 +221,10 @@ def _model(resolved: Run, args: Namespace, load: Any, connected: Callable[[Any],
     from megatron.core import mpu
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_mixtral import runtime
     from megatron_mixtral.model import build, fill
     from megatron_mixtral.weights import HFSource
 
-    connected(runtime.from_first_rank)
+    connected(_from_first_rank)
     model = build(resolved.config, config or core_transformer_config_from_args(args),
                   max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,
                   pg_collection=pg_collection, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,

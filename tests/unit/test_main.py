@@ -69,7 +69,7 @@ print([name for name in ("torch", "megatron", "transformers") if name in sys.mod
     ("preprocess --inptu x", "there is no --inptu; is it --input?"),
     ("merge --output_prefx x", "is it --output-prefix?"),
     ("convert --load-dri x --loader mixtral_hf --save-dir y --load-dir z", "is it --load-dir"),
-    ("plan --device-mem 80 --model tiny --devicse 8", "is it --devices"), ("watch --paeg run", "is it --page?"),
+    ("plan --device-mem 80 --model tiny --devicse 8", "or --devices or"), ("watch --paeg run", "is it --page?"),
 ])
 def test_a_misspelt_flag_names_its_neighbour(words, near, capsys):
     with pytest.raises(SystemExit) as end:
