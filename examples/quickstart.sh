@@ -76,7 +76,7 @@ typed() {
     if [[ "$1" == env ]]; then words=("${@:2}"); fi # typed at a prompt, assignments need no env
     launch_print "${words[@]}" | sed "1s/^/   $dim\$ /; 2,\$s/^/     $dim/; s/\$/$plain/"
     "$@" 2>&1 | tee -a "$log" | { grep --line-buffered -E "$show" || true; } |
-        sed -u -E 's/ \| [^|]* TFLOP.s.device//; s/^(.{112}).*/\1 .../; s/^/     /'
+        sed -u -E 's/^(.{112}).*/\1 .../; s/^/     /'
     return "${PIPESTATUS[0]}"
 }
 

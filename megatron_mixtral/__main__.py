@@ -76,7 +76,7 @@ def run(name: str, argv: Sequence[str]) -> int:
     try:
         return operator.attrgetter(function)(importlib.import_module(f"megatron_mixtral.{room}"))(argv)
     except expected as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

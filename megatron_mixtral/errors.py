@@ -27,3 +27,7 @@ class DivergedError(MixtralError):
 
 class RankLostError(MixtralError):
     """Another rank has ended, and this one cannot go on without it. Every rank that sees it says so."""
+
+
+class CrashedError(MixtralError):
+    """A rank ended with an error that nobody foresaw; a log file has its traceback."""

@@ -27,7 +27,7 @@ import transformers
 
 from megatron_mixtral.data.datasets import blend_of, build_pretraining
 
-LOGGED = re.compile(r"validation loss at iteration (\d+).*?lm loss value: ([0-9.E+-]+)")
+LOGGED = re.compile(r"evaluation after step (\d+) \| loss ([0-9.]+)")
 
 
 def load(directory: Path) -> tuple[torch.nn.Module, str]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.data.indexed import check_tokenizer, inspect, samples, tokenizer_of
 from megatron_mixtral.data.indexed import merge as merge_datasets
 from megatron_mixtral.data.instruction import HANDLER_NAMES, InstructionOptions
@@ -51,9 +52,9 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Flags of one kind of data have no default here: only those that are given go to its options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Tokenize JSON lines into {prefix}_{key}_document.bin/.idx for pretraining, or dialogues into "
         "data sets for fine-tuning.",
         allow_abbrev=False,
@@ -158,7 +159,7 @@ def _tokenizer_path(flags: argparse.Namespace, environ: Mapping[str, str]) -> st
 
 def merge(argv: Sequence[str]) -> int:
     """Merge indexed data sets into one: 0 when it is written."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Merge indexed datasets into one.")
+    parser = Parser(allow_abbrev=False, description="Merge indexed datasets into one.")
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="datasets, with or without .idx")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the new dataset, without an ending")
     parser.add_argument("--order", choices=["natural", "given"], default="natural",
@@ -171,7 +172,7 @@ def merge(argv: Sequence[str]) -> int:
 
 def inspect_dataset(argv: Sequence[str]) -> int:
     """Show and check an indexed data set: 0 for one that is whole, 1 with sentences for one that is not."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Show and check an indexed dataset.")
+    parser = Parser(allow_abbrev=False, description="Show and check an indexed dataset.")
     parser.add_argument("prefix", metavar="PREFIX", help="the dataset, with or without .idx")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="decode the beginnings of N sequences")
     parser.add_argument("--tokenizer-model", metavar="PATH", help="default: the one that the report names")

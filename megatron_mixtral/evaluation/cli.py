@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral import disk, model
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import read_json
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.evaluation.mmlu import SHOTS, Mmlu, read_mmlu
@@ -54,7 +55,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Evaluate a Mixtral: MMLU and the tasks of lm-eval.",
+    parser = Parser(description="Evaluate a Mixtral: MMLU and the tasks of lm-eval.",
                                      allow_abbrev=False)
     cli.model_flags(parser)
     group = parser.add_argument_group("evaluation")

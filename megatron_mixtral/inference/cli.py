@@ -1,6 +1,6 @@
 """The command `generate`, and the flags that all programs of this room and above it share.
 
-    parser = argparse.ArgumentParser(...)
+    parser = Parser(...)
     model_flags(parser)
     sampling_flags(parser)
     args = parser.parse_args(argv)
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral import disk
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.errors import ConfigError, DataError, MixtralError, RankLostError
 from megatron_mixtral.inference.generator import Completion, Generator, Prompt
@@ -131,7 +132,7 @@ def generate(argv: Sequence[str]) -> int:
     """Continue prompts and print a JSON object for each continuation. Returns 0, or 1 on a rank that leaves it to
     another one to say what is wrong.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Continue prompts with a Mixtral: a JSON object a line for each continuation.", allow_abbrev=False)
     model_flags(parser)
     sampling_flags(parser)

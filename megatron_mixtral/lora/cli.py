@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import TARGET_FLAGS, ParallelLayout
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights import convert, open_sink, open_source
@@ -13,7 +14,7 @@ from megatron_mixtral.weights.edits import MergedSource
 
 def merge_lora(argv: Sequence[str]) -> int:
     """`tools/checkpoint/merge_lora.py`."""
-    parser = argparse.ArgumentParser(description="Merge adapters into the model that they were trained on.")
+    parser = Parser(description="Merge adapters into the model that they were trained on.")
     parser.add_argument("--load-dir", type=Path, required=True, help="the base: Hugging Face or Megatron, any layout")
     parser.add_argument("--adapter", type=Path, required=True, help="a PEFT folder, or a checkpoint of adapters")
     parser.add_argument("--save-dir", type=Path, required=True)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import MixtralConfig, hardware, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import report, search
@@ -12,8 +13,8 @@ from megatron_mixtral.planning.search import Candidate, Question
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description="Rank the parallel layouts of a Mixtral that fit a machine.")
+def parser() -> Parser:
+    found = Parser(description="Rank the parallel layouts of a Mixtral that fit a machine.")
     model = found.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="preset: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b")
     model.add_argument("--hf-checkpoint", help="Hugging Face Mixtral directory; its config.json is read")

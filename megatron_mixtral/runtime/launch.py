@@ -121,6 +121,12 @@ def speaks(environ: Mapping[str, str], sentence: str) -> bool:
     return True
 
 
+def has_spoken(environ: Mapping[str, str]) -> bool:
+    """Whether a rank of this node has said why it ends, as far as one can know."""
+    start = _folder_of_start(environ)
+    return start is not None and any(Path(start).parent.glob(f"{start.rpartition('/')[2]}said-*"))
+
+
 def _folder_of_start(environ: Mapping[str, str]) -> str | None:
     """How the names of files begin that belong to this start of ranks on this node."""
     if "RANK" in environ and environ.get("TORCHELASTIC_ERROR_FILE"):

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.inference import cli as inference
 from megatron_mixtral.runtime import launch
@@ -40,7 +41,7 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Serve a Mixtral: OpenAI's API (/v1) and a chat page (/), from any checkpoint in any layout.",
         allow_abbrev=False)
     inference.model_flags(parser)

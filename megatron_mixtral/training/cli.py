@@ -1,14 +1,15 @@
 """The commands on what runs wrote: each takes its arguments, returns an exit status and raises `MixtralError`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mixtral.command_line import Parser
+
 
 def plot(argv: Sequence[str]) -> int:
     """Draw the pictures of runs and print where they are."""
-    parser = argparse.ArgumentParser(description="Draw loss.png, throughput.png and expert_load.png of runs.")
+    parser = Parser(description="Draw loss.png, throughput.png and expert_load.png of runs.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run, or its metrics file")
     parser.add_argument("--output-dir", type=Path, help="default: beside the first run's metrics")
     args = parser.parse_args(argv)
@@ -22,7 +23,7 @@ def plot(argv: Sequence[str]) -> int:
 
 def watch(argv: Sequence[str]) -> int:
     """Show runs while they go on, in the terminal or on a page."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Show runs while they go on: loss, throughput, memory, load of the experts, and what is wrong.",
         epilog="example: megatron-mixtral watch ./ckpt/run1 ./ckpt/run2 --page, then open http://127.0.0.1:8100; from "
                "another machine, ssh -L 8100:127.0.0.1:8100 HOST first")  # fmt: skip
@@ -49,7 +50,7 @@ def calc(argv: Sequence[str]) -> int:
     """Print the average throughput of a run's steps."""
     from megatron_mixtral.training.metrics import throughput
 
-    parser = argparse.ArgumentParser(description="Average the tokens per second and device of a run's steps.")
+    parser = Parser(description="Average the tokens per second and device of a run's steps.")
     parser.add_argument("log", type=Path, help="metrics.jsonl, the training program's output, or a log of XTuner")
     parser.add_argument("start", type=int, nargs="?", help=f"first step (default: after the first {throughput.EDGE})")
     parser.add_argument("end", type=int, nargs="?", help=f"last step (default: before the last {throughput.EDGE})")

@@ -8,12 +8,14 @@ remembers them.
 
 import argparse
 import dataclasses
-import difflib
+import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training import engine_flags
@@ -22,67 +24,97 @@ from megatron_mixtral.training import engine_flags
 @dataclass(frozen=True)
 class Flags:
     """Ours. A field is a flag: `bool` a switch; `str`, `int` or `float`, also with `| None`, a value. Metadata: `help`,
-    and `choices` where there are only some.
+    the `task` under which `--help` has it, `choices` where there are only some, else what the `value` is (N).
     """
 
     model: str | None = field(default=None, metadata={
+        "task": "model and start", "value": "NAME",
         "help": "preset that gives the architecture: tiny, mixtral-4x7b, mixtral-8x7b, mixtral-8x22b"})
     hf_checkpoint: str | None = field(default=None, metadata={
+        "task": "model and start", "value": "DIR",
         "help": "Hugging Face Mixtral directory to start from, where --load holds no checkpoint yet"})
     nproc: int | None = field(default=None, metadata={
+        "task": "devices and layout",
         "help": "started plainly: how many ranks to start on this machine (default: as many as the layout needs)"})
     metrics_file: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "FILE",
         "help": "where the metrics of each step go, one JSON object a line (default: SAVE/metrics.jsonl)"})
     moe_aux_loss_convention: str = field(default="megatron", metadata={
+        "task": "experts",
         "choices": ("megatron", "hf"),
         "help": "megatron: a balancing loss in each layer; hf: one over all layers, as transformers computes it "
                 "(docs/training.md#the-balancing-loss)"})
     no_moe_grouped_gemm: bool = field(default=False, metadata={
+        "task": "experts",
         "help": "one matrix product per expert, as the engine's local experts compute (the engine has the switch on "
                 "only)"})
     log_expert_load: bool = field(default=False, metadata={
+        "task": "what it says",
         "help": "write each step's tokens of each expert of each layer to expert_load.jsonl beside the metrics file"})
     device_peak_tflops: float | None = field(default=None, metadata={
+        "task": "what it says", "value": "X",
         "help": "peak of one device in TFLOP/s, for the MFU (default: known for the usual GPUs, dense bf16)"})
     max_nan_steps: int = field(default=5, metadata={
+        "task": "steps",
         "help": "end the run when so many steps in a row had a loss or gradient that is not finite; each is skipped"})
     dry_run: bool = field(default=False, metadata={
+        "task": "what it says",
         "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
     save_total_limit: int | None = field(default=None, metadata={
+        "task": "checkpoints",
         "help": "keep the last so many checkpoints; an older one is removed once a new one is whole (with "
                 "--save-retain-interval its multiples are kept besides)"})
     export_hf_interval: int | None = field(default=None, metadata={
+        "task": "checkpoints",
         "help": "write SAVE/hf/iter_NNNNNNN, a Hugging Face folder, every so many steps, in the background, from the "
                 "checkpoint saved then: a multiple of --save-interval"})
     verify_checkpoint: bool = field(default=False, metadata={
+        "task": "checkpoints",
         "help": "refuse a checkpoint that has no sums; where it has, its files are compared with them anyway"})
     no_verify_checkpoint: bool = field(default=False, metadata={
+        "task": "checkpoints",
         "help": "load a checkpoint without comparing its files with their sums in integrity.json"})
     evaluation_prompts: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "FILE",
         "help": "file of prompts, a line each (or FILE.jsonl, as for generate), that the model continues before the "
                 "first step, every --evaluation-interval steps and after the last, greedily: into the log, "
                 "evaluation_prompts.jsonl beside the metrics file, and TensorBoard"})
     evaluation_interval: int | None = field(default=None, metadata={
+        "task": "what it says",
         "help": "continue --evaluation-prompts every so many steps (default: before the first and after the last only)"
         })
     is_instruction_dataset: bool = field(default=False, metadata={
+        "task": "data",
         "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})
     lora_rank: int | None = field(default=None, metadata={
+        "task": "adapters",
         "help": "train adapters of this rank beside the linears of --hf-checkpoint, which is frozen "
                 "(docs/finetuning.md); checkpoints hold the adapters alone"})
-    lora_alpha: float = field(default=16.0, metadata={"help": "adapters count alpha / rank times"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapters' inputs, in training"})
+    lora_alpha: float = field(default=16.0, metadata={
+        "task": "adapters", "value": "X", "help": "adapters count alpha / rank times"})
+    lora_dropout: float = field(default=0.0, metadata={
+        "task": "adapters", "value": "X", "help": "dropout of the adapters' inputs, in training"})
     lora_target_modules: str = field(default=",".join(AdapterConfig.targets), metadata={
+        "task": "adapters", "value": "NAMES",
         "help": "the linears with adapters, by Hugging Face's names with commas; gate is the router"})
     qlora: bool = field(default=False, metadata={
+        "task": "adapters",
         "help": "hold the frozen linears, experts included, in 4 bits (NF4); packed while they are read"})
     adapter: str | None = field(default=None, metadata={
+        "task": "adapters", "value": "DIR",
         "help": "adapters to start from, where --load holds none yet: a PEFT folder or an adapter checkpoint"})
     adapter_format: str = field(default="per-expert", metadata={
+        "task": "adapters",
         "choices": ("per-expert", "v5"),
         "help": "the form in which --export-hf-interval writes adapters: by expert, which PEFT and vLLM read, or fused "
                 "as PEFT writes on transformers 5"})
+    log_level: str = field(default="info", metadata={
+        "task": "what it says",
+        "choices": ("error", "warning", "info", "debug"),
+        "help": "what comes to the screen: errors; also warnings; also the run's summary and steps; or all that every "
+                "rank prints, as it comes, and no log files"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={
+        "task": "data", "value": "PATH",
         "help": "accepted beside the engine's --tokenizer-model; datasets are already tokens, so nothing is loaded"})
 
 
@@ -137,18 +169,15 @@ def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
     """Every word of a command line, read once. `ConfigError` for a flag that neither we nor the engine has, for a value
     that is missing or of another type, for a flag that is cut short, and for one that cannot work here.
     """
-    parser = _Parser(prog="pretrain", usage="pretrain [flag ...]", allow_abbrev=False,
-                     description="Train a Mixtral: a flag of megatron-core's training program, or one of ours.")
-    group = parser.add_argument_group(f"{engine_flags.engine()} (docs/flags.md says which of them work here)")
+    parser = _Parser(prog="pretrain", allow_abbrev=False, add_help=False)
+    group = parser.add_argument_group(engine_flags.engine())
     for flag in engine_flags.flags().values():
         flag.add_to(group)
     add_flags(parser)
     found, unknown = parser.parse_known_args(without(argv, "--tokenizer-type"))  # see pretrain._engine_args
     for word in unknown:
-        flag = word.partition("=")[0]
-        near = difflib.get_close_matches(flag, parser.flags(), 3) if flag.startswith("-") else ()
         raise ConfigError(f"{word} is neither a flag of {engine_flags.engine()} nor one of ours, nor a value of the "
-                          "flag before it" + (f"; is it {' or '.join(near)}?" if near else ""))
+                          f"flag before it{parser.neighbours(word)}")
     given = vars(found)
     named = {name: value for name, value in given.items() if name in engine_flags.flags()}
     engine_flags.check(named)
@@ -157,14 +186,24 @@ def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
     return Flags(**{item.name: given[item.name] for item in dataclasses.fields(Flags)}), EngineFlags(named, **early)
 
 
-class _Parser(argparse.ArgumentParser):
+def help_of(argv: Sequence[str], program: str) -> str | None:
+    """What a command line asks to be shown in place of a run: `--help` or `--help-engine`; None for a run."""
+    if "-h" in argv or "--help" in argv:
+        here = Path(sys.argv[0])  # a program of tools/, or the command that is installed
+        script = here.suffix == ".py" and here.name != "__main__.py"
+        return engine_flags.help.page(Flags, f"python {here}" if script else f"megatron-mixtral {program}")
+    if "--help-engine" not in argv:
+        return None
+    from megatron.training.arguments import add_megatron_arguments
+
+    return engine_flags.help.of_the_engine(add_megatron_arguments)
+
+
+class _Parser(Parser):
     """Raises where argparse would end the program."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
-
-    def flags(self) -> Iterator[str]:
-        return (flag for action in self._actions for flag in action.option_strings)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, identities, instruction_blend
+from megatron_mixtral.data.indexed import tokenizer_of
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RESERVED, RunShape, fullest_stage, stage_memory
@@ -61,6 +62,18 @@ def identify_data(run: Run) -> dict[str, str]:
     given, blend = run.engine, instruction_blend if run.flags.is_instruction_dataset else blend_of
     words = [given.data_path, given.train_data_path, given.valid_data_path, given.test_data_path]
     return identities(map(blend, words), run.flags.is_instruction_dataset)
+
+
+def tokenizers_of(run: Run) -> list[str | None]:
+    """Where the tokenizer of the run's model may be: with the weights that it starts from, where the flags say, where
+    the report beside its first data set says.
+    """
+    given = run.engine
+    places = [run.flags.hf_checkpoint, given.load, given.pretrained_checkpoint, given.named.get("--tokenizer-model"),
+              run.flags.tokenizer_name_or_path]
+    blend = None if run.flags.is_instruction_dataset else blend_of(given.data_path or given.train_data_path)
+    noted = tokenizer_of(blend[0][0]) if blend else None
+    return [*places, noted and noted.get("path")]
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:

@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from megatron_mixtral.config import Coord, engine
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.runtime import launch
-from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight
+from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight, screen
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.checkpoints import Lease, lease
-from megatron_mixtral.training.flags import add_flags, without
+from megatron_mixtral.training.flags import add_flags, help_of, without
 from megatron_mixtral.training.metrics import evaluation
 from megatron_mixtral.training.signals import end_at_signals
 
@@ -32,16 +32,26 @@ def run(argv: Sequence[str]) -> int:
     """Train as the command line says, or start the ranks that do. `MixtralError` before the first step for whatever can
     be known before it. Returns 0, or 1 on a rank that leaves it to another one of its node to say what is wrong.
     """
+    if (page := help_of(argv, "pretrain")) is not None:
+        sys.stdout.write(page)
+        return 0
     try:
         _run(list(argv))
     except MixtralError as error:
+        if isinstance(error, RankLostError):
+            time.sleep(1)  # the rank that was lost may have something to say, which explains this one's end
+            if launch.has_spoken(os.environ):
+                return 1
         if not launch.speaks(os.environ, str(error)):
             time.sleep(1)  # torchrun ends all when the first has ended: time for the one that speaks
             return 1
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             raise
-        raise type(error)(f"rank {rank} on {socket.gethostname()}: {error}") from error
+        named = type(error)(f"rank {rank} on {socket.gethostname()}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            named.add_note(note)
+        raise named from error
     return 0
 
 
@@ -68,24 +78,26 @@ def _run(argv: list[str]) -> None:
     launch.take_part(resolved.ranks, "pretrain", typed)
     held = lease.acquire(save, lease.this_process(os.environ)) if save is not None and rank == 0 else None
     try:
-        _train(resolved, argv, shape, held, prompts)
+        with screen.Output(save, rank, resolved.flags.log_level) as output:
+            _train(resolved, argv, shape, held, prompts, output)
     finally:
         if held is not None:
             held.release()
 
 
 def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None,
-           prompts: evaluation.Prompts | None) -> None:
-    """Be a rank. `held` is the lease of --save, on rank 0; `prompts` are to be continued."""
+           prompts: evaluation.Prompts | None, output: screen.Output) -> None:
+    """Be a rank. `held` is the lease of --save, on rank 0; `prompts` are to be continued; `output` is to be named once
+    the ranks are connected.
+    """
     from megatron_mixtral import runtime
 
+    memory = runtime.device_memory()
     if shape is not None:
-        preflight.check_memory(shape, runtime.device_memory())
+        preflight.check_memory(shape, memory)
     backend = runtime.ready(training=True)
     engine_flags.check_device(resolved.engine.named, backend.device)
     args = _engine_args(resolved, argv, backend)
-    if args.rank == 0:
-        logger.info("%s; %s, %s collectives (%s)", resolved, backend.device, backend.collectives, backend.reason)
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -93,14 +105,19 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
 
     from megatron_mixtral.training import micro_batch
     from megatron_mixtral.training.checkpoints import CheckpointManager, directory
-    from megatron_mixtral.training.metrics import install
+    from megatron_mixtral.training.metrics import Waiting, install
 
     if args.rank == 0:
         args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
+        where = f"{backend.device}, {backend.collectives} collectives"
+        for line in screen.summary(resolved, shape, where, memory, args.data_identity, args.train_iters):
+            logger.info("%s", line)
         if args.save:
             directory.write_identity(Path(args.save), resolved.config)
+            directory.carry_tokenizer(Path(args.save), preflight.tokenizers_of(resolved))
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
+    waiting = Waiting()
     writes_text = None if prompts is None else evaluation.Evaluation(prompts, resolved)
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
     saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
@@ -110,7 +127,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
         if tuned is not None:
             tuned.look(tokens)
 
-    load = install(resolved, args, backend.device, after_step, writes_text)
+    load = install(resolved, args, backend.device, waiting, after_step, writes_text)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
     datasets = partial(_datasets, args, writes_text)
     datasets.is_distributed = True  # every rank that needs data reads its own
@@ -118,8 +135,9 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
     try:
-        pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step,
-                 model_provider=partial(_model, resolved, args, (load, writes_text), tuned),
+        watchers, connected = (load, writes_text), functools.cache(output.settle)
+        pretrain(container, datasets, ModelType.encoder_or_decoder, waiting.timed(forward_step),
+                 model_provider=partial(_model, resolved, args, watchers, tuned, connected),
                  store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
@@ -138,9 +156,12 @@ def build_index_cache(argv: Sequence[str]) -> int:
 
     WORLD_SIZE gives the number of devices of that run, where the batch depends on it. `MixtralError` as for `run`.
     """
+    if (page := help_of(argv, "build-index-cache")) is not None:
+        sys.stdout.write(page)
+        return 0
     argv = data_files.expand(argv)
-    data_files.require(argv)
     resolved = arguments.resolve(argv, os.environ)
+    data_files.require(argv)
     preflight.check_data(resolved)
     from megatron_mixtral import runtime
 
@@ -203,16 +224,28 @@ def _datasets(args: Namespace, writes_text: Any, *arguments: Any, **keywords: An
     return micro_batch.datasets(args, *arguments, **keywords)
 
 
-def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, pre_process: bool = True,
-           post_process: bool = True, vp_stage: int | None = None, config: Any = None,
+def _from_first_rank(word: str) -> str:
+    """Rank 0's `word`, on every rank; all have to call it."""
+    import torch.distributed as dist
+
+    words = [word]
+    dist.broadcast_object_list(words)
+    return words[0]
+
+
+def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, connected: Callable[[Any], Any],
+           pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None,
            pg_collection: Any = None) -> Any:
-    """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for."""
+    """The engine's model provider: one pipeline stage or model chunk, with Hugging Face's weights if asked for. It is
+    the first place that every rank comes to when all are connected, which it says to `connected`.
+    """
     from megatron.core import mpu
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build, fill
     from megatron_mixtral.weights import HFSource
 
+    connected(_from_first_rank)
     make = partial(build, resolved.config) if tuned is None else tuned.build
     model = make(config or core_transformer_config_from_args(args),
                  max_sequence_length=args.max_position_embeddings, padded_vocab_size=args.padded_vocab_size,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import TARGET_FLAGS, MixtralConfig, ParallelLayout
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError, ConfigError
@@ -32,7 +33,7 @@ SOURCE_FLAGS = {"tp": "--tensor-parallel-size", "pp": "--pipeline-parallel-size"
 
 def convert(argv: Sequence[str]) -> int:
     """`tools/checkpoint/util.py`: from any format to any other, under Megatron's names of flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Convert Mixtral weights: Hugging Face to Megatron, Megatron to another layout, Megatron to "
                     "Hugging Face. Nothing is written under its final name before it is whole.")
     parser.add_argument("--model-type", choices=["GPT"], default="GPT", help="Mixtral is a GPT; kept for old scripts")
@@ -92,7 +93,7 @@ def convert(argv: Sequence[str]) -> int:
 
 def megatron_to_hf(argv: Sequence[str]) -> int:
     """`tools/checkpoint/convert_megatron_to_hf_mixtral.py`."""
-    parser = argparse.ArgumentParser(description="Convert a Megatron checkpoint of a Mixtral to Hugging Face.")
+    parser = Parser(description="Convert a Megatron checkpoint of a Mixtral to Hugging Face.")
     parser.add_argument("--megatron-checkpoint-path", type=Path, required=True)
     parser.add_argument("--huggingface-config-path", type=Path,
                         help="folder whose config.json, tokenizer and generation files are taken over")
@@ -123,7 +124,7 @@ def megatron_to_hf(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """`tools/checkpoint/inspect_checkpoint.py`: 0 for a whole directory, 1 for anything else."""
-    parser = argparse.ArgumentParser(description="Say what a model or checkpoint directory is, and if it is whole.")
+    parser = Parser(description="Say what a model or checkpoint directory is, and if it is whole.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--deep", action="store_true",
                         help="read every tensor; compare with the checksums of a conversion made with --verify")
@@ -135,7 +136,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 def select_experts(argv: Sequence[str]) -> int:
     """`tools/checkpoint/select_experts.py`: keep some experts of every layer, for example 8x7B to 4x7B."""
-    parser = argparse.ArgumentParser(description="Keep some experts of every layer of a Mixtral.")
+    parser = Parser(description="Keep some experts of every layer of a Mixtral.")
     _add_edit(parser, "Hugging Face or Megatron", "Hugging Face")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--experts", type=int, nargs="+", help="their numbers, the same in every layer")
@@ -149,7 +150,7 @@ def select_experts(argv: Sequence[str]) -> int:
 
 def upcycle(argv: Sequence[str]) -> int:
     """`tools/checkpoint/upcycle.py`: a dense model's MLP becomes every expert, the router is new."""
-    parser = argparse.ArgumentParser(description="Make a Mixtral out of a dense Mistral or Llama.")
+    parser = Parser(description="Make a Mixtral out of a dense Mistral or Llama.")
     _add_edit(parser, "Hugging Face directory of the dense model", "Hugging Face directory of the Mixtral")
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--moe-router-topk", type=int, default=2, help="experts that a token meets")

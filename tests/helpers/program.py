@@ -40,8 +40,9 @@ class Halt:
 
 @dataclass
 class Outcome:
-    """How a run ended: each rank's exit code and output, the figures of its steps by iteration, and for each
-    data-parallel rank the indices of the samples that it read, in order.
+    """How a run ended: each rank's exit code and output (its screen, and then its log file where there is one), the
+    figures of its steps by iteration, and for each data-parallel rank the indices of the samples that it
+    read, in order.
     """
 
     codes: list[int]
@@ -72,12 +73,21 @@ class Running:
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         for file in (self.metrics, folder / "halted", *folder.glob("*.samples")):
             file.unlink(missing_ok=True)
+        self._saved = Path(argv[argv.index("--save") + 1]) / "logs" if "--save" in argv else folder / "no logs"
+        self._before = set(self._saved.rglob("*.log"))
         argv = [*argv, "--metrics-file", str(self.metrics)]
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self.ranks = [context.Process(target=_rank, args=(rank, world, port, module, argv, str(self.logs[rank]),
                                                            prepare, halt), daemon=False) for rank in range(world)]
         for process in self.ranks:
             process.start()
+
+    def said(self, rank: int) -> str:
+        """What a rank has printed so far: on the screen, and then all of it in the log files of this start."""
+        names = (f"rank_{rank}.log", f"rank_{rank}.2.log",
+                 f"starting-{socket.gethostname()}-{self.ranks[rank].pid}.log")
+        files = [file for name in names for file in sorted(self._saved.rglob(name)) if file not in self._before]
+        return "".join(file.read_text() for file in (self.logs[rank], *files))
 
     def alive(self) -> bool:
         return any(process.is_alive() for process in self.ranks)
@@ -119,8 +129,8 @@ class Running:
             process.join()
         read = {int(file.stem): [int(index) for index in file.read_text().split()]
                 for file in self.folder.glob("*.samples")}
-        return Outcome([process.exitcode for process in self.ranks], [log.read_text() for log in self.logs],
-                       self.figures(), read)
+        return Outcome([process.exitcode for process in self.ranks],
+                       [self.said(rank) for rank in range(len(self.ranks))], self.figures(), read)
 
 
 def _state(pid: int) -> tuple[bool, float]:

@@ -129,6 +129,9 @@ def test_the_commands_of_a_page(document, world):
         assert [step["iteration"] for step in steps] == [1, 2]
         exported = world / "model_from_hf" / "trained" / "mg2hg"
         assert (exported / "model.safetensors").is_file() and (exported / "config.json").is_file()
+        card = (exported / "README.md").read_text()
+        assert "| steps | 2 |" in card and "data set common_crawl_text_document" in card and "tensor parallel 2" in card
+        assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_both_languages_give_the_same_commands():

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,43 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert "there is no command 'pretrian'; the commands are preprocess, " in capsys.readouterr().err
     assert commands.main(["--version"]) == 0
     assert capsys.readouterr().out == f"megatron-mixtral {megatron_mixtral.__version__}\n"
+
+
+def test_every_help_comes_at_once_and_a_misspelt_flag_names_its_neighbour():
+    """All of them in one process: less than a second of the processor's time each, and no package that takes longer."""
+    code = """
+import sys, time
+from megatron_mixtral import __main__ as commands
+for name in commands.COMMANDS:
+    try:
+        began = time.process_time()
+        code = commands.run(name, ["--help"])
+    except SystemExit as end:
+        code = end.code
+    print("status", name, code or 0, time.process_time() - began < 1)
+    try:
+        commands.run(name, ["--a-flag-that-nobody-has"])
+    except SystemExit:
+        pass
+print([name for name in ("torch", "megatron", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"(?m)^status .*$", done.stdout) == [f"status {name} 0 True" for name in commands.COMMANDS]
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stderr.count("--a-flag-that-nobody-has") >= len(commands.COMMANDS)
+    assert done.stdout.count("of the engine: --load DIR") == 2 and "--help-engine" in done.stdout
+
+
+@pytest.mark.parametrize(("words", "near"), [
+    ("preprocess --inptu x", "there is no --inptu; is it --input?"),
+    ("merge --output_prefx x", "is it --output-prefix?"),
+    ("convert --load-dri x --loader mixtral_hf --save-dir y --load-dir z", "is it --load-dir"),
+    ("plan --device-mem 80 --model tiny --devicse 8", "or --devices or"), ("watch --paeg run", "is it --page?"),
+])
+def test_a_misspelt_flag_names_its_neighbour(words, near, capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.main(words.split())
+    assert end.value.code == 2 and near in capsys.readouterr().err
 
 
 @pytest.fixture

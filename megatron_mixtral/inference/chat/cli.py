@@ -1,10 +1,10 @@
 """The command `chat`: questions from the terminal, answers as they are written, at any layout."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_mixtral.command_line import Parser
 from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.inference.chat.terminal import LONGEST, Interrupt, Lines
 from megatron_mixtral.inference.cli import (
@@ -28,7 +28,7 @@ HELP = ("/clear forgets what was said; /system TEXT does, too, and sets the syst
 
 def chat(argv: Sequence[str]) -> int:
     """Talk to a model. Returns 0, or 1 on a rank that leaves it to rank 0 to say what is wrong."""
-    parser = argparse.ArgumentParser(description="Talk to a Mixtral in the terminal.", epilog=HELP, allow_abbrev=False)
+    parser = Parser(description="Talk to a Mixtral in the terminal.", epilog=HELP, allow_abbrev=False)
     model_flags(parser)
     sampling_flags(parser)
     template_flag(parser, "one of training's (mixtral, chatml, ...); default: the model's own chat_template.jinja, "

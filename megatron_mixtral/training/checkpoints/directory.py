@@ -16,7 +16,7 @@ finds it, `finish` puts it into its place. Called by `training/checkpoints/manag
 import logging
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig
@@ -39,6 +39,25 @@ def write_identity(save: Path, config: MixtralConfig) -> None:
     elif MixtralConfig.from_checkpoint(save) != config:
         raise CheckpointError(f"--save {save} holds checkpoints of another model ({path} differs from the run's "
                               "architecture): give another directory")
+
+
+def carry_tokenizer(save: Path, sources: Iterable[str | None]) -> None:
+    """Copy the tokenizer and generation files of the first of `sources` (directories, or a file in one) that has some
+    into `save`, from where exports take them. Those that are there stay.
+    """
+    if names.companions_of(save):
+        return
+    for source in filter(None, sources):
+        path = Path(source)
+        folder = path.parent if path.is_file() else path  # a name of the hub is neither
+        if found := names.companions_of(folder):
+            for file in found:
+                draft = save / f".{file.name}.draft"
+                shutil.copyfile(file, draft)
+                sync(draft)
+                draft.rename(save / file.name)
+            logger.info("tokenizer of %s goes along with the checkpoints", path)
+            return
 
 
 def unfinished(directory: Path) -> tuple[Path, str] | None:

@@ -96,6 +96,7 @@ class CheckpointManager:
         return saves.publish(folder, self._save, iteration)
 
     def _after(self, iteration: int, published: Path) -> None:
+        logger.info("saved %s", published)
         self._exporter.start(iteration, published)
         doomed = saves.surplus(saves.iterations(self._save), iteration, self._args.save_total_limit,
                                    self._multiples, self._exporter.busy())

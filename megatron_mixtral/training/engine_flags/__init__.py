@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
+    from megatron_mixtral.training.engine_flags import help
     from megatron_mixtral.training.engine_flags.page import page
     from megatron_mixtral.training.engine_flags.refusals import check, check_device, check_model
     from megatron_mixtral.training.engine_flags.table import PARSER, EngineFlag, engine, flags, verdicts

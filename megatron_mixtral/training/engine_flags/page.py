@@ -22,7 +22,7 @@ by which the program decides, `megatron_mixtral/training/engine_flags/verdicts.t
 | unused | {unused} | accepted, and leaves every number as it is |
 | refused | {refused} | an error in one sentence, in a dry run too, at any value but the engine's default |
 
-`--help` describes each flag in the engine's words.
+`--help-engine` describes each flag in the engine's words.
 """
 
 

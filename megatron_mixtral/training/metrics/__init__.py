@@ -11,4 +11,5 @@ if TYPE_CHECKING:
     from megatron_mixtral.training.metrics import evaluation, plots, throughput
     from megatron_mixtral.training.metrics.expert_load import ExpertLoad, Imbalance
     from megatron_mixtral.training.metrics.hooks import install
+    from megatron_mixtral.training.metrics.waiting import Waiting
 __all__, __getattr__, __dir__ = door(__name__, __file__)

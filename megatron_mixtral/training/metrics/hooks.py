@@ -19,39 +19,43 @@ from megatron_mixtral import runtime
 from megatron_mixtral.training.arguments import Run
 from megatron_mixtral.training.metrics.evaluation import Evaluation
 from megatron_mixtral.training.metrics.expert_load import ExpertLoad
+from megatron_mixtral.training.metrics.waiting import Waiting
 from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
 
 
 class Tracker(MoEMetricsTracker):
-    """The engine's tracker, which also gives the writer the load of the experts and the memory of the fullest rank, and
-    has prompts continued when it is time.
+    """The engine's tracker, which also gives the writer the load of the experts, the memory of the fullest rank, and
+    how long the rank waited for data that waited longest; and has prompts continued when it is time.
     """
 
-    def __init__(self, load: ExpertLoad, device: str, after_step: Callable[[torch.Tensor], None],
+    def __init__(self, load: ExpertLoad, waiting: Waiting, device: str, after_step: Callable[[torch.Tensor], None],
                  evaluate: Callable[[int], None]) -> None:
         super().__init__()
-        self._load, self._device, self._after_step, self._evaluate = load, device, after_step, evaluate
+        self._load, self._waiting, self._device = load, waiting, device
+        self._after_step, self._evaluate = after_step, evaluate
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
         """Every rank calls it once a step. `writer` is the `StepWriter` on the last rank, None elsewhere."""
         text = super().report(*args, writer=writer, **kwargs)
         tokens = self._load.collect()
         self._after_step(tokens)
-        memory = torch.tensor(runtime.memory_used(), dtype=torch.int64, device=self._device)
-        torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        most = torch.tensor([runtime.memory_used(), round(self._waiting.take() * 1e9)], dtype=torch.int64,
+                            device=self._device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         if writer is not None:
-            writer.observe(expert_tokens=tokens.tolist(), memory_bytes=int(memory))
+            memory, nanoseconds = most.tolist()
+            writer.observe(expert_tokens=tokens.tolist(), memory_bytes=memory, data_seconds=nanoseconds / 1e9)
         self._evaluate(kwargs["iteration"])
         return text
 
 
-def install(run: Run, args: Namespace, device: str, after_step: Callable[[torch.Tensor], None],
+def install(run: Run, args: Namespace, device: str, waiting: Waiting, after_step: Callable[[torch.Tensor], None],
             evaluation: Evaluation | None = None) -> ExpertLoad:
     """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_step` is
     called after each step, on every rank, with the tokens [layers, experts] of all ranks.
     """
     load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
-    set_moe_metrics_tracker(Tracker(load, device, after_step, functools.partial(_evaluate, evaluation, args)))
+    set_moe_metrics_tracker(Tracker(load, waiting, device, after_step, functools.partial(_evaluate, evaluation, args)))
     metrics = _metrics_file(run, args)
     if evaluation is not None and metrics is not None:
         evaluation.path = metrics.with_name("evaluation_prompts.jsonl")

@@ -21,7 +21,7 @@ from megatron_mixtral.errors import DataError
 EDGE = 5  # steps at either end that are left out where no range is given: warm-up, and the last save
 SMOOTH = 10  # steps whose mean is compared with a target loss
 
-_OURS = re.compile(r"step (?P<step>\d+)(?:/\d+)? \|(?: lm loss (?P<loss>[\d.]+) \|)?.*?TGS (?P<rate>[\d.]+) "
+_OURS = re.compile(r"step (?P<step>\d+)(?:/\d+)? \|(?: (?:lm )?loss (?P<loss>[\d.]+) \|)?.*?(?P<rate>[\d.]+) "
                    r"tokens/s/device.*?\| (?P<seconds>[\d.]+) s\b")
 _XTUNER = re.compile(r"Iter\(train\) \[\s*(?P<step>\d+)/\d+\].*?\btime: (?P<seconds>[\d.]+)"
                      r"(?:.*?\bloss: (?P<loss>[\d.]+))?.*?tokens_per_sec: (?P<rate>[\d.]+)")

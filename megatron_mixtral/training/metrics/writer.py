@@ -12,11 +12,13 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mixtral.training.metrics.divergence import Divergence
 from megatron_mixtral.training.metrics.expert_load import Imbalance
+from megatron_mixtral.training.screen import WIDTH
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +27,17 @@ _NAMES = {"lm loss": "lm_loss", "load_balancing_loss": "aux_loss", "seq_load_bal
           "global_load_balancing_loss": "aux_loss", "z_loss": "z_loss", "grad-norm": "grad_norm",
           "learning-rate": "learning_rate", "loss-scale": "loss_scale"}
 # Ours that the engine does not hand to TensorBoard and W&B itself.
-_OWN = ("step_seconds", "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device", "mfu",
-        "memory_bytes", "expert_imbalance", "expert_imbalance_worst")
+_OWN = ("step_seconds", "data_seconds", "samples_per_second", "tokens_per_second", "tokens_per_second_per_device",
+        "model_tflops_per_device", "mfu", "memory_bytes", "expert_imbalance", "expert_imbalance_worst")
 _LINE = (("lm_loss", "lm loss {:.4f}"), ("aux_loss", "aux loss {:.4f}"), ("z_loss", "z loss {:.4g}"),
          ("grad_norm", "grad norm {:.4f}"), ("loss_scale", "loss scale {:g}"), ("learning_rate", "lr {:.3e}"),
          ("tokens_per_second_per_device", "TGS {:.1f} tokens/s/device"),
          ("model_tflops_per_device", "{:.4g} TFLOP/s/device"), ("mfu", "MFU {:.1%}"))
+# On the screen, those first that matter most; what does not fit is in the rank's log.
+_SHORT = (("lm_loss", "loss {:.4f}"), ("tokens_per_second_per_device", "{:.1f} tokens/s/device"),
+          ("seconds_left", "{} left"), ("step_seconds", "{:.3f} s"), ("loss_scale", "scale {:g}"),
+          ("grad_norm", "grad {:.3f}"), ("learning_rate", "lr {:.1e}"), ("mfu", "MFU {:.1%}"),
+          ("expert_imbalance", "load {:.2f}"))
 _RECENT = 50  # steps whose median predicts the time left
 
 
@@ -90,6 +97,9 @@ class StepWriter:
                 self._iteration, self._seconds = iteration, self._lap(iteration)
             if _NAMES[name] != "aux_loss" or value != 0:  # the engine reports 0 where the coefficient is 0
                 self._values[_NAMES[name]] = float(value)
+        if name.startswith("lm loss validation") and not name.endswith((" ppl", " samples")):
+            which = name.removeprefix("lm loss validation").strip("-")
+            logger.info("evaluation after step %d | loss %.6f%s", iteration, value, which and f" | of {which}")
         every_step = name.removesuffix(" vs samples") in _NAMES  # others come when there is something to tell
         if self._tensorboard is not None and not (every_step and self._iteration % self._tensorboard_interval):
             self._tensorboard.add_scalar(name, value, iteration)
@@ -100,12 +110,14 @@ class StepWriter:
             return lambda *args, **kwargs: None
         return getattr(self._tensorboard, name)
 
-    def observe(self, *, expert_tokens: list[list[int]], memory_bytes: int) -> None:
-        """What the ranks put together in a step: tokens [layers][experts], and the memory of the fullest rank."""
+    def observe(self, *, expert_tokens: list[list[int]], memory_bytes: int, data_seconds: float) -> None:
+        """What the ranks put together in a step: tokens [layers][experts], the memory of the fullest rank, and how long
+        the rank waited for data that waited longest.
+        """
         load = Imbalance.of(expert_tokens)
         self._expert_tokens = expert_tokens
-        self._values.update(memory_bytes=memory_bytes, expert_imbalance=load.mean, expert_imbalance_worst=load.worst,
-                            expert_imbalance_worst_layer=load.worst_layer)
+        self._values.update(memory_bytes=memory_bytes, data_seconds=data_seconds, expert_imbalance=load.mean,
+                            expert_imbalance_worst=load.worst, expert_imbalance_worst_layer=load.worst_layer)
 
     def finish_step(self, skipped: bool = False, loss_scale: float = 1.0) -> dict[str, Any]:
         """Write the step's line and return its metrics; called once after the engine has logged the step, with whether
@@ -126,7 +138,10 @@ class StepWriter:
             _write_line(self._load_file, {"iteration": self._iteration, "expert_load": self._expert_tokens})
         self._chart(metrics)
         shown = metrics if smallest is not None else {**metrics, "loss_scale": None}
-        logger.info("%s", _line(shown, self._train_iters()))
+        last = self._train_iters()
+        logger.info("%s", _line(shown, last), extra={
+            "shown": _short(shown, last, _SHORT), "status": _short(shown, last, _SHORT[:3]), "last": last,
+            "step": self._iteration})
         self._values, self._expert_tokens = {}, []
         self._divergence.check()
         return metrics
@@ -135,8 +150,10 @@ class StepWriter:
         facts, seconds = self._facts, max(self._seconds, 1e-9)
         tokens = self._global_batch_size() * facts.seq_length
         rate = tokens / seconds
-        metrics = {"iteration": self._iteration, "consumed_samples": self._consumed_samples(), **self._values,
-                   "tokens": tokens, "step_seconds": seconds, "tokens_per_second": rate,
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        metrics = {"iteration": self._iteration, "time": now, "consumed_samples": self._consumed_samples(),
+                   **self._values, "tokens": tokens, "step_seconds": seconds,
+                   "samples_per_second": self._global_batch_size() / seconds, "tokens_per_second": rate,
                    "tokens_per_second_per_device": rate / facts.devices,
                    "model_tflops_per_device": rate / facts.devices * facts.flops_per_token / 1e12}
         if facts.peak_tflops is not None:
@@ -179,6 +196,24 @@ def _write_line(file: TextIO, value: dict[str, Any]) -> None:
         logger.warning("%s cannot be written now: %s", file.name, error)
 
 
+def _short(metrics: dict[str, Any], last: int | None, parts: tuple[tuple[str, str], ...]) -> str:
+    """The step's line on the screen: as many of `parts` as fit into its width, in their order."""
+    line = f"step {metrics['iteration']}" + (f"/{last}" if last else "")
+    for name, form in parts:
+        if metrics.get(name) is None:
+            continue
+        value = _hours(metrics[name]) if name == "seconds_left" else metrics[name]
+        if len(line) + len(part := f" | {form.format(value)}") > WIDTH:
+            break
+        line += part
+    return line
+
+
+def _hours(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
 def _line(metrics: dict[str, Any], last: int | None) -> str:
     """The step's line in the log."""
     parts = [f"step {metrics['iteration']}" + (f"/{last}" if last else "")]
@@ -189,6 +224,5 @@ def _line(metrics: dict[str, Any], last: int | None) -> str:
                      "{expert_imbalance_worst:.2f})".format(**metrics))
     parts.append(f"{metrics['step_seconds']:.3f} s")
     if "seconds_left" in metrics:
-        minutes, seconds = divmod(round(metrics["seconds_left"]), 60)
-        parts.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+        parts.append(f"{_hours(metrics['seconds_left'])} left")
     return " | ".join(parts)

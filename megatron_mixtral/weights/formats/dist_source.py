@@ -110,8 +110,9 @@ class DistSource(TensorSource):
         self.companions, self.mapped = companions_of(self.root), MappedFiles()
         self._chunks: dict[tuple[str, int], numpy.ndarray] = {}
         common, where = common_state(self.where, self.contents)
-        config = engine.config_of_checkpoint(self.root, common.get("args"), where)
-        self.config = AdapterConfig.from_args(config, common.get("args"))
+        self.args = common.get("args")
+        config = engine.config_of_checkpoint(self.root, self.args, where)
+        self.config = AdapterConfig.from_args(config, self.args)
         self._places: dict[str, list[_Place]] = {}
         self.left_behind = state_names(self.contents)
 

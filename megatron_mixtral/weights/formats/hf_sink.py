@@ -1,15 +1,20 @@
-"""Writing Hugging Face directories: safetensors shards under the original names, their index and a config.json."""
+"""Writing Hugging Face directories: safetensors shards under the original names, their index, config.json, the settings
+of generation where the source has none, and a model card that says where the weights come from.
+"""
 
+import hashlib
 import json
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral import __version__
 from megatron_mixtral.config import MixtralConfig, read_json
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import file_layout, safetensors
-from megatron_mixtral.weights.formats.directory import companions_of
+from megatron_mixtral.weights.formats.directory import companions_of, iteration_of
 from megatron_mixtral.weights.formats.hf_source import INDEX_FILE, SINGLE_FILE
 from megatron_mixtral.weights.plan import whole
 from megatron_mixtral.weights.protocols import Output, TensorSource
@@ -17,6 +22,9 @@ from megatron_mixtral.weights.rules import hf_tensors
 from megatron_mixtral.weights.streaming import payload
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+
+GENERATION = "generation_config.json"
+INTEGRITY = "integrity.json"  # the sums of a run's checkpoint (training/checkpoints)
 
 # Fields of config.json that say how to compute; the template's must equal the checkpoint's.
 ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -61,13 +69,18 @@ class HFSink:
         names = [SINGLE_FILE] if len(shards) == 1 else [
             f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         contents = {"config.json": config_json}
+        companions = () if self.template is None else tuple(companions_of(self.template))
+        if not any(path.name == GENERATION for path in (*companions, *source.companions)):
+            contents[GENERATION] = {"_from_model_config": True, **{
+                name: config_json[name] for name in ("bos_token_id", "eos_token_id") if name in config_json}}
         if len(shards) > 1:
             weight_map = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
             contents[INDEX_FILE] = {"metadata": {"total_size": sum(one.size for shard in shards for one in shard)},
                                     "weight_map": dict(sorted(weight_map.items()))}
         return Output({name: safetensors.lay_out(shard) for name, shard in zip(names, shards, strict=True)},
-                      {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in contents.items()},
-                      () if self.template is None else tuple(companions_of(self.template)))
+                      {"README.md": model_card(source).encode(), **{
+                          name: (json.dumps(value, indent=2) + "\n").encode() for name, value in contents.items()}},
+                      companions)
 
     def _config_json(self, config: MixtralConfig, dtype: str) -> dict[str, Any]:
         """Contents of config.json. Raises `ConfigError` for a template that describes another network."""
@@ -83,3 +96,41 @@ class HFSink:
                                   "another model")
         keys = [key for key in ("dtype", "torch_dtype") if key in contents] or ["torch_dtype"]
         return contents | dict.fromkeys(keys, dtype)
+
+
+def model_card(source: TensorSource) -> str:
+    """README.md of an export, as the hub reads it: size, training data, layout, versions and hash of the checkpoint, as
+    far as the source knows them. No path above the checkpoint's folder is in it.
+    """
+    config, args = source.config, getattr(source, "args", None)
+    rows = {"parameters": f"{config.total_parameters / 1e6:.1f} M, {config.active_parameters / 1e6:.1f} M of them for "
+                          f"a token; {config.num_local_experts} experts in each of {config.num_hidden_layers} layers",
+            "made from": f"{source.where.parent.name}/{source.where.name}"}
+    sums = source.where / INTEGRITY
+    if sums.is_file():
+        rows[f"sha256 of its {INTEGRITY}"] = hashlib.sha256(sums.read_bytes()).hexdigest()
+    for name, what in (getattr(args, "data_identity", None) or {}).items():
+        rows[f"data set {Path(name).name}"] = what
+    said = {"consumed_train_samples": "samples seen", "seq_length": "sequence length",
+            "global_batch_size": "global batch size", "lr": "learning rate", "seed": "seed"}
+    if args is not None and (steps := iteration_of(source.where.name)) is not None:  # converted weights have none
+        rows["steps"] = str(steps)
+        rows |= {words: str(vars(args)[name]) for name, words in said.items() if name in vars(args)}
+        sizes = [f"{axis} parallel {getattr(args, f'{axis}_model_parallel_size', 1)}"
+                 for axis in ("tensor", "pipeline", "expert")]
+        rows["layout"] = ", ".join([*sizes, f"{getattr(args, 'world_size', '?')} devices"])
+    rows["versions"] = ", ".join([f"megatron_mixtral {__version__}", *map(_version, ("megatron-core", "torch"))])
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return ("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [mixtral, moe]\n---\n\n"
+            "# Mixtral\n\n"
+            "Exported by megatron_mixtral. Say here what it is for, what it cannot do, and its licence.\n\n"
+            f"| | |\n|---|---|\n{table}\n"
+            "```python\nfrom transformers import pipeline\n\n"
+            "print(pipeline(\"text-generation\", \"THIS_FOLDER\")(\"Once upon a time\", max_new_tokens=20))\n```\n")
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:  # torch and the engine are not needed to convert
+        return f"{package} not installed"

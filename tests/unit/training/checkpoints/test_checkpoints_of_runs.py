@@ -320,3 +320,19 @@ def test_a_run_that_lost_its_directory_saves_nothing_more(tmp_path: Path) -> Non
     first, second = run_ranks(2, _loses_its_directory, str(tmp_path))
     assert first == second and all("is no longer this run's" in sentence for sentence in first)
     assert retention.iterations(tmp_path) == [] and (tmp_path / ".lease").read_text() == "another run's"
+
+
+def test_the_first_tokenizer_that_is_there_goes_along_and_is_not_replaced(tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("hf", "flag", "save"):
+        (tmp_path / name).mkdir()
+    for name in ("tokenizer.model", "generation_config.json"):
+        (tmp_path / "hf" / name).write_text(name)
+        (tmp_path / "flag" / name).write_text("another")
+    monkeypatch.chdir(tmp_path / "flag")  # a name of the hub is no folder: nothing is taken from here
+    retention.carry_tokenizer(tmp_path / "save", [None, "nowhere"])
+    assert not list((tmp_path / "save").iterdir())
+    retention.carry_tokenizer(tmp_path / "save", ["org/name", str(tmp_path / "hf" / "tokenizer.model")])
+    retention.carry_tokenizer(tmp_path / "save", [str(tmp_path / "flag")])
+    assert {path.name: path.read_text() for path in (tmp_path / "save").iterdir()} == {
+        name: name for name in ("tokenizer.model", "generation_config.json")}

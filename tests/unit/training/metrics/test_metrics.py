@@ -3,12 +3,15 @@
 import json
 import logging
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_mixtral.errors import DivergedError
+from megatron_mixtral.training.metrics import waiting as waiting_module
 from megatron_mixtral.training.metrics import writer as module
 from megatron_mixtral.training.metrics.expert_load import Imbalance
 from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
@@ -57,7 +60,8 @@ def test_step_is_written_once_with_its_own_metrics(tmp_path: Path, caplog: pytes
             out.add_scalar("lm loss vs samples", 99.0, 128)
             out.add_scalar("grad-norm", 0.5, iteration)
             out.add_scalar("load_balancing_loss", 1.01, iteration)
-            out.observe(expert_tokens=[[10, 10, 10, 10], [30, 10, 0, 0]], memory_bytes=3 * 2**30)
+            out.observe(expert_tokens=[[10, 10, 10, 10], [30, 10, 0, 0]], memory_bytes=3 * 2**30,
+                        data_seconds=0.25)
             out.finish_step()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["lm_loss"] for line in lines] == [3.0, 4.0]
@@ -67,11 +71,29 @@ def test_step_is_written_once_with_its_own_metrics(tmp_path: Path, caplog: pytes
     assert lines[1]["mfu"] == pytest.approx(lines[1]["model_tflops_per_device"] / 0.5)
     assert (lines[1]["expert_imbalance"], lines[1]["expert_imbalance_worst"]) == (2.0, 3.0)
     assert lines[1]["seconds_left"] == 8 * 3.0, "the median of the steps so far"
+    assert (lines[1]["samples_per_second"], lines[1]["data_seconds"]) == (128 / 4.0, 0.25)
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert times[0] <= times[1] <= datetime.now(UTC) and times[1].utcoffset() == timedelta(0)
     loads = [json.loads(line) for line in (tmp_path / "run" / "expert_load.jsonl").read_text().splitlines()]
     assert loads == [{"iteration": i, "expert_load": [[10, 10, 10, 10], [30, 10, 0, 0]]} for i in (1, 2)]
     assert ("step 2/10 | lm loss 4.0000 | aux loss 1.0100 | grad norm 0.5000 | lr 1.000e-05 | "
             "TGS 8192.0 tokens/s/device | 0.02458 TFLOP/s/device | MFU 4.9% | memory 3.00 GiB | "
             "expert load 2.00 (layer 1: 3.00) | 4.000 s | 0:00:24 left") in caplog.text
+    last = caplog.records[-1]
+    assert last.shown == ("step 2/10 | loss 4.0000 | 8192.0 tokens/s/device | 0:00:24 left | 4.000 s | grad 0.500 | "
+                          "lr 1.0e-05")
+    assert last.status == "step 2/10 | loss 4.0000 | 8192.0 tokens/s/device | 0:00:24 left"
+
+
+def test_waiting_for_data_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(waiting_module.time, "perf_counter", lambda: next(clock))
+    waiting = waiting_module.Waiting()
+    step = waiting.timed(lambda data, model: next(data))
+    batches, model = iter("abc"), SimpleNamespace(training=True)
+    assert [step(batches, model), step(batches, model)] == ["a", "b"]
+    assert step(batches, SimpleNamespace(training=False)) == "c", "validation"
+    assert (waiting.take(), waiting.take()) == (2, 0), "a second a read, of this step alone"
 
 
 def test_a_metric_of_one_step_is_not_the_next_ones(tmp_path: Path) -> None:

@@ -48,8 +48,11 @@ def test_averages_differ_as_they_should(tmp_path: Path) -> None:
     assert (found.mean, found.time_weighted_mean, found.median, found.steps) == (62.5, 40.0, 62.5, 2)
 
 
-def test_our_output_is_read_and_a_step_taken_again_counts_as_taken_last(tmp_path: Path) -> None:
-    line = "step {}/20 | lm loss 4.0000 | TGS {} tokens/s/device | 0.02 TFLOP/s/device | {} s | 0:00:24 left\n"
+@pytest.mark.parametrize("line", [
+    "step {}/20 | lm loss 4.0000 | TGS {} tokens/s/device | 0.02 TFLOP/s/device | {} s | 0:00:24 left\n",  # rank logs
+    "step {}/20 | loss 4.0000 | {} tokens/s/device | 0:00:24 left | {} s | grad 0.500 | lr 1.0e-05\n",  # the screen
+])
+def test_our_output_is_read_and_a_step_taken_again_counts_as_taken_last(line: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(line.format(1, "10.0", "1.000") + line.format(2, "1.0", "9.000") + line.format(2, "30.0", "3.000"))
     found = throughput.read(log)

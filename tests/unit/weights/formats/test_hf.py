@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.models import assert_same_weights, random_hf_directory, tensors_of, tiny_hf_mixtral
 from safetensors.torch import save_file
 
@@ -253,3 +254,19 @@ def test_a_folder_saved_by_automodel_is_named_with_its_cure(hf, tmp_path):
     with pytest.raises(CheckpointError, match="AutoModelForCausalLM") as error:
         copy(tmp_path / "bare", tmp_path / "out")
     assert str(tmp_path / "bare") in str(error.value) and "embed_tokens.weight" in str(error.value)
+
+
+def test_an_export_has_a_card_and_the_settings_of_generation(hf: Path, tmp_path: Path) -> None:
+    """Of weights that were never trained here it claims no training; the hub reads its head as YAML."""
+    (hf / "generation_config.json").unlink(missing_ok=True)
+    copy(hf, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers" and head["pipeline_tag"] == "text-generation"
+    assert f"| made from | {tmp_path.name}/hf |" in card and "| versions | megatron_mixtral " in card
+    assert "steps" not in card and str(tmp_path) not in card
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == json.loads((hf / "config.json").read_text())["eos_token_id"]
+    (hf / "generation_config.json").write_text('{"temperature": 0.5}')
+    copy(hf, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == {"temperature": 0.5}

@@ -1,0 +1,44 @@
+"""The parser of every command: argparse, and a flag that it does not have names its neighbours.
+
+argparse complains of a flag that is missing before it looks at those that it does not know, so a misspelt `--input`
+would only be asked for. Python 3.14 has `suggest_on_error`, for choices alone.
+"""
+
+import argparse
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` that knows its flags' neighbours."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does it; the words are kept, for `error`."""
+        self._words = args or ()
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and a message that also says of each unknown flag which one may be meant."""
+        super().error("; ".join([message, *self._misspelt()]))
+
+    def flags(self) -> list[str]:
+        """Every flag, in each of its spellings."""
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def neighbours(self, word: str) -> str:
+        """The end of a sentence on a flag that is not known: "; is it --input?", or nothing where none is near."""
+        flag = word.partition("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(flag, self.flags(), 3) if flag.startswith("-") else ()
+        return f"; is it {' or '.join(near)}?" if near else ""
+
+    def _misspelt(self) -> Iterator[str]:
+        for word in self._words:
+            if word == "--":
+                return
+            flag, known = word.partition("=")[0], self.flags()
+            if flag.startswith("--") and not any(one == flag or self.allow_abbrev and one.startswith(flag)
+                                                 for one in known):
+                yield f"there is no {flag}{self.neighbours(flag)}"
