@@ -16,6 +16,7 @@ TASKS = {  # task of ours: the engine's flags for it
     "devices and layout": "--tensor-model-parallel-size N --pipeline-model-parallel-size N "
                           "--expert-model-parallel-size N --use-distributed-optimizer",
     "experts": "--moe-aux-loss-coeff X --moe-z-loss-coeff X",
+    "adapters": "--moe-aux-loss-coeff X --lr X",
     "steps": "--micro-batch-size N --global-batch-size N --train-iters N --lr X --eval-interval N --eval-iters N",
     "checkpoints": "--save DIR --save-interval N --async-save --ckpt-step N",
     "what it says": "--tensorboard-dir DIR --wandb-project NAME --log-interval N",
