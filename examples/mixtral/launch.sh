@@ -231,7 +231,7 @@ launch_inference() {
     if ((EP > 1)); then setting ETP 1; else setting ETP ''; fi
     if nvidia-smi -L >/dev/null 2>&1; then setting PRECISION bf16; else setting PRECISION fp32; fi
     local -a torchrun command blend=()
-    local program="$launch_root/tools/$1" LOAD_DIR="$CHECKPOINT" HF_CHECKPOINT="$TOKENIZER_MODEL"
+    local program="$launch_root/tools/$1" LOAD_DIR="$CHECKPOINT" HF_CHECKPOINT="$TOKENIZER_MODEL" given_load=""
     shift
     launch_cluster
     command=("${torchrun[@]}" "${program#"$PWD"/}" --load "$CHECKPOINT")

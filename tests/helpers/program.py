@@ -87,7 +87,8 @@ class Running:
         names = (f"rank_{rank}.log", f"rank_{rank}.2.log",
                  f"starting-{socket.gethostname()}-{self.ranks[rank].pid}.log")
         files = [file for name in names for file in sorted(self._saved.rglob(name)) if file not in self._before]
-        return "".join(file.read_text() for file in (self.logs[rank], *files))
+        screen = self.logs[rank].read_text().replace("\n  ", " ")  # where sentences are wrapped
+        return screen + "".join(file.read_text() for file in files)
 
     def alive(self) -> bool:
         return any(process.is_alive() for process in self.ranks)
