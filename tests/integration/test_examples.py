@@ -120,7 +120,8 @@ def test_dry_run_of_inference(program) -> None:
 def test_dry_run_of_evaluation() -> None:
     """The variables of the published recipe; as a job, whose script Slurm runs from another place."""
     given = {"TOKENIZER_PATH": "./hf/", "CHECKPOINT": "./model", "DATA_PATH": "./mmlu/test/", "TASK": "mmlu"}
-    for script, more in ((EVALUATE, {}), (SBATCH, {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "1", "MIXTRAL_VENV": "active"})):
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "1", "MIXTRAL_VENV": "active"}
+    for script, more in ((EVALUATE, {}), (SBATCH, job)):
         done = run(script, "--limit", "5", DRY_RUN="1", PRECISION="bf16", OUTPUT="out", **given, **more)
         assert done.returncode == 0, done.stderr
         words = shlex.split(done.stdout.replace("\\\n", " "))
