@@ -215,13 +215,15 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
     return args
 
 
-def _datasets(args: Namespace, writes_text: Any, *arguments: Any, **keywords: Any) -> Any:
-    """The engine's datasets provider. It is called on every rank when the model is loaded, before the first step."""
+def _datasets(args: Namespace, writes_text: Any, *arguments: Any, vp_stage: int | None = None) -> Any:
+    """The engine's datasets provider. It is called on every rank when the model is loaded, before the first step; with
+    virtual stages the engine looks for a parameter `vp_stage`.
+    """
     from megatron_mixtral.training import micro_batch
 
     if writes_text is not None:
         writes_text.after(args.iteration)
-    return micro_batch.datasets(args, *arguments, **keywords)
+    return micro_batch.datasets(args, *arguments, vp_stage=vp_stage)
 
 
 def _from_first_rank(word: str) -> str:
