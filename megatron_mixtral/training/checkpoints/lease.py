@@ -82,11 +82,8 @@ def acquire(save: Path, me: Holder, still: float = STILL, clock: Callable[[], fl
 def refuse_if_held(save: Path, me: Holder, clock: Callable[[], float] = time.monotonic,
                    sleep: Callable[[float], None] = time.sleep) -> None:
     """`CheckpointError` where a run other than this job's own is seen to be alive; for ranks whose rank 0 acquires."""
-    holder = _parse(heartbeat.read(str(save / NAME)))
-    # Nodes may call the first one by different names. Where this rank is silent in error, rank 0 is not.
-    theirs, ours = (None if one is None or one.job is None else re.sub(" at .*:", ":", one.job) for one in (holder, me))
-    if theirs is None or theirs != ours:
-        _wait(str(save / NAME), me, WATCHED, clock, sleep)
+    _wait(str(save / NAME), me, WATCHED, clock, sleep, beside=True)
+
 
 
 class Lease:
@@ -144,12 +141,23 @@ def _is_here(holder: Holder, me: Holder) -> bool:
     return (holder.host, holder.place) == (me.host, me.place)
 
 
+def _same_job(one: Holder, other: Holder) -> bool:
+    """Nodes may call the first one by different names. Where a rank is silent in error, rank 0 is not."""
+    one_job, other_job = (None if who.job is None else re.sub(" at .*:", ":", who.job) for who in (one, other))
+    return one_job is not None and one_job == other_job
+
+
 def _wait(path: str, me: Holder, still: float, clock: Callable[[], float], sleep: Callable[[float], None],
-          ) -> Holder | None:
-    """Wait until the lease can be removed: its dead holder; None where it is gone. `CheckpointError` where it lives."""
+          beside: bool = False) -> Holder | None:
+    """Wait until the lease can be removed: its dead holder; None where it is gone. `CheckpointError` where it lives.
+
+    A rank `beside` the first is content, too, once its own job has the lease, which rank 0 may take at any moment.
+    """
     first, began = None, clock()
     while (content := heartbeat.read(path)) is not None:
         holder = _parse(content)
+        if beside and holder is not None and _same_job(holder, me):
+            return None
         if holder is not None and _is_here(holder, me):
             if _started(holder.pid) != holder.started:
                 return holder

@@ -172,6 +172,22 @@ def test_ranks_beside_the_first_are_refused_by_another_job_only(tmp_path: Path) 
     assert clock.now < lease.STILL / 4
 
 
+def test_a_rank_beside_the_first_sees_it_take_over_from_a_dead_run(tmp_path: Path) -> None:
+    """Between two looks rank 0 of the same job has taken the lease: that is no other run."""
+    first, me = this_process(TORCHRUN), this_process(TORCHRUN)
+    dead = elsewhere(job=None)
+    write(tmp_path, dead)
+
+    def rank_0_takes_over(now: float) -> None:
+        if whose(tmp_path) == dead.token:
+            (tmp_path / lease.NAME).unlink()
+            write(tmp_path, first)
+
+    clock = Clock(rank_0_takes_over)
+    refuse_if_held(tmp_path, me, clock, clock.sleep)
+    assert whose(tmp_path) == first.token
+
+
 def test_of_many_at_once_one_takes_over(tmp_path: Path) -> None:
     mine = this_process({})
     write(tmp_path, dataclasses.replace(mine, token="0" * 32, started=mine.started - 1))
