@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mixtral import disk, model
 from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import read_json
-from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
+from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.evaluation.mmlu import SHOTS, Mmlu, read_mmlu
 from megatron_mixtral.inference import Generator, cli
 from megatron_mixtral.runtime import launch
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Ask a model and print the table. Returns 0, or 1 on a rank that leaves it to rank 0 to say what is wrong."""
+    """Ask a model and print the table. Returns 0, or 1 on a rank that leaves it to another to say what is wrong."""
     args = _parser().parse_args(argv)
     tasks = [name for name in args.tasks.split(",") if name]
     shots = SHOTS if args.num_fewshot is None else args.num_fewshot
@@ -38,25 +38,20 @@ def evaluate(argv: Sequence[str]) -> int:
     elif args.data_path is not None:
         raise ConfigError(f"--data-path {args.data_path} is of the task mmlu, and --tasks is {args.tasks}")
     reference = None if args.reference is None else read_json(args.reference)
-    try:
+
+    def work() -> None:
         generator = cli.open_generator(args, "evaluate", argv)
         with cli.leading(generator) as is_first:
             if is_first:
                 local = {} if questions is None else questions.tasks(shots)
                 _lead(generator, args, [one for one in tasks if not (local and one == "mmlu")], local, questions,
                       reference)
-    except RankLostError:
-        raise
-    except MixtralError:
-        if launch.is_first_here():
-            raise
-        return 1
-    return 0
+
+    return launch.as_rank(work)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description="Evaluate a Mixtral: MMLU and the tasks of lm-eval.",
-                                     allow_abbrev=False)
+    parser = Parser(description="Evaluate a Mixtral: MMLU and the tasks of lm-eval.", allow_abbrev=False)
     cli.model_flags(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--tasks", default="mmlu", metavar="NAME,...", help="tasks of lm-eval (mmlu)")

@@ -24,7 +24,7 @@ from typing import Any
 from megatron_mixtral import disk
 from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import ParallelLayout
-from megatron_mixtral.errors import ConfigError, DataError, MixtralError, RankLostError
+from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.inference.generator import Completion, Generator, Prompt
 from megatron_mixtral.inference.parameters import SamplingParams
 from megatron_mixtral.runtime import launch
@@ -149,7 +149,8 @@ def generate(argv: Sequence[str]) -> int:
     requests = None
     if args.prompts or args.prompts_file:
         requests = _requests(args, common)  # before any rank is started
-    try:
+
+    def work() -> None:
         generator = open_generator(args, "generate", argv)
         with leading(generator) as is_first:
             if is_first:
@@ -157,13 +158,8 @@ def generate(argv: Sequence[str]) -> int:
                 if args.prompt_template:
                     asked = _as_questions(generator, args.prompt_template, prompts, params)
                 _write((_answer(prompts[place], one) for place, one in generator.completions(*asked)), args.output)
-    except RankLostError:
-        raise
-    except MixtralError as error:
-        if launch.speaks_here(str(error)):
-            raise
-        return 1
-    return 0
+
+    return launch.as_rank(work)
 
 
 def _as_questions(generator: Generator, template: str, prompts: Sequence[Prompt],

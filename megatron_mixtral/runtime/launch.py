@@ -8,18 +8,21 @@
 computes with a model. A variable of Slurm's is meant as in srun(1), OUTPUT ENVIRONMENT VARIABLES.
 """
 
+import glob
 import hashlib
 import logging
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +127,7 @@ def speaks(environ: Mapping[str, str], sentence: str) -> bool:
 def has_spoken(environ: Mapping[str, str]) -> bool:
     """Whether a rank of this node has said why it ends, as far as one can know."""
     start = _folder_of_start(environ)
-    return start is not None and any(Path(start).parent.glob(f"{start.rpartition('/')[2]}said-*"))
+    return start is not None and bool(glob.glob(f"{glob.escape(start)}said-*"))
 
 
 def _folder_of_start(environ: Mapping[str, str]) -> str | None:
@@ -147,9 +150,28 @@ def is_first_here() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def speaks_here(sentence: str) -> bool:
-    """`speaks` in this process's own environment."""
-    return speaks(os.environ, sentence)
+def as_rank(work: Callable[[], None]) -> int:
+    """Do what a command does on each of its ranks. Returns 0, or 1 where this rank leaves it to another one of its node
+    to say what is wrong; else its `MixtralError` goes on, with the rank's number where that is not 0.
+    """
+    try:
+        work()
+    except MixtralError as error:
+        if isinstance(error, RankLostError):
+            time.sleep(1)  # the rank that was lost may have something to say, which explains this one's end
+            if has_spoken(os.environ):
+                return 1
+        if not speaks(os.environ, str(error)):
+            time.sleep(1)  # torchrun ends all when the first has ended: time for the one that speaks
+            return 1
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            raise
+        named = type(error)(f"rank {rank} on {socket.gethostname()}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            named.add_note(note)
+        raise named from error
+    return 0
 
 
 def _check_nproc(nproc: int | None, found: int, starter: str) -> None:

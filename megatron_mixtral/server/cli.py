@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mixtral.command_line import Parser
-from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
+from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference import cli as inference
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.server.settings import Settings
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Serve a model until SIGTERM or Ctrl-C. Returns 0, or 1 on a rank that leaves it to rank 0 to say what is wrong.
+    """Serve a model until SIGTERM or Ctrl-C. Returns 0, or 1 on a rank that leaves it to another to say what is wrong.
 
     Raises `ConfigError` for a port that is in use, before the model is read.
     """
@@ -28,16 +28,12 @@ def serve(argv: Sequence[str]) -> int:
 
     # Where this program starts its ranks, it becomes torchrun: the socket closes, and rank 0 opens it again.
     listener = process.open_socket(settings.host, settings.port) if launch.is_first_here() else None
-    try:
+
+    def work() -> None:
         generator = inference.open_generator(args, "serve", argv)
         process.serve(generator, inference.prompts_of(generator, args.prompt_template), settings, listener)
-    except RankLostError:
-        raise
-    except MixtralError:
-        if launch.is_first_here():
-            raise
-        return 1
-    return 0
+
+    return launch.as_rank(work)
 
 
 def _parser() -> argparse.ArgumentParser:

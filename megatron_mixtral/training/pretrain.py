@@ -3,9 +3,7 @@
 import functools
 import logging
 import os
-import socket
 import sys
-import time
 import traceback
 import warnings
 from argparse import Namespace
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import Coord, engine
-from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
+from megatron_mixtral.errors import ConfigError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight, screen
@@ -35,24 +33,7 @@ def run(argv: Sequence[str]) -> int:
     if (page := help_of(argv, "pretrain")) is not None:
         sys.stdout.write(page)
         return 0
-    try:
-        _run(list(argv))
-    except MixtralError as error:
-        if isinstance(error, RankLostError):
-            time.sleep(1)  # the rank that was lost may have something to say, which explains this one's end
-            if launch.has_spoken(os.environ):
-                return 1
-        if not launch.speaks(os.environ, str(error)):
-            time.sleep(1)  # torchrun ends all when the first has ended: time for the one that speaks
-            return 1
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
-            raise
-        named = type(error)(f"rank {rank} on {socket.gethostname()}: {error}")
-        for note in getattr(error, "__notes__", ()):
-            named.add_note(note)
-        raise named from error
-    return 0
+    return launch.as_rank(partial(_run, list(argv)))
 
 
 def _run(argv: list[str]) -> None:

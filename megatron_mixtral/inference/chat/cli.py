@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_mixtral.command_line import Parser
-from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
+from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference.chat.terminal import LONGEST, Interrupt, Lines
 from megatron_mixtral.inference.cli import (
     leading,
@@ -27,7 +27,7 @@ HELP = ("/clear forgets what was said; /system TEXT does, too, and sets the syst
 
 
 def chat(argv: Sequence[str]) -> int:
-    """Talk to a model. Returns 0, or 1 on a rank that leaves it to rank 0 to say what is wrong."""
+    """Talk to a model. Returns 0, or 1 on a rank that leaves it to another to say what is wrong."""
     parser = Parser(description="Talk to a Mixtral in the terminal.", epilog=HELP, allow_abbrev=False)
     model_flags(parser)
     sampling_flags(parser)
@@ -40,7 +40,8 @@ def chat(argv: Sequence[str]) -> int:
     if params.n != 1 or params.logprobs is not None:
         raise ConfigError("a chat has one answer, and shows no log-probabilities: leave out --num-samples and "
                           "--logprobs")
-    try:
+
+    def work() -> None:
         generator = open_generator(args, "chat", argv)
         prompts = prompts_of(generator, args.prompt_template)
         with leading(generator) as is_first:
@@ -49,13 +50,8 @@ def chat(argv: Sequence[str]) -> int:
                     pass  # what the first pass has to say (warnings of the libraries) comes before the first prompt
                 with Lines(sys.stdin.fileno()) as lines:
                     Conversation(generator, prompts, params, lines, _say, args.system).run()
-    except RankLostError:
-        raise
-    except MixtralError:
-        if launch.is_first_here():
-            raise
-        return 1
-    return 0
+
+    return launch.as_rank(work)
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral import __main__ as commands
+from megatron_mixtral.errors import ConfigError, MixtralError, RankLostError
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.training.arguments import resolve
 
@@ -128,3 +129,50 @@ def test_a_number_of_devices_alone_is_enough_to_plan_but_not_to_train() -> None:
 def test_a_task_that_is_no_rank_is_refused(rank: str) -> None:
     with pytest.raises(ConfigError, match=f"SLURM_PROCID is .*{rank}"):
         resolve(TP2_PP2, {**TASK, "SLURM_PROCID": rank})
+
+
+def test_a_rank_that_fails_alone_is_named_and_says_what_was_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        error = ConfigError("x is missing")
+        error.add_note("log: y")
+        raise error
+
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ConfigError, match=r"^rank 3 on .*: x is missing\nlog: y$") as found:
+        launch.as_rank(fails)
+    assert found.value.__notes__ == ["log: y"]
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match=r"^x is missing\nlog: y$"):
+        launch.as_rank(fails)
+    assert launch.as_rank(lambda: None) == 0
+
+
+def test_a_rank_leaves_to_another_what_that_has_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of two that miss the same, one is silent; so is one that only lost another rank, which has said why it ended."""
+    def raises(error: MixtralError) -> int:
+        def work() -> None:
+            raise error
+        return launch.as_rank(work)
+
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    for rank in ("1", "0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        if rank == "1":
+            with pytest.raises(ConfigError, match="^rank 1 on"):
+                raises(ConfigError("x is missing"))
+        else:
+            assert raises(ConfigError("x is missing") if rank == "0" else RankLostError("another has ended")) == 1
+
+
+@pytest.mark.parametrize("command", ["generate --prompts x", "chat", "serve --port 0", "evaluate --output {}"])
+def test_every_command_of_several_ranks_speaks_on_each(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture) -> None:
+    """A node that lacks a file may be any: its rank is not 0, and says so."""
+    for variable, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    name, *flags = command.format(tmp_path / "out").split()
+    assert commands.run(name, [*flags, "--load", str(tmp_path / "absent")]) == 1
+    assert "error: rank 1 on" in (said := capsys.readouterr().err) and "absent" in said
