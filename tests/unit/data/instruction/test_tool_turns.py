@@ -1,4 +1,4 @@
-"""Dialogues that call tools: every form gives the ids of mistral-common's v3 tokenizer, and answers alone are trained."""
+"""Dialogues that call tools: every form gives the ids of mistral-common's v3 tokenizer, and answers alone train."""
 
 import json
 from functools import cache
