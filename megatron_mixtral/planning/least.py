@@ -12,7 +12,8 @@ from megatron_mixtral.planning.step_time import Machine
 MODELS = {"4x7B": "mixtral-4x7b", "8x7B": "mixtral-8x7b", "8x22B": "mixtral-8x22b"}
 COUNTS = tuple(2**power for power in range(9))  # numbers of devices to try: 1 to 256
 SEQUENCE, BATCH, RANK = 4096, 256, 16
-USES = ("pretraining, full tuning", "LoRA", "QLoRA", "generation")
+USES = {"pretraining, full tuning": 18.0, "LoRA": 2.0, "QLoRA": 0.5, "generation": 2.0}  # bytes a parameter, at least
+FULL = next(iter(USES))
 
 
 def least_devices(config: MixtralConfig, use: str, memory: float) -> int | None:
@@ -27,7 +28,10 @@ def least_devices(config: MixtralConfig, use: str, memory: float) -> int | None:
 def _fits(config: MixtralConfig, use: str, count: int, memory: float) -> bool:
     question = Question(config, Machine(devices=count), SEQUENCE, BATCH, (1,))
     room = memory * MEMORY_SHARE - RESERVED
-    return any(_needs(shape, use) <= room for shape in shapes(question))
+    if count * room < config.total_parameters * USES[use]:  # spares the search
+        return False
+    # Virtual stages hold more activations, never fewer.
+    return any(_needs(shape, use) <= room for shape in shapes(question) if shape.layout.vpp == 1)
 
 
 def _needs(shape: RunShape, use: str) -> float:
@@ -37,7 +41,7 @@ def _needs(shape: RunShape, use: str) -> float:
         cached = 2 * config.num_key_value_heads * config.head_dim // shape.layout.tp * SEQUENCE
         return max(2 * (shape.parameters_of_stage(stage).total + shape.layers_of_stage(stage) * cached)
                    for stage in (0, shape.layout.pp - 1))  # fmt: skip
-    if use != USES[0]:
+    if use != FULL:
         shape = replace(shape, adapter=AdapterConfig.of(config, rank=RANK, quantized=use == "QLoRA"))
     return stage_memory(shape, fullest_stage(shape)).total
 
