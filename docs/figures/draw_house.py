@@ -2,7 +2,7 @@
 
     python docs/figures/draw_house.py
 
-The rooms and their levels are those of the block in docs/design.md; which of them know the engine, what their files import.
+The rooms and their levels are those of the block in docs/design.md; their files say which of them import the engine.
 """
 
 import re
@@ -30,8 +30,8 @@ class Picture:
     def words(self, x: float, y: float, text: str, size: int = 14, colour: str = INK, anchor: str = "start",
               bold: bool = False) -> None:
         weight = ' font-weight="bold"' if bold else ""
-        self.parts.append(f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"{weight}>'
-                          f"{escape(text)}</text>")
+        place = f'x="{x:g}" y="{y:g}" font-size="{size}" fill="{colour}" text-anchor="{anchor}"'
+        self.parts.append(f"<text {place}{weight}>{escape(text)}</text>")
 
     def box(self, x: float, y: float, width: float, height: float, title: str, *lines: str, fill: str = PLAIN) -> None:
         """A title in bold and lines below it, in the middle of the box."""
@@ -96,7 +96,8 @@ def step() -> str:
     picture.box(left, 70, wide, 64, "PREFIX.bin / .idx", "document ids on disk", "data/indexed", fill=KEPT)
     picture.box(left, 184, wide, 74, "Sample of s + 1 ids", "shuffled, blended, or a pack", "data/datasets")
     picture.box(left, 308, wide, 74, "Micro-batch", "ids, labels, loss mask [b, s]", "training/micro_batch.py")
-    picture.box(left, 432, wide, 74, "Embedding", "[b, s] to [s, b, h], cut over TP", "first pipeline stage", fill=ENGINE)
+    picture.box(left, 432, wide, 74, "Embedding", "[b, s] to [s, b, h], cut over TP", "first pipeline stage",
+                fill=ENGINE)
     for y in (134, 258, 382):
         picture.arrow((left + wide / 2, y), (left + wide / 2, y + 50))
     picture.parts.append(f'<rect x="{mid - 14}" y="46" width="{wide + 28}" height="576" rx="10" fill="none" '
@@ -128,8 +129,8 @@ def step() -> str:
     picture.box(right, 680, wide, 74, "New weights", "all-gather over DP, in bf16", fill=MOVED)
     for y in (134, 258, 382, 506, 630):
         picture.arrow((right + wide / 2, y), (right + wide / 2, y + 50))
-    picture.box(mid, 680, wide, 74, "metrics.jsonl, checkpoints", "loss, load of experts, throughput", "training/metrics",
-                fill=KEPT)
+    picture.box(mid, 680, wide, 74, "metrics.jsonl, checkpoints", "loss, load of experts, throughput",
+                "training/metrics", fill=KEPT)
     picture.arrow((right, 717), (mid + wide, 717))
     picture.arrow((mid, 717), (left + wide / 2, 717), (left + wide / 2, 506), dashed=True)
     picture.words(left + wide / 2 + 12, 640, "the next step", 13, QUIET)
