@@ -6,8 +6,11 @@ would only be asked for. Python 3.14 has `suggest_on_error`, for choices alone.
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
+
+FLAGS_ONLY = "MIXTRAL_FLAGS_ONLY"  # 1: a command ends when it has read its flags; for scripts that start many ranks
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +22,13 @@ class Parser(argparse.ArgumentParser):
         """As argparse does it; the words are kept, for `error`."""
         self._words = args or ()
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does it; ends the command where its flags alone were to be read."""
+        found = super().parse_args(args, namespace)
+        if os.environ.get(FLAGS_ONLY) == "1":
+            self.exit()
+        return found
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and a message that also says of each unknown flag which one may be meant."""

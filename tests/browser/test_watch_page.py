@@ -1,4 +1,4 @@
-"""The page of running runs in headless Chromium: what ends, dies or diverges is shown at the next look or the one after.
+"""The page of running runs in headless Chromium: what ends, dies or diverges is shown within two looks.
 
 The page looks every two seconds, so that is within five.
 """
@@ -75,7 +75,8 @@ def test_ends_deaths_and_divergence_are_shown_at_once(running, tmp_path):
 
         write(running["diverges"][0], *(step(number, loss=None) for number in range(41, 44)))
         before = looks(page)
-        page.until(f"{card('diverges')}.querySelector('li')?.textContent.startsWith('diverging: 3 of the last 20 steps')")
+        alert = f"{card('diverges')}.querySelector('li')?.textContent"
+        page.until(f"{alert}?.startsWith('diverging: 3 of the last 20 steps')")
         assert looks(page) - before <= 2 and page.run(state("diverges")) == "running"
         assert page.run(f"[...{card('diverges')}.querySelectorAll('dd')][1].textContent") == "not finite"
         page.screenshot(shots / "watch-shown.png")

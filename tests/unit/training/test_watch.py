@@ -20,6 +20,7 @@ from megatron_mixtral.training import watch
 from megatron_mixtral.training.checkpoints import lease
 from megatron_mixtral.training.watch.terminal import spark, table
 
+
 def watched(folder: Path) -> watch.WatchedRun:
     run = watch.WatchedRun(folder, "run")
     run.update()
