@@ -77,6 +77,16 @@ class AdapterConfig(MixtralConfig):
         """The Mixtral that the adapters belong to."""
         return MixtralConfig(**{item.name: getattr(self, item.name) for item in fields(MixtralConfig)})
 
+    @staticmethod
+    def packs(name: str) -> bool:
+        """Whether a base of 4 bits has the weight of this Hugging Face name packed: every linear, a target or not."""
+        return name.split(".")[-2] in TARGETS
+
+    @staticmethod
+    def packed_bytes(size: int) -> float:
+        """Bytes of a packed number of a model whose type takes `size`: each 64 share a magnitude of that type."""
+        return 0.5 + size / 64
+
     @property
     def scale(self) -> float:
         """What B A is multiplied by."""

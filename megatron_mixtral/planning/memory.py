@@ -44,7 +44,7 @@ def _weights(shape: RunShape, stage: int) -> float:
     if adapter.quantized:
         layers = shape.layers_of_stage(stage)
         linears = layers * (shape.config.attention_parameters // shape.layout.tp) + model.expert
-        size += linears * (0.5 + shape.weight_bytes / 64 - shape.weight_bytes)
+        size += linears * (adapter.packed_bytes(shape.weight_bytes) - shape.weight_bytes)
         size += model.expert / layers * 2 / 3 * shape.weight_bytes
     return size
 

@@ -127,9 +127,7 @@ class AdapterRun:
     def _source(self) -> Any:
         if self._start is None:
             return FreshAdapters(self.adapter, self._args.seed)
-        source = open_source(self._start, base=self.adapter.model)
-        if not isinstance(source.config, AdapterConfig):
-            raise CheckpointError(f"--adapter {self._start} holds a whole model, expected adapters")
+        source = open_source(self._start, base=self.adapter.model, holds="adapters")
         for name in ("rank", "alpha", "targets"):
             ours, theirs = getattr(self.adapter, name), getattr(source.config, name)
             if ours != theirs:
