@@ -73,18 +73,9 @@ def expected(folder: Path, prompts: list[list[int]]) -> dict[tuple[str, bool], A
     models = {("all", True): adapters.peft_model(folder / "hf", folder / "all"), ("all", False): base,
               ("gate", True): adapters.peft_model(folder / "hf", folder / "gate"), ("gate", False): base,
               ("qlora", True): adapters.peft_model(folder / "rounded", folder / "qlora"), ("qlora", False): rounded}
-    found = {key: [greedy(model, prompt) for prompt in prompts] for key, model in models.items()}
+    found = {key: [adapters.greedy(model, prompt, NEW) for prompt in prompts] for key, model in models.items()}
     assert all(found["all", True][one][0] != found["all", False][one][0] for one in range(len(prompts)))
     return found | {("dist", on): found["all", on] for on in (True, False)}
-
-
-@torch.no_grad()
-def greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    ids, rows = torch.tensor([prompt]), []
-    for _ in range(NEW):
-        rows.append(model(ids, use_cache=False).logits[0, -1].log_softmax(-1))
-        ids = torch.cat([ids, rows[-1].argmax().view(1, 1)], dim=1)
-    return ids[0, len(prompt):].tolist(), torch.stack(rows)
 
 
 def work_off(rank: int, folder: str, jobs: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
