@@ -6,16 +6,16 @@ would only be asked for. Python 3.14 has `suggest_on_error`, for choices alone.
 
 import argparse
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-FLAGS_ONLY = "MIXTRAL_FLAGS_ONLY"  # 1: a command ends when it has read its flags; for scripts that start many ranks
-
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that knows its flags' neighbours."""
+    """`argparse.ArgumentParser` that knows its flags' neighbours. With `flags_only` a command ends when it has read its
+    flags: scripts ask so before they start many ranks.
+    """
 
+    flags_only = False
     _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -24,9 +24,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse does it; ends the command where its flags alone were to be read."""
+        """As argparse does it; see `flags_only`."""
         found = super().parse_args(args, namespace)
-        if os.environ.get(FLAGS_ONLY) == "1":
+        if self.flags_only:
             self.exit()
         return found
 
