@@ -1,6 +1,7 @@
 """A folder of the shape of MMLU's, with questions of random words, whose answers nobody knows."""
 
 import csv
+import json
 import random
 import re
 from collections.abc import Sequence
@@ -49,3 +50,15 @@ def write_shipped(folder: Path, subjects: Sequence[str], examples: int = 1) -> P
                     letter = re.search(r"answer is \(([ABCD])\)", one["target"])[1]
                     csv.writer(stream).writerow([question.strip(), *choices, letter])
     return folder
+
+
+def write_task(folder: Path) -> None:
+    """A task of lm-eval's, `after`, whose eight questions are in a local file."""
+    folder.mkdir()
+    rows = [{"asked": f"{one} after", "choices": ["abc", "b", "cc"], "right": number % 3}
+            for number, one in enumerate("abcdefgh")]
+    (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "after.yaml").write_text(yaml.safe_dump({
+        "task": "after", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
+        "num_fewshot": 0, "doc_to_text": "asked", "doc_to_choice": "choices", "doc_to_target": "right",
+        "dataset_kwargs": {"data_files": {"test": f"{folder}/rows.json"}, "cache_dir": f"{folder}/cache"}}))
