@@ -131,6 +131,8 @@ def perplexity(argv: Sequence[str]) -> int:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
     config = open_source(args.load).config
+    if args.seq_length is not None and args.samples is None and len(args.data_path) > 1:
+        raise ConfigError("an epoch is of one data set: of a blend, say how many --samples")
     if args.data_path:
         check_pretraining([blend_of(args.data_path)], config.vocab_size, args.seq_length or 1)
     if absent := [one for one in args.input if not Path(one).exists()]:
@@ -177,7 +179,7 @@ def _perplexity_parser() -> argparse.ArgumentParser:
 
 
 def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
-    from megatron_mixtral.evaluation import perplexity as room
+    from megatron_mixtral.evaluation.perplexity import Figures, documents, measure, table, texts
     from megatron_mixtral.evaluation.report import depends_on
 
     tokenizer, length = generator.tokenizer, generator.engine.max_length
@@ -193,12 +195,12 @@ def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
         prefixes, _ = blend_of(args.data_path)
         for prefix in prefixes if tokenizer is not None else ():
             check_tokenizer(prefix, tokenizer)
-        passages = {prefix: room.documents(prefix, tokenizer) for prefix in prefixes}
+        passages = {prefix: documents(prefix, tokenizer) for prefix in prefixes}
     else:
-        passages = {one: room.texts(one, args.json_key, tokenizer) for one in args.input}
-    found, total = {}, room.Figures()
+        passages = {one: texts(one, args.json_key, tokenizer) for one in args.input}
+    found, total = {}, Figures()
     for name, some in passages.items():
-        figures = room.measure(generator, some, stride)
+        figures = measure(generator, some, stride)
         found[name] = figures.report()
         total.add(figures)
     if len(found) > 1:
@@ -210,7 +212,7 @@ def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
                              seq_length=args.seq_length, split=args.split, seed=args.seed, samples=args.samples)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         disk.write_whole(args.output, json.dumps({"results": found, "config": depends}, indent=2) + "\n")
-    print(room.table(found), end="", flush=True)
+    print(table(found), end="", flush=True)
 
 
 def plot(argv: Sequence[str]) -> int:

@@ -104,7 +104,7 @@ def _records(path: str, key: str) -> Iterator[str]:
 
 
 def validation_samples(data_path: Sequence[str], *, seq_length: int, split: str, seed: int, count: int | None,
-                       cache: str | None, vocab_size: int) -> list[Passage]:
+                       cache: str | None, vocab_size: int) -> Iterator[Passage]:
     """What a run with these flags validates on, by training's own builder: `count` samples of `seq_length` tokens, or
     those of one epoch. Every rank calls it, after the process group is there.
 
@@ -120,7 +120,7 @@ def validation_samples(data_path: Sequence[str], *, seq_length: int, split: str,
         blend_per_split=None, split=split, cache=cache, is_built_on_rank=lambda: True, reset_position_ids=False,
         reset_attention_mask=False, eod_mask_loss=False)
     rows = (found[number] for number in range(len(found) if count is None else count))
-    return [Passage([*row["tokens"].tolist(), int(row["labels"][-1])], None) for row in rows]
+    return (Passage([*row["tokens"].tolist(), int(row["labels"][-1])], None) for row in rows)
 
 
 def windows(ids: Sequence[int], length: int, stride: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:

@@ -119,6 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("--input a.txt --data-path b", "one of the two"),
     ("--input a.txt --samples 3", "--samples is of samples as a run reads them: give its --seq-length"),
     ("--input a.txt --seq-length 8", "--seq-length cuts data sets into a run's samples (--data-path)"),
+    ("--data-path a b --seq-length 8", "an epoch is of one data set: of a blend, say how many --samples"),
     ("--input absent.txt", "--input absent.txt does not exist"),
     ("--data-path absent", "absent.bin does not exist"),
     ("--input a.txt --stride 0", "--stride 0: expected at least 1"),
