@@ -121,7 +121,7 @@ def perplexity(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if bool(args.data_path) == bool(args.input):
         raise ConfigError("expected data sets (--data-path PREFIX ...) or texts (--input FILE ...), one of the two")
-    if args.seq_length is None and (given := [flag for flag in ("samples", "split", "data_cache_path")
+    if args.seq_length is None and (given := [flag for flag in ("samples", "split", "seed", "data_cache_path")
                                               if getattr(args, flag) is not None]):
         raise ConfigError(f"--{given[0].replace('_', '-')} is of samples as a run reads them: give its --seq-length")
     if args.seq_length is not None and args.input:
@@ -147,8 +147,8 @@ def perplexity(argv: Sequence[str]) -> int:
         cut = None
         if args.seq_length is not None:
             cut = validation_samples(args.data_path, seq_length=args.seq_length, split=args.split or "969,30,1",
-                                     seed=args.seed, count=args.samples, cache=args.data_cache_path,
-                                     vocab_size=config.vocab_size)
+                                     seed=1234 if args.seed is None else args.seed, count=args.samples,
+                                     cache=args.data_cache_path, vocab_size=config.vocab_size)
         with cli.leading(generator) as is_first:
             if is_first:
                 _score(generator, args, cut)
@@ -171,7 +171,7 @@ def _perplexity_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("as a run validates")
     group.add_argument("--seq-length", type=int, metavar="N", help="the run's: score the samples that it validates on")
     group.add_argument("--split", metavar="A,B,C", help="the run's: the second part is validated on (969,30,1)")
-    group.add_argument("--seed", type=int, default=1234, metavar="N", help="the run's (1234)")
+    group.add_argument("--seed", type=int, metavar="N", help="the run's (1234)")
     group.add_argument("--samples", type=int, metavar="N",
                        help="--eval-iters x --global-batch-size: the first evaluation's (default: of one epoch)")
     group.add_argument("--data-cache-path", metavar="DIR", help="the run's: for the index of the samples")
@@ -201,10 +201,10 @@ def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
     found, total = {}, Figures()
     for name, some in passages.items():
         figures = measure(generator, some, stride)
-        found[name] = figures.report()
+        found[name] = figures.report(name)
         total.add(figures)
     if len(found) > 1:
-        found["all"] = total.report()
+        found["all"] = total.report("all")
     source = open_source(args.load)
     if args.output is not None:
         depends = depends_on(source.config, Path(source.where), tokenizer, layout=str(cli.layout_of(args)),

@@ -51,10 +51,12 @@ class Figures:
         self.nats += other.nats
         self.size = None if self.size is None or other.size is None else self.size + other.size
 
-    def report(self) -> dict[str, Any]:
-        """`loss` in nats a token, as training logs it; `perplexity` its exponential; of text the same by byte."""
+    def report(self, name: str) -> dict[str, Any]:
+        """`loss` in nats a token, as training logs it; `perplexity` its exponential; of text the same by byte. `name`
+        is what a `DataError` calls passages without a token.
+        """
         if not self.tokens:
-            raise DataError("there is nothing to score: a text of at least one token is needed, two where the "
+            raise DataError(f"{name} holds nothing to score: expected a text of at least one token, of two where the "
                             "tokenizer has no BOS")
         loss = self.nats / self.tokens
         found = {"passages": self.passages, "tokens": self.tokens, "loss": loss, "perplexity": _exp(loss)}

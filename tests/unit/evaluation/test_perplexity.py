@@ -64,13 +64,13 @@ def test_loss_and_perplexities_are_of_tokens_and_of_bytes() -> None:
     some = [perplexity.Passage([1, 2, 3, 4, 5, 6, 7], 9), perplexity.Passage([1], 0), perplexity.Passage([1, 3], 2)]
     found = perplexity.measure(generator, some, stride=2)
     assert (found.passages, found.tokens, found.nats, found.size) == (3, 7, 30.0, 11)
-    assert found.report() == pytest.approx({
+    assert found.report("a") == pytest.approx({
         "passages": 3, "tokens": 7, "bytes": 11, "loss": 30 / 7, "perplexity": math.exp(30 / 7),
         "bits_per_byte": 30 / math.log(2) / 11, "byte_perplexity": math.exp(30 / 11)})
     found.add(perplexity.Figures(1, 1, 2.0, None))
-    assert found.size is None and "bits_per_byte" not in found.report() and found.report()["loss"] == 4.0
-    with pytest.raises(DataError, match="there is nothing to score"):
-        perplexity.Figures(passages=1).report()
+    assert found.size is None and "bits_per_byte" not in found.report("a") and found.report("a")["loss"] == 4.0
+    with pytest.raises(DataError, match="a.txt holds nothing to score"):
+        perplexity.Figures(passages=1).report("a.txt")
     with pytest.raises(DataError, match="no numbers"):
         perplexity.measure(Recorder(4, broken=True), some, stride=4)
 
@@ -118,6 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("", "expected data sets (--data-path PREFIX ...) or texts (--input FILE ...), one of the two"),
     ("--input a.txt --data-path b", "one of the two"),
     ("--input a.txt --samples 3", "--samples is of samples as a run reads them: give its --seq-length"),
+    ("--input a.txt --seed 3", "--seed is of samples"),
     ("--input a.txt --seq-length 8", "--seq-length cuts data sets into a run's samples (--data-path)"),
     ("--data-path a b --seq-length 8", "an epoch is of one data set: of a blend, say how many --samples"),
     ("--input absent.txt", "--input absent.txt does not exist"),
@@ -131,7 +132,7 @@ def test_what_cannot_be_is_refused_before_a_rank_is_started(flags, sentence, fol
 
 
 def test_the_table_has_a_line_for_each() -> None:
-    found = {"a": perplexity.Figures(1, 2, 3.0, 4).report(), "b": perplexity.Figures(1, 2, 3.0, None).report()}
+    found = {"a": perplexity.Figures(1, 2, 3.0, 4).report("a"), "b": perplexity.Figures(1, 2, 3.0, None).report("b")}
     assert perplexity.table(found).splitlines()[2:] == [
         "| a | 1 | 2 | 4 | 1.500000 | 4.4817 | 1.0820 |", "| b | 1 | 2 |  | 1.500000 | 4.4817 |  |"]
     assert json.loads(json.dumps(found)) == found
