@@ -195,7 +195,9 @@ class Engine:
             self.step()
 
     def rest(self) -> None:
-        """Rank 0: end the `follow` of the other ranks, who may follow again later. Else as `close`."""
+        """Rank 0: end the `follow` of the other ranks, who may follow again later. Else as `close`. Whoever has led
+        alone goes on doing so: by then its requests have other names than those of a rank that asks the same.
+        """
         if self.is_first and not self._closed and not self._in_step:
             self._lockstep.tell([("rest",)])
 

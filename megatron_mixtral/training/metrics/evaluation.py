@@ -116,8 +116,7 @@ class Evaluation:
         training = self._model.training
         self._model.eval()
         try:
-            texts = list(self._generator.completions(self._plan.ids, self._plan.params))
-            answers = self._ask(iteration)
+            texts, answers = self._lead_or_follow(iteration)
         finally:
             self._model.train(training)
         figures = questions.figures(answers)
@@ -126,6 +125,31 @@ class Evaluation:
             if answers:
                 self._write_figures(iteration, answers, figures)
         return figures
+
+    def _lead_or_follow(self, iteration: int) -> tuple[list[tuple[int, Completion]], dict[str, Any]]:
+        """The texts of the prompts and lm-eval's results, on every rank: rank 0 asks and the others follow."""
+        import torch
+
+        engine, found = self._generator.engine, [([], {})]
+        if engine.is_first:
+            try:
+                texts = list(self._generator.completions(self._plan.ids, self._plan.params))
+                found = [(texts, self._ask(iteration))]
+            finally:
+                engine.rest()
+        else:
+            engine.follow()
+        torch.distributed.broadcast_object_list(found)
+        return found[0]
+
+    def _ask(self, iteration: int) -> dict[str, Any]:
+        if self._plan.questions is None:
+            return {}
+        try:
+            return questions.ask(self._generator, self._plan.questions)
+        except DataError as error:  # logits that are no numbers: whether the run goes on is not decided here
+            logger.warning("step %d: --eval-tasks could not be asked: %s", iteration, error)
+            return {}
 
     def _make(self) -> Generator:
         from megatron_mixtral.inference import Engine  # imports the engine
@@ -137,25 +161,6 @@ class Evaluation:
                         max_length=min(length, self._run.config.max_position_embeddings + 1),
                         stop_token_ids=self._stop_ids())
         return Generator(engine, plan.tokenizer)
-
-    def _ask(self, iteration: int) -> dict[str, Any]:
-        """lm-eval's results, on every rank: rank 0 asks and the others follow."""
-        import torch
-
-        if self._plan.questions is None:
-            return {}
-        engine, found = self._generator.engine, [{}]
-        if engine.is_first:
-            try:
-                found = [questions.ask(self._generator, self._plan.questions)]
-            except DataError as error:  # logits that are no numbers: whether the run goes on is not decided here
-                logger.warning("step %d: --eval-tasks could not be asked: %s", iteration, error)
-            finally:
-                engine.rest()
-        else:
-            engine.follow()
-        torch.distributed.broadcast_object_list(found)
-        return found[0]
 
     def _stop_ids(self) -> frozenset[int]:
         ids = (self._run.config.eos_token_id, self._plan.tokenizer.eos_id)
