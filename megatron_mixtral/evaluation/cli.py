@@ -92,7 +92,7 @@ def _lead(generator: Generator, args: argparse.Namespace, names: Sequence[str],
         source.config, Path(source.where), generator.tokenizer, layout=str(cli.layout_of(args)), limit=args.limit,
         dtype=model.type_name(args.dtype, source), max_length=generator.engine.max_length, num_fewshot=args.num_fewshot,
         method=args.method, mmlu_sha256=None if questions is None else questions.digest(),
-        lm_eval_version=version("lm_eval"))
+        lm_eval_version=version("lm_eval"), adapter=_adapter(args, source))
     asked = {} if questions is None else {name: len(splits["test"]) for name, splits in questions.subjects.items()}
     sizes = {f"mmlu_{name}": min(size, args.limit or size) for name, size in asked.items()}
     parts = run(harness, {**local, **{name: name for name in names}}, args.output, depends, sizes=sizes,
@@ -209,10 +209,16 @@ def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
     if args.output is not None:
         depends = depends_on(source.config, Path(source.where), tokenizer, layout=str(cli.layout_of(args)),
                              dtype=model.type_name(args.dtype, source), max_length=length, stride=stride,
-                             seq_length=args.seq_length, split=args.split, seed=args.seed, samples=args.samples)
+                             seq_length=args.seq_length, split=args.split, seed=args.seed, samples=args.samples,
+                             adapter=_adapter(args, source))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         disk.write_whole(args.output, json.dumps({"results": found, "config": depends}, indent=2) + "\n")
     print(table(found), end="", flush=True)
+
+
+def _adapter(args: argparse.Namespace, source: Any) -> Path | None:
+    """Where the adapters of the model lie, if it has any."""
+    return args.adapter and Path(open_source(args.adapter, base=source.config).where)
 
 
 def plot(argv: Sequence[str]) -> int:

@@ -28,8 +28,13 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def depends_on(config: MixtralConfig, directory: Path, tokenizer: Any, **settings: Any) -> dict[str, Any]:
-    """What figures depend on, beside the code: plain values, one line each in the report."""
+def depends_on(config: MixtralConfig, directory: Path, tokenizer: Any, adapter: Path | None = None,
+               **settings: Any) -> dict[str, Any]:
+    """What figures depend on, beside the code: plain values, one line each in the report. Of a model with adapters,
+    they are in the directory `adapter`.
+    """
+    if adapter is not None:
+        settings |= {"adapter": str(adapter), "adapter_fingerprint": fingerprint(adapter)}
     return {
         "checkpoint": str(directory), "checkpoint_fingerprint": fingerprint(directory), "rope_theta": config.rope_theta,
         "tokenizer_sha256": getattr(tokenizer, "sha256", None), "bos_id": getattr(tokenizer, "bos_id", None),
