@@ -18,7 +18,6 @@ from megatron_mixtral.data.indexed import IndexFile
 
 LAYOUTS = {  # name: (ranks, flags)
     "tp1": (1, []),
-    "tp2": (2, ["--tensor-model-parallel-size", "2", "--max-slots", "3"]),
     "tp2-pp2-ep2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
                         "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]),
 }
@@ -75,7 +74,7 @@ def validation_loss(folder: Path) -> float:
 
 @pytest.fixture(scope="module")
 def found(folder: Path, validation_loss: float) -> dict[str, dict[str, Any]]:
-    for world in (1, 2, 4):
+    for world in (1, 4):
         layouts = {name: flags for name, (ranks, flags) in LAYOUTS.items() if ranks == world}
         names = [*MEASURED] if world == 1 else ["documents", "texts", "run"]
         run_ranks(world, work_off, str(folder), layouts, names)
@@ -139,7 +138,7 @@ def test_loss_of_a_runs_samples_is_its_validation_loss(layout, found, validation
 
 def test_other_samples_have_another_loss(found, validation_loss, folder) -> None:
     losses = {name: one["loss"] for name in ("other-seed", "epoch") for one in found["tp1"][name].values()}
-    assert all(abs(loss - validation_loss) > 1e-4 * validation_loss for loss in losses.values()), losses
+    assert all(abs(loss - validation_loss) > 2e-5 * validation_loss for loss in losses.values()), losses
     index = IndexFile(str(folder / "data"))
     first, end = 160, 199  # of 200 documents, by the split
     tokens = int(index.lengths[first:end].sum())
