@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import HFSource, open_source
+from megatron_mixtral.weights import open_source
 from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint, nf4
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class AdapterRun:
         if args.ckpt_format != "torch_dist":
             raise ConfigError(f"--ckpt-format {args.ckpt_format}: adapters are saved as distributed checkpoints; drop "
                               "the flag")
-        args.lora_base = fingerprint(HFSource(flags.hf_checkpoint, adapter.model))
+        args.lora_base = fingerprint(open_source(flags.hf_checkpoint))
         self.adapter, self._args = dataclasses.replace(adapter, base=args.lora_base), args
         self._start = flags.adapter
         from megatron_mixtral.lora import Guard
