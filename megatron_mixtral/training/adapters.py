@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import open_source
-from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint, nf4
+from megatron_mixtral.weights import hf_tensors, open_source
+from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint, names_in, nf4
 
 if TYPE_CHECKING:
     from megatron_mixtral.training.flags import Flags
@@ -43,7 +43,11 @@ def of_flags(flags: "Flags", config: MixtralConfig, layout: ParallelLayout) -> A
                 raise ConfigError(f"--qlora packs blocks of {nf4.BLOCK} numbers along the rows of a matrix: {what} "
                                   f"{size} / {ways} = {size / ways:g} is no multiple of {nf4.BLOCK}; lower the "
                                   "(expert) tensor parallel size, or drop --qlora")
-    return AdapterConfig.from_args(config, flags)
+    adapter = AdapterConfig.from_args(config, flags)
+    if flags.export_hf_interval is not None:
+        for tensor in hf_tensors(adapter).values():
+            names_in(adapter, tensor)  # raises where an export would fail
+    return adapter
 
 
 def described(adapter: AdapterConfig) -> str:

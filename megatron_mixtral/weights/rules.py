@@ -275,6 +275,12 @@ def dense_name(name: str, model_type: str) -> str:
     return name
 
 
+def dense_target(linear: str, model_type: str) -> str:
+    """The name that a linear (`target`) has in a dense model."""
+    place = "block_sparse_moe.experts.0" if linear in ("w1", "w2", "w3") else "self_attn"
+    return dense_name(f"{place}.{linear}", model_type).rpartition(".")[2]
+
+
 # Tensors that some checkpoints carry and no Mixtral needs: recomputed from the config.
 IGNORABLE_HF_SUFFIXES: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
