@@ -75,7 +75,8 @@ def check_model(given: Mapping[str, Any], config: MixtralConfig) -> None:
     """
     expected = engine.architecture_args(config)
     for name, value in given.items():
-        if config.dense_config is not None and name in OF_ROUTERS and not flags()[name].says_nothing(value):
+        acts = any(value) if isinstance(value, list) else value
+        if config.dense_config is not None and name in OF_ROUTERS and acts:
             raise ConfigError(f"{_said(name, value)} is about a choice among experts, and a {config.model_type} is a "
                               "Mixtral of one: drop the flag")
         dest = flags()[name].dest
