@@ -226,7 +226,7 @@ def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, connected:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build, fill
-    from megatron_mixtral.weights import HFSource
+    from megatron_mixtral.weights import open_source
 
     connected(_from_first_rank)
     make = partial(build, resolved.config) if tuned is None else tuned.build
@@ -240,8 +240,7 @@ def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, connected:
     into = partial(fill, model, coord=coord, layout=resolved.layout, chunk=vp_stage or 0,
                    padded_vocab=args.padded_vocab_size)
     if resolved.load_hf:
-        base = HFSource(resolved.flags.hf_checkpoint, resolved.config)
-        into(base, places=None if tuned is None else tuned.base_places(model))
+        into(open_source(resolved.flags.hf_checkpoint), places=None if tuned is None else tuned.base_places(model))
     if tuned is not None:
         tuned.fill(model, into)
     for watcher in filter(None, watchers):
