@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, hardware, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.planning import report, search
+from megatron_mixtral.planning import least, report, search
 from megatron_mixtral.planning.search import Candidate, Question
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
 
@@ -31,7 +31,18 @@ def parser() -> Parser:
     found.add_argument("--qlora", action="store_true", help="with --lora-rank: beside a base of 4 bits")
     found.add_argument("--top", type=int, default=10, help="how many layouts to print")
     found.add_argument("--json", action="store_true", help="print the ranking as JSON instead")
+    found.add_argument("--least-hardware", action=_LeastHardware, nargs="*", type=float, metavar="GB",
+                       help="print how many devices of these sizes (default: 24 48 80 141) each published model needs "
+                            "at least to be pretrained, tuned and generated from, as a table in Markdown, and end")
     return found
+
+
+class _LeastHardware(argparse.Action):
+    """Needs no other flag, as --help does not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: list[float], *_: object) -> None:
+        print("\n".join(least.least_hardware(tuple(values) or (24, 48, 80, 141))))
+        parser.exit()
 
 
 def plan(argv: Sequence[str]) -> int:
