@@ -7,12 +7,10 @@ The picture of docs/finetuning.md, and on standard output its table, both by the
 
 # ruff: noqa: T201
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from megatron_mixtral.config import AdapterConfig, ParallelLayout, preset
 from megatron_mixtral.planning import RESERVED, RunShape, fullest_stage, stage_memory
-from megatron_mixtral.planning.memory import Memory
 
 FILE = Path(__file__).resolve().parent / "memory-of-tuning.png"
 MODEL, RANK, SEQUENCE, MICRO, BATCH = preset("mixtral-8x7b"), 64, 2048, 4, 256
@@ -29,19 +27,19 @@ RECOMPUTE = ("none", "selective", "full")
 DEVICE = 80e9
 
 
-def memory(way: str, sharding: str, recompute: str) -> Memory:
-    """Of the fullest device."""
+def memory(way: str, sharding: str, recompute: str) -> dict[str, float]:
+    """Bytes of the fullest device, by kind."""
     layout, distributed = SHARDINGS[sharding]
     shape = RunShape(MODEL, layout, SEQUENCE, MICRO, BATCH, recompute, distributed_optimizer=distributed,
                      adapter=WAYS[way])
-    return stage_memory(shape, fullest_stage(shape))
+    return vars(stage_memory(shape, fullest_stage(shape)))
 
 
 def table() -> list[str]:
     """GB of a device, without the reserve."""
     lines = ["| | recomputed | " + " | ".join(WAYS) + " |", "|---|---|" + "---:|" * len(WAYS)]
     return lines + [f"| {sharding} | {recompute} | " + " | ".join(
-        f"{memory(way, sharding, recompute).total / 1e9:.1f}" for way in WAYS) + " |"
+        f"{sum(memory(way, sharding, recompute).values()) / 1e9:.1f}" for way in WAYS) + " |"
         for sharding in SHARDINGS for recompute in RECOMPUTE]
 
 
@@ -58,9 +56,9 @@ def draw() -> None:
     places = [index + index // len(RECOMPUTE) * 0.6 for index in range(len(rows))]
     for axes, way in zip(panels, WAYS, strict=True):
         left = [0.0] * len(rows)
-        for number, item in enumerate(fields(Memory)):
-            sizes = [getattr(memory(way, *row), item.name) / 1e9 for row in rows]
-            axes.barh(places, sizes, left=left, color=colours(number), label=item.name)
+        for number, kind in enumerate(memory(way, *rows[0])):
+            sizes = [memory(way, *row)[kind] / 1e9 for row in rows]
+            axes.barh(places, sizes, left=left, color=colours(number), label=kind)
             left = [before + size for before, size in zip(left, sizes, strict=True)]
         axes.axvline((DEVICE - RESERVED) / 1e9, color="0.3", linestyle="--", linewidth=1)
         axes.set_title(f"{way}: GB of a device", fontsize=11)

@@ -1,6 +1,11 @@
-"""A QLoRA run of the program itself: what its process holds at most is what the planner says."""
+"""A QLoRA run of the program itself: what its process holds at most is what the planner says.
 
+With a heap that maps each large block by itself and gives it back at once: what a heap keeps is no need of the run.
+"""
+
+import ctypes
 import json
+import os
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,9 +20,10 @@ from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.planning import RunShape, stage_memory
 from megatron_mixtral.weights import hf_tensors
 
-MODEL = MixtralConfig(vocab_size=96, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4,
-                      num_attention_heads=16, num_key_value_heads=4, head_dim=64, max_position_embeddings=512)
-RANK, SEQUENCE, MICRO = 64, 512, 4
+MODEL = MixtralConfig(vocab_size=96, hidden_size=512, intermediate_size=1792, num_hidden_layers=4,
+                      num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=512)
+RANK, SEQUENCE, MICRO = 64, 512, 2
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
 
 
 def _base(directory: Path) -> Path:
@@ -39,6 +45,9 @@ class _Watch:
     def __call__(self) -> None:
         from megatron_mixtral.training.adapters import AdapterRun
 
+        os.environ |= {"MALLOC_MMAP_THRESHOLD_": "262144", "THP_MEM_ALLOC_ENABLE": "0"}  # the heap is the user's
+        for what, value in ((_TRIM_THRESHOLD, 1 << 18), (_MMAP_THRESHOLD, 1 << 18), (_MMAP_MAX, 1 << 16)):
+            assert ctypes.CDLL(None).mallopt(what, value) == 1
         build, fill, look = AdapterRun.build, AdapterRun.fill, AdapterRun.look
 
         def built(run: Any, *args: Any, **options: Any) -> Any:
