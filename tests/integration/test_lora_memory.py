@@ -51,6 +51,7 @@ class _Watch:
         build, fill, look = AdapterRun.build, AdapterRun.fill, AdapterRun.look
 
         def built(run: Any, *args: Any, **options: Any) -> Any:
+            _load_libraries()
             (self.folder / "before").write_text(str(_status()["RssAnon"]))
             return build(run, *args, **options)
 
@@ -64,6 +65,15 @@ class _Watch:
             (self.folder / "most").write_text(str(found["VmHWM"] - found["RssFile"] - found["RssShmem"]))
 
         AdapterRun.build, AdapterRun.fill, AdapterRun.look = built, filled, looked
+
+
+def _load_libraries() -> None:
+    """What torch loads when it is first used is no need of the run: a step of something small."""
+    small = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(small.parameters())
+    heads = small(torch.randn(2, 128, 64)).unsqueeze(1)
+    torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).sum().backward()
+    optimizer.step()
 
 
 def _status() -> dict[str, int]:
