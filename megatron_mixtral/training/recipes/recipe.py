@@ -15,6 +15,14 @@ from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.training.flags import every_flag
 from megatron_mixtral.training.recipes import book, raw_data
 
+# Flags of XTuner, and what they are here: the rows of docs/from_xtuner.md.
+_XTUNER = {
+    "--deepspeed": "zero1 and zero2 are --use-distributed-optimizer, which every recipe has; in zero3's place weights "
+                   "are cut by --expert-model-parallel-size and --pipeline-model-parallel-size",
+    "--work-dir": "it is --save",
+    "--launcher": "leave it out: the program sees who started it",
+    "--resume": "the same command goes on from its last checkpoint; from an older one with --ckpt-step N",
+}
 # Flags that say the same in different ways: one that is typed takes all of them from the recipe, as it does itself.
 _ALTERNATIVES = (
     {"--input", "--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--data-args-path",
@@ -69,6 +77,8 @@ def words_of(recipe: book.Recipe, where: str, typed: Sequence[str]) -> list[str]
             words += [] if flag in out else written
     words += typed
     for word in parser.parse_known_args(words)[1]:
+        if (flag := word.partition("=")[0]) in _XTUNER:
+            raise ConfigError(f"{flag} is a flag of XTuner: {_XTUNER[flag]} (docs/from_xtuner.md)")
         raise ConfigError(f"{word} is neither a flag of training nor one of preprocessing, nor a value of the flag "
                           f"before it{parser.neighbours(word)}")
     return words

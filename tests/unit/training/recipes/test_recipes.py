@@ -131,6 +131,16 @@ def test_what_is_typed_wins() -> None:
         argv_of(QLORA, "--lora-rnak", "8")
 
 
+@pytest.mark.parametrize(("typed", "words"), [
+    ("--deepspeed deepspeed_zero2", "zero1 and zero2 are --use-distributed-optimizer"),
+    ("--deepspeed=deepspeed_zero3", "cut by --expert-model-parallel-size"), ("--work-dir x", "it is --save"),
+    ("--launcher slurm", "the program sees who started it"), ("--resume iter_8500.pth", "--ckpt-step N")])
+def test_flags_of_xtuner_are_refused_with_their_row(typed: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        argv_of(QLORA, *typed.split())
+    assert words in str(error.value) and "docs/from_xtuner.md" in str(error.value)
+
+
 def test_a_switch_says_no_only_where_it_can(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text("[model]\nqlora = false\nbf16 = true\n")
     assert argv_of(str(tmp_path / "my.toml")) == ["--bf16"]
