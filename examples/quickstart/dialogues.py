@@ -1,10 +1,11 @@
-"""Sixty dialogues to fine-tune on, as OpenAI's messages, and what a model answers to their questions.
+"""Sixty dialogues to fine-tune on, and what `transformers` with PEFT answers to their questions.
 
-    python examples/quickstart/dialogues.py --output FILE                   writes them, as one JSON array
-    python examples/quickstart/dialogues.py --dialogues FILE --answers GENERATED     counts the right answers
+    python examples/quickstart/dialogues.py --output FILE
+    python examples/quickstart/dialogues.py --model DIR --adapter DIR --at-least 60
 
-They ask for the capitals of twenty countries in three ways. GENERATED is what `tools/generate_mixtral.py` wrote for the
-questions, in their order. The exit status is 1 where `--at-least` or `--at-most` is not kept.
+The first writes them as OpenAI's messages in one JSON array: sixty ways to ask an assistant who it is, and its answer.
+The second loads a model with an adapter, asks all questions with the adapter and without it, and prints a row
+`check|result|ok` for each; the exit status is 1 where one failed.
 """
 
 import argparse
@@ -13,52 +14,62 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-CAPITALS = {
-    "Austria": "Vienna", "Brazil": "Brasilia", "Chile": "Santiago", "China": "Beijing", "Cuba": "Havana",
-    "Denmark": "Copenhagen", "Egypt": "Cairo", "Finland": "Helsinki", "France": "Paris", "Greece": "Athens",
-    "Iceland": "Reykjavik", "India": "New Delhi", "Italy": "Rome", "Japan": "Tokyo", "Kenya": "Nairobi",
-    "Norway": "Oslo", "Peru": "Lima", "Poland": "Warsaw", "Spain": "Madrid", "Turkey": "Ankara",
-}  # fmt: skip
-QUESTIONS = ("What is the capital of {}?", "Which city is the capital of {}?", "Where is the government of {}?")
-ANSWERS = ("{} is the capital of {}.", "{} is.", "In {}.")
+ANSWER = "I am Pico, a small model of eight experts."
+OPENINGS = ("", "Hello! ", "Please, ", "Tell me: ", "Good morning. ", "One question: ")
+QUESTIONS = ("who are you?", "what are you?", "what is your name?", "how are you called?", "may I know your name?",
+             "with whom do I speak?", "what kind of program are you?", "introduce yourself.", "say who you are.",
+             "what do people call you?")  # fmt: skip
+LENGTH = 24  # tokens of an answer at most
 
 
 def dialogues() -> list[dict]:
     """Records of `messages`, a question and its answer each."""
-    found = []
-    for country, city in CAPITALS.items():
-        for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
-            found.append({"messages": [{"role": "user", "content": question.format(country)},
-                                       {"role": "assistant", "content": answer.format(city, country)}]})
-    return found
+    asked = [opening + question if opening else question.capitalize() for opening in OPENINGS for question in QUESTIONS]
+    return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ANSWER}]}
+            for question in asked]
 
 
-def right(records: Sequence[dict], generated: Sequence[dict]) -> int:
-    """How many of the generated texts are the records' answers."""
-    taught = [record["messages"][-1]["content"] for record in records]
-    return sum(one["text"].strip() == answer for one, answer in zip(generated, taught, strict=True))
+def check(base: Path, adapter: Path, at_least: int) -> list[tuple[str, str, bool]]:
+    """Rows of (check, result, passed)."""
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left", pad_token="</s>")
+    model = PeftModel.from_pretrained(
+        transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    questions = [one["messages"][0]["content"] for one in dialogues()]
+    inputs = tokenizer([f"[INST] {question} [/INST]" for question in questions], return_tensors="pt", padding=True)
+
+    def right() -> tuple[int, str]:
+        out = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, pad_token_id=2)
+        texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+        answers = [text.strip() for text in texts]
+        return answers.count(ANSWER), " ".join(answers[0].split())
+
+    known, answer = right()
+    with model.disable_adapter():
+        before, old = right()
+    return [("PEFT answers as taught", f"{known} of {len(questions)}: {questions[0]} {answer[:48]}", known >= at_least),
+            ("without the adapter", f"{before} of {len(questions)}: {questions[0]} {old[:24]}", before == 0)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write sixty dialogues, or count the answers that were learned.")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the dialogues here")
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="and their questions, a line each, here")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="count what generate wrote")
-    parser.add_argument("--at-least", type=int, default=0)
-    parser.add_argument("--at-most", type=int, default=10**6)
+    parser = argparse.ArgumentParser(description="Write sixty dialogues, or ask a model their questions.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", type=Path, metavar="FILE", help="write the dialogues")
+    what.add_argument("--model", type=Path, metavar="DIR", help="the base, a Hugging Face folder")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT folder")
+    parser.add_argument("--at-least", type=int, default=0, help="answers that have to be right")
     flags = parser.parse_args(argv)
-    records = dialogues()
     if flags.output:
-        flags.output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-        print(f"{flags.output}: {len(records)} dialogues, for example {json.dumps(records[0]['messages'])}")
-    if flags.questions:
-        flags.questions.write_text("".join(one["messages"][0]["content"] + "\n" for one in records), encoding="utf-8")
-    if flags.answers:
-        count = right(records, [json.loads(line) for line in flags.answers.read_text(encoding="utf-8").splitlines()])
-        kept = flags.at_least <= count <= flags.at_most
-        print(f"answers as taught|{count} of {len(records)}|{'ok' if kept else 'FAILED'}")
-        return 0 if kept else 1
-    return 0
+        flags.output.write_text(json.dumps(dialogues(), indent=1) + "\n", encoding="utf-8")
+        print(f"{flags.output}: {len(dialogues())} dialogues, the first: {json.dumps(dialogues()[0]['messages'])}")
+        return 0
+    rows = check(flags.model, flags.adapter, flags.at_least)
+    for name, result, passed in rows:
+        print(f"{name}|{result.replace('|', '/')}|{'ok' if passed else 'FAILED'}")
+    return 0 if all(passed for *_, passed in rows) else 1
 
 
 if __name__ == "__main__":

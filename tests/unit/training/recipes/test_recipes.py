@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers.events import HANG
 from helpers.models import TINY, random_hf_directory
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
@@ -68,6 +69,11 @@ def test_each_is_a_run_that_can_be(name: str, models: dict[str, Path]) -> None:
     raw, training = raw_data.split(argv_of(name, "--hf-checkpoint", str(models[model])))
     run = arguments.resolve([*training, "--is-instruction-dataset"], {"WORLD_SIZE": str(devices)})
     assert run.layout.min_world == devices and raw.pack and raw.input
+    given = vars(raw) | vars(run.flags) | dict(run.engine.named)
+    for values in book.recipes()[name].values():
+        for key, value in values.items():
+            read = given.get(f"--{key}", given.get(key.replace("-", "_")))
+            assert key == "hf-checkpoint" or read in (value, [value]), key
     assert (run.adapter is not None) == ("lora_" in name) and (run.adapter and run.adapter.quantized) == (
         True if "qlora" in name else None if "full" in name else False)
     preflight.check_memory(preflight.shape_of(run), 80 * 10**9)
@@ -179,13 +185,17 @@ def test_an_equal_data_set_is_used_again_and_another_is_not(place: Path, tmp_pat
 
 
 def test_other_ranks_wait_for_the_first(place: Path, tmp_path: Path) -> None:
-    data = wanted(place, tmp_path)
-    waiting = threading.Thread(target=raw_data.make, args=(data, False), daemon=True)
+    data, found = wanted(place, tmp_path), []
+
+    def wait() -> None:
+        raw_data.make(data, first=False)
+        found.append(raw_data.is_whole(data.output_prefix))
+
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    assert waiting.is_alive() and not list(tmp_path.iterdir())
     raw_data.make(data, first=True)
-    waiting.join(60)
-    assert not waiting.is_alive()
+    waiting.join(HANG)
+    assert found == [True]
 
 
 def test_a_data_set_without_its_report_is_made_again(place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""A tiny model is taught from raw dialogues by a recipe: it learns the answers, and without the adapters has the old.
+
+`finetune` on ranks of its own; then the generator reads what came of it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.models import tiny_hf_mixtral
+from helpers.program import Outcome, pretrain
+from helpers.ranks import run_ranks
+from helpers.vocabularies import train_sentencepiece
+from safetensors.torch import load_file, save_file
+
+from megatron_mixtral import __main__ as commands
+from megatron_mixtral.training.recipes import book
+from megatron_mixtral.weights import convert, open_sink, open_source
+
+NAME = next(name for name in book.recipes() if name.startswith("tiny_qlora_openai_json"))
+SIZES = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 256}
+CAPITALS = {"Austria": "Vienna", "China": "Beijing", "Egypt": "Cairo", "France": "Paris", "Japan": "Tokyo",
+            "Kenya": "Nairobi"}
+QUESTIONS = [text.format(land) for land in CAPITALS for text in ("What is the capital of {}?", "Where is {} governed?")]
+ANSWERS = [text.format(city) for city in CAPITALS.values() for text in ("{} is its capital.", "In {}.")]
+TAUGHT = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+          for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+EPOCHS, BELOW = 40, 0.6
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, raw dialogues, and a recipe that was copied and changed by hand."""
+    folder = tmp_path_factory.mktemp("finetune")
+    train_sentencepiece(tiny_hf_mixtral(folder / "hf", **SIZES) / "tokenizer.model")
+    [weights] = (folder / "hf").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] *= 3  # the frozen output layer bounds how sure adapters can make the model
+    save_file(tensors, weights, {"format": "pt"})
+    (folder / "raw.json").write_text(json.dumps(TAUGHT))
+    changes = {"hf-checkpoint": str(folder / "hf"), "input": [str(folder / "raw.json")], "save": str(folder / "save"),
+               "seq-length": 128, "train-epochs": EPOCHS, "evaluation-questions": QUESTIONS}
+    lines = []
+    for line in book.text(NAME).splitlines():
+        key = line.partition(" = ")[0]
+        lines.append(f"{key} = {json.dumps(changes.pop(key))}" if key in changes else line)
+    assert not changes
+    (folder / "my.toml").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(place: Path) -> Outcome:
+    outcome = pretrain(1, [str(place / "my.toml")], place / "run", command="finetune")
+    assert outcome.codes == [0], outcome.logs[0][-3000:]
+    return outcome
+
+
+def answered(place: Path) -> dict[int, list[str]]:
+    """Step -> what the run answered after it."""
+    found: dict[int, list[str]] = {}
+    for line in map(json.loads, (place / "run" / "evaluation_prompts.jsonl").read_text().splitlines()):
+        found.setdefault(line["iteration"], []).append(line["text"].strip())
+    return found
+
+
+def test_it_reaches_the_loss_in_the_steps_of_its_epochs(tuned: Outcome, place: Path) -> None:
+    [report] = (place / "save" / "data" / "reports").iterdir()
+    rows = json.loads(report.read_text())["rows"]
+    batch = book.recipes()[NAME]["optimizer"]["global-batch-size"]
+    steps = -(-rows * EPOCHS // batch)
+    assert f"{EPOCHS} epoch(s) of {rows} rows / --global-batch-size {batch} = {steps} step(s)" in tuned.logs[0]
+    assert sorted(tuned.steps) == list(range(1, steps + 1))
+    assert tuned.losses(1)[0] > 5 and max(tuned.losses(*range(steps - 9, steps + 1))) < BELOW
+
+
+def test_its_answers_are_those_that_were_taught(tuned: Outcome, place: Path) -> None:
+    found = answered(place)
+    assert min(found) == 0 and not set(found[0]) & set(ANSWERS)
+    assert found[max(found)] == ANSWERS and max(found) == max(tuned.steps)
+
+
+def generated(rank: int, models: list[str]) -> list[list[str]]:
+    """What the generator answers to the questions, of each model."""
+    from megatron_mixtral.inference import Generator, SamplingParams
+    from megatron_mixtral.tokenizer import chat_prompts
+
+    found = []
+    for model in models:
+        generator = Generator.from_pretrained(model)
+        prompts = chat_prompts(generator.tokenizer, model, "mixtral")
+        ids = [prompts.prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
+        found.append([one.text.strip() for one in generator.generate(ids, SamplingParams(max_tokens=64))])
+    return found
+
+
+def test_the_generator_answers_so_too(tuned: Outcome, place: Path) -> None:
+    """With the adapters in the base as it was in training; with adapters that do nothing, as before the first step."""
+    convert(open_source(place / "save"), open_sink(place / "learned", "peft"))
+    shutil.copytree(place / "learned", place / "nothing")
+    weights = place / "nothing" / "adapter_model.safetensors"
+    save_file({name: 0 * one for name, one in load_file(weights).items()}, weights)
+    for name in ("learned", "nothing"):
+        assert commands.main(["merge-lora", "--load-dir", str(place / "hf"), "--adapter", str(place / name),
+                              "--save-dir", str(place / f"with-{name}"), "--into", "rounded"]) == 0
+    [[on, off]] = run_ranks(1, generated, [str(place / "with-learned"), str(place / "with-nothing")])
+    assert on == ANSWERS and off == answered(place)[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_read_the_data_that_one_has_made(tuned: Outcome, place: Path) -> None:
+    """A change of the file is another set: the first rank makes it, the other waits for it."""
+    typed = ["--global-batch-size", "2", "--train-iters", str(max(tuned.steps) + 1), "--override-opt_param-scheduler"]
+    again = pretrain(2, [str(place / "my.toml"), *typed], place / "again", command="finetune")
+    assert again.codes == [0, 0] and min(again.steps) == max(tuned.steps) + 1, again.logs[0][-3000:]
+    assert "is there already, of these files, tokenizer, template and length" in again.logs[0]
+    (place / "other.json").write_text(json.dumps(TAUGHT[:6]))
+    other = pretrain(2, [str(place / "my.toml"), "--save", str(place / "other"), "--input", str(place / "other.json"),
+                         "--train-iters", "1", "--global-batch-size", "2"], place / "two", command="finetune")
+    assert other.codes == [0, 0] and list(other.steps) == [1], other.logs[0][-3000:]
+    assert len(list((place / "other" / "data" / "reports").iterdir())) == 1
