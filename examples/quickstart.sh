@@ -325,6 +325,8 @@ print(f"an environment|Python {sys.version.split()[0]}, torch {of("torch")}, meg
         "$work/exported/mg2hg" "$work/loss.png"
     printf 'To talk to it: python tools/chat_mixtral.py --load %s --tokenizer-model %s --prompt-template raw\n' \
         "$work/run" "$work/hf"
+    printf 'To ask it who it is: python tools/chat_mixtral.py --load %s --adapter %s --prompt-template mixtral\n' \
+        "$work/hf" "$work/tuned"
 }
 
 main

@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,7 @@ from helpers.ranks import run_ranks
 from helpers.vocabularies import train_sentencepiece
 from safetensors.torch import load_file, save_file
 
-from megatron_mixtral import __main__ as commands
 from megatron_mixtral.training.recipes import book
-from megatron_mixtral.weights import convert, open_sink, open_source
 
 NAME = next(name for name in book.recipes() if name.startswith("tiny_qlora_openai_json"))
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
@@ -82,30 +79,20 @@ def test_its_answers_are_those_that_were_taught(tuned: Outcome, place: Path) -> 
     assert found[max(found)] == ANSWERS and max(found) == max(tuned.steps)
 
 
-def generated(rank: int, models: list[str]) -> list[list[str]]:
-    """What the generator answers to the questions, of each model."""
+def generated(rank: int, model: str, adapter: str) -> list[list[str]]:
+    """What the generator answers to the questions, with the adapters and without."""
     from megatron_mixtral.inference import Generator, SamplingParams
     from megatron_mixtral.tokenizer import chat_prompts
 
-    found = []
-    for model in models:
-        generator = Generator.from_pretrained(model)
-        prompts = chat_prompts(generator.tokenizer, model, "mixtral")
-        ids = [prompts.prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
-        found.append([one.text.strip() for one in generator.generate(ids, SamplingParams(max_tokens=64))])
-    return found
+    generator = Generator.from_pretrained(model, adapter=adapter)
+    prompts = chat_prompts(generator.tokenizer, model, "mixtral")
+    ids = [prompts.prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
+    return [[one.text.strip() for one in generator.generate(ids, SamplingParams(max_tokens=64, adapter=on))]
+            for on in (True, False)]
 
 
-def test_the_generator_answers_so_too(tuned: Outcome, place: Path) -> None:
-    """With the adapters in the base as it was in training; with adapters that do nothing, as before the first step."""
-    convert(open_source(place / "save"), open_sink(place / "learned", "peft"))
-    shutil.copytree(place / "learned", place / "nothing")
-    weights = place / "nothing" / "adapter_model.safetensors"
-    save_file({name: 0 * one for name, one in load_file(weights).items()}, weights)
-    for name in ("learned", "nothing"):
-        assert commands.main(["merge-lora", "--load-dir", str(place / "hf"), "--adapter", str(place / name),
-                              "--save-dir", str(place / f"with-{name}"), "--into", "rounded"]) == 0
-    [[on, off]] = run_ranks(1, generated, [str(place / "with-learned"), str(place / "with-nothing")])
+def test_the_generator_answers_so_too_and_without_the_adapters_as_before(tuned: Outcome, place: Path) -> None:
+    [[on, off]] = run_ranks(1, generated, str(place / "hf"), str(place / "save"))
     assert on == ANSWERS and off == answered(place)[0]
 
 
