@@ -2,7 +2,6 @@
 it becomes both.
 """
 
-import os
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from megatron_mixtral.command_line import Parser
 from megatron_mixtral.data.instruction import InstructionOptions
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.runtime import launch
-from megatron_mixtral.training import arguments, data_files, pretrain
+from megatron_mixtral.training import data_files, pretrain
 from megatron_mixtral.training.flags import parse
 from megatron_mixtral.training.recipes import book, raw_data, recipe
 
@@ -76,7 +75,7 @@ def finetune(argv: Sequence[str]) -> int:
     name = parser.parse_args(argv[:1]).recipe
     job: list[_Job] = []
     status = launch.as_rank(partial(_prepare, name, list(argv[1:]), job))
-    if status or os.environ.get("DRY_RUN") == "1":
+    if status or launch.only_prints():
         return status
     return pretrain.run(job[0].training)
 
@@ -84,7 +83,7 @@ def finetune(argv: Sequence[str]) -> int:
 def _prepare(name: str, typed: list[str], out: list[_Job]) -> None:
     """The job, with its data made, into `out`; or only said, in a dry run."""
     raw, training = raw_data.split(recipe.words_of(recipe.read(name), name, typed))
-    dry = os.environ.get("DRY_RUN") == "1" or "--dry-run" in training
+    dry = launch.only_prints() or "--dry-run" in training
     job = _job(name, raw, training, dry)
     out.append(job)
     first = launch.is_first_here()
@@ -92,7 +91,7 @@ def _prepare(name: str, typed: list[str], out: list[_Job]) -> None:
         for line in job.commands() if first else ():
             print(line, flush=True)
         return
-    arguments.resolve(job.training, os.environ)  # refuses what cannot run before any data are made for it
+    pretrain.check(job.training)  # before any data are made for it
     if job.data is not None:
         raw_data.make(job.data, first)
     if job.questions is not None:
