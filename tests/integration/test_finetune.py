@@ -4,16 +4,23 @@
 """
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.events import HANG
 from helpers.models import tiny_hf_mixtral
 from helpers.program import Outcome, pretrain
 from helpers.ranks import run_ranks
 from helpers.vocabularies import train_sentencepiece
 from safetensors.torch import load_file, save_file
 
+from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.training.recipes import book
+from megatron_mixtral.weights import open_source
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NAME = next(name for name in book.recipes() if name.startswith("tiny_qlora_openai_json"))
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
@@ -108,3 +115,17 @@ def test_two_ranks_read_the_data_that_one_has_made(tuned: Outcome, place: Path) 
                          "--train-iters", "1", "--global-batch-size", "2"], place / "two", command="finetune")
     assert other.codes == [0, 0] and list(other.steps) == [1], other.logs[0][-3000:]
     assert len(list((place / "other" / "data" / "reports").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_the_scripts_try_it_on_a_cpu(method: str, place: Path, tmp_path: Path) -> None:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "VIRTUAL_ENV") if name in os.environ}
+    given = {"MODEL": "tiny", "HF_CHECKPOINT": str(place / "hf"), "DATA": str(place / "raw.json"), "SEQ_LENGTH": "128",
+             "SAVE_DIR": str(tmp_path / "save"), "TRAIN_EPOCHS": "1"}
+    done = subprocess.run(["bash", f"examples/mixtral/tune_mixtral_8x7b_{method}.sh", "--evaluation-questions", "Why?"],
+                          cwd=ROOT, env=kept | given, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = (tmp_path / "save" / "metrics.jsonl").read_text().splitlines()
+    saved = open_source(tmp_path / "save").config
+    assert len(steps) >= 4 and isinstance(saved, AdapterConfig) == (method == "qlora")

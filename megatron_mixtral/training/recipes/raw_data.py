@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from megatron_mixtral import disk
 from megatron_mixtral.command_line import Parser
+from megatron_mixtral.data import default_workers
 from megatron_mixtral.data.corpus import list_inputs
 from megatron_mixtral.data.datasets import instruction_blend
 from megatron_mixtral.data.indexed import tokenizer_of
@@ -38,7 +38,7 @@ def add_flags(parser: Parser) -> Parser:
     parser.add_argument("--pack", action="store_true")
     parser.add_argument("--append-eod", action="store_true")
     parser.add_argument("--on-error", default="stop")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--evaluation-questions", nargs="+")
     return parser
 
