@@ -73,6 +73,10 @@ def run(name: str, argv: Sequence[str]) -> int:
     """Run the command `name`. The exit status: its own, 1 after an error in one sentence, 130 when interrupted."""
     for variable, value in VARIABLES.get(name, {}).items():
         os.environ.setdefault(variable, value)
+    if os.environ.get("MIXTRAL_FLAGS_ONLY") == "1":
+        from megatron_mixtral.command_line import Parser
+
+        Parser.flags_only = True
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A full disk or an unreadable file is a sentence too; only in training it may be anything, and needs its traceback.
     expected = MixtralError if name in ("pretrain", "finetune") else (MixtralError, OSError)
