@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
         """Every flag, in each of its spellings."""
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
 
+    def switch(self, flag: str) -> dict[bool, list[str]] | None:
+        """What says yes and what says no to a flag that takes no value (nothing, where it has no --no-...); None for
+        one that takes a value.
+        """
+        action, off = self._option_string_actions[flag], f"--no-{flag.removeprefix('--')}"
+        paired = self._option_string_actions.get(off) is action
+        return None if action.nargs != 0 else {True: [flag], False: [off] if paired else []}
+
     def neighbours(self, word: str) -> str:
         """The end of a sentence on a flag that is not known: "; is it --input?", or nothing where none is near."""
         flag = word.partition("=")[0].replace("_", "-")
