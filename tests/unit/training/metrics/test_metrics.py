@@ -112,7 +112,8 @@ def test_figures_of_questions_stand_in_the_line_of_their_step(tmp_path: Path) ->
                  wandb=SimpleNamespace(log=lambda values, step: logged.append((step, values.get("eval/mmlu/acc")))))
     for iteration, figures in enumerate(({}, {"eval/mmlu/acc": 0.5}, {}), start=1):
         out.add_scalar("lm loss", 2.0, iteration)
-        out.evaluated(figures)
+        if figures:
+            out.evaluated(figures)
         out.finish_step()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("eval/mmlu/acc") for line in lines] == [None, 0.5, None]
