@@ -34,6 +34,8 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "chat": ("inference", "chat.chat", "talk to a model in the terminal, in any layout"),
     "serve": ("server", "serve_command", "serve a model: OpenAI's API and a chat page, in any layout"),
     "evaluate": ("evaluation", "cli.evaluate", "measure a trained model: MMLU and lm-eval's tasks, in any layout"),
+    "perplexity": ("evaluation", "cli.perplexity", "loss and perplexity of texts and data sets, in any layout"),
+    "plot-evaluation": ("evaluation", "cli.plot", "draw accuracies by subject, beside a reference's"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
     "plot": ("training", "plot_command", "draw loss, throughput and load of the experts of runs"),
     "watch": ("training", "watch_command", "show runs while they go on, in the terminal or on a page"),
@@ -71,6 +73,10 @@ def run(name: str, argv: Sequence[str]) -> int:
     """Run the command `name`. The exit status: its own, 1 after an error in one sentence, 130 when interrupted."""
     for variable, value in VARIABLES.get(name, {}).items():
         os.environ.setdefault(variable, value)
+    if os.environ.get("MIXTRAL_FLAGS_ONLY") == "1":
+        from megatron_mixtral.command_line import Parser
+
+        Parser.flags_only = True
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A full disk or an unreadable file is a sentence too; only in training it may be anything, and needs its traceback.
     expected = MixtralError if name in ("pretrain", "finetune") else (MixtralError, OSError)

@@ -11,14 +11,24 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that knows its flags' neighbours."""
+    """`argparse.ArgumentParser` that knows its flags' neighbours. With `flags_only` a command ends when it has read its
+    flags: scripts ask so before they start many ranks.
+    """
 
+    flags_only = False
     _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse does it; the words are kept, for `error`."""
         self._words = args or ()
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does it; see `flags_only`."""
+        found = super().parse_args(args, namespace)
+        if self.flags_only:
+            self.exit()
+        return found
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and a message that also says of each unknown flag which one may be meant."""

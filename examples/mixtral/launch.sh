@@ -281,6 +281,8 @@ launch_inference() {
         return
     fi
     launch_check_inputs
+    # A misspelt flag is told once, by one process, not by every rank above torchrun's report of them.
+    MIXTRAL_FLAGS_ONLY=1 python "$program" "${command[@]:${#torchrun[@]}+1}" || exit
     exec "${command[@]}"
 }
 

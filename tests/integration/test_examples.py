@@ -252,6 +252,15 @@ def test_missing_inputs_are_refused_before_anything_starts(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.idx"]
 
 
+@pytest.mark.parametrize("program", ["generate", "chat", "serve", "evaluate"])
+def test_a_misspelt_flag_is_told_once_before_anything_starts(program, tmp_path):
+    script = f"examples/mixtral/{program}_mixtral_8x7b_ptd.sh"
+    there = dict.fromkeys(("CHECKPOINT", "TOKENIZER_MODEL", "TOKENIZER_PATH", "DATA_PATH"), str(tmp_path))
+    done = run(script, "--tokenizer-modle", "x", cwd=tmp_path, **there)
+    assert done.returncode == 2 and "there is no --tokenizer-modle; is it --tokenizer-model" in done.stderr
+    assert done.stderr.count("error") == 1 and "torchrun" not in done.stderr and "Root Cause" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
     """A prefix with a few thousand random tokens in documents, written by the engine's own builder."""

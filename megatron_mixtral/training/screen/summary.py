@@ -14,9 +14,8 @@ def summary(run: Run, shape: RunShape | None, where: str, memory: int, identitie
     """Lines of a kind and its figures. `where` names device and collectives, `memory` is what the fullest
     device has in bytes, and `identities` has each data set's tokens.
     """
-    config, layout = run.config, run.layout
-    yield (f"model   Mixtral of {config.total_parameters / 1e6:.1f} M parameters "
-           f"({config.active_parameters / 1e6:.1f} M active)")
+    layout = run.layout
+    yield f"model   {run.model}"
     yield f"start   {run.start}"
     yield f"layout  {layout}, {layout.world} device(s), data parallel {layout.data_parallel}; {where}"
     if shape is not None:
