@@ -69,8 +69,8 @@ def to_turns(messages: Sequence[Message], tools: str = "") -> Dialogue:
         role, text = message.role, message.text
         if role == "system" and question is None and not results:
             system = text
-        elif role == "user" and not results:
-            question, owed = text, []
+        elif role == "user" and not results and not owed:
+            question = text
         elif role == "tool" and owed:
             results += (write_result(text, _taken(owed, message.answers)),)
         elif role == "assistant" and (question is not None or results) and not (results and owed):
@@ -83,7 +83,7 @@ def to_turns(messages: Sequence[Message], tools: str = "") -> Dialogue:
         elif role == "assistant" and not turns:
             left_out["answer_without_question"] += 1
         else:
-            raise _out_of_order(message, bool(results and owed))
+            raise _out_of_order(message, bool(owed))
     for name, there in (("question_without_answer", question), ("result_without_answer", results),
                         ("system_without_question", question is None and system)):  # fmt: skip
         if there:

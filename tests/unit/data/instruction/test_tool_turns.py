@@ -195,6 +195,7 @@ BAD = {
     "an answer before the second result": ([ASKED, CALLED | {"tool_calls": CALLED["tool_calls"] * 2}, GIVEN, TOLD],
                                            "roles_out_of_order"),
     "a question before the answer": ([ASKED, CALLED, GIVEN, ASKED, TOLD], "roles_out_of_order"),
+    "a question before the result": ([ASKED, CALLED, ASKED, TOLD], "roles_out_of_order"),
     "no name": ([ASKED, said("assistant", tool_calls=[{"arguments": "{}"}])], "bad_tool_call"),
     "no object": ([ASKED, said("function_call", "get_weather(Köln)")], "bad_tool_call"),
     "half a pair": ([ASKED, said("assistant", tool_calls=[call("clock", '{"a": "\\ud800"}')])], "lone_surrogate"),
