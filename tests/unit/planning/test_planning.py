@@ -40,6 +40,30 @@ def test_parameters_of_all_shards_are_the_model(sizes: dict[str, int], tied: boo
     assert whole - shared_twice == model.total_parameters
 
 
+MISTRAL_7B = {"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+              "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+              "max_position_embeddings": 32768, "sliding_window": 4096, "rms_norm_eps": 1e-5}
+
+
+def test_a_dense_model_is_counted_as_it_is() -> None:
+    """Mistral-7B-v0.1 has 7,241,732,096 parameters; in a run each layer has the row of a router besides."""
+    from megatron_mixtral.weights import ShardPlan
+
+    config = MixtralConfig.from_hf_dict(MISTRAL_7B)
+    assert config.total_parameters == config.active_parameters == 7_241_732_096
+    for sizes in ({}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}):
+        run = shape(4, model=config, **sizes)
+        held = {coord.pp: sum(tensor.elements for tensor in ShardPlan(config, run.layout, coord).tensors())
+                for coord in run.layout.coords()}
+        assert held == {stage: run.parameters_of_stage(stage).total for stage in range(run.layout.pp)}
+    fitting, _ = plan(Question(config, Machine(8), 4096, 256))
+    assert fitting and {candidate.shape.layout.ep for candidate in fitting} == {1}
+    # Nothing can be uneven where one expert gets everything.
+    one, two = (predicted_step(shape(8, model=MixtralConfig(num_local_experts=experts, num_experts_per_tok=1)),
+                               Machine(8)).experts for experts in (1, 2))
+    assert 1.1 < two / one < 1.3
+
+
 def test_bubble_and_chunks_in_flight_are_those_of_the_schedules() -> None:
     plain, interleaved = shape(16, 128, ep=2, pp=8), shape(64, ep=8, pp=4, vpp=8)
     assert plain.micro_batches == 64 and plain.bubble == 7 / 64
