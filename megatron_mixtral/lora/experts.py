@@ -95,9 +95,9 @@ class AdaptedExperts(Switched, experts.GroupedLinear):
         if not self.up:
             return torch.add(out, product(low, tokens_per_expert, *b), alpha=self.adapter.scale), None
         halves = zip(*(one.chunk(2) for one in b), strict=True)  # rows of w1, rows of w3
-        parts = [product(own.contiguous(), tokens_per_expert, *half)
-                 for own, half in zip(low.chunk(2, dim=-1), halves, strict=True)]
-        return torch.add(out, torch.cat(parts, dim=-1), alpha=self.adapter.scale), None
+        both = torch.cat([product(own.contiguous(), tokens_per_expert, *half)  # nothing holds the two for longer
+                          for own, half in zip(low.chunk(2, dim=-1), halves, strict=True)], dim=-1)
+        return torch.add(out, both, alpha=self.adapter.scale), None
 
     def _given(self, name: str) -> tuple[Tensor, ...]:
         """The matrices as a product takes them: those that are whole on every rank with the sum of their gradients."""

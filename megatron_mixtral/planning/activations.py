@@ -61,8 +61,8 @@ def _experts(shape: RunShape, recompute: str) -> float:
 
 def temporaries(shape: RunShape, stage: int) -> float:
     """Bytes that the experts' backward pass has beside what the graph keeps, at its fullest moment: at SwiGLU the
-    gradients of its output and of fc1's; or, of a base in 4 bits, at fc2 or fc1 that weight, dense, and the gradients
-    of output and input. By fc1 the graph has given back what `WIDTHS` counts.
+    gradients of its output and of fc1's; or, of a base in 4 bits, at fc2 or fc1 that weight, dense, with the gradients
+    of its output and, from base and adapters, two of its input. By fc1 the graph has given back what `WIDTHS` counts.
     """
     config, layout = shape.config, shape.layout
     width = config.intermediate_size / layout.etp
@@ -70,8 +70,8 @@ def temporaries(shape: RunShape, stage: int) -> float:
     moments = [3 * tokens * width]
     if shape.adapter is not None and shape.adapter.quantized:
         fc2 = shape.parameters_of_stage(stage).expert / shape.layers_of_stage(stage) / 3
-        moments.append(fc2 + tokens * (width + config.hidden_size))
-        moments.append(2 * fc2 + tokens * (config.hidden_size + (2 - WIDTHS) * width))
+        moments.append(fc2 + tokens * (2 * width + config.hidden_size))
+        moments.append(2 * fc2 + tokens * (2 * config.hidden_size + (2 - WIDTHS) * width))
     return max(moments) * shape.weight_bytes
 
 
