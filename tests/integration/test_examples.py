@@ -51,7 +51,8 @@ def dry_run(script: str, *arguments: str, **environment: str) -> tuple[list[str]
 def test_scripts_parse(script):
     done = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "set -euo pipefail" in (ROOT / script).read_text() or script.endswith(("environment.sh", "gpus.sh", "launch.sh"))
+    sourced = ("environment.sh", "gpus.sh", "launch.sh")
+    assert "set -euo pipefail" in (ROOT / script).read_text() or script.endswith(sourced)
 
 
 def test_shellcheck():
