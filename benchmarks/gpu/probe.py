@@ -89,13 +89,13 @@ class Probe:
 
     def attention(self, window: int | None = None) -> Any:
         """Causal attention as the model has it, against fp64 with a mask: outputs, gradients, kernels, peak memory."""
-        from megatron_mixtral.model.attention import CausalAttention
+        from megatron_mixtral.model import spec
 
         one, s = self.sizes, min(self.sizes.sequence, 512)
         config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=one.head,
                                  window_size=None if window is None else (min(window, s // 3) - 1, 0),
                                  attention_backend=None)
-        module = CausalAttention(config, 1, None, "self")
+        module = spec.CausalAttention(config, 1, None, "self")
         inputs = [self.random(s, 1, heads, one.head).requires_grad_() for heads in (one.heads, one.groups, one.groups)]
         found = module(*inputs).float()
         weight = torch.randn_like(found)

@@ -280,11 +280,15 @@ def ranks(rank: int, world: int) -> Iterator[None]:
 def connect(sent: Callable[[torch.Tensor, Any], None]) -> None:
     """The collectives that the fake group lacks. `sent` is told of each tensor that goes to another stage."""
 
+    def isend(tensor: torch.Tensor, dst: Any = None, group: Any = None, *args: Any, **kwargs: Any) -> _Done:
+        sent(tensor, group)
+        return _Done()
+
+    def irecv(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> _Done:
+        return _Done()
+
     def exchange(operations: list[Any]) -> list[_Done]:
-        for one in operations:
-            if one.op is dist.isend:
-                sent(one.tensor, one.group)
-        return [_Done() for _ in operations]
+        return [one.op(one.tensor, group=one.group) for one in operations]
 
     def gathered(found: list[Any], value: Any, group: Any = None) -> None:
         found[:] = [value] * len(found)
@@ -292,5 +296,7 @@ def connect(sent: Callable[[torch.Tensor, Any], None]) -> None:
     done = torch._C._distributed_c10d.FakeWork().boxed()
     for name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):
         _coalesced.impl(name, lambda *args: done)
+    for module in (dist, dist.distributed_c10d):
+        module.isend, module.irecv = isend, irecv
     dist.batch_isend_irecv = exchange
     dist.all_gather_object = gathered

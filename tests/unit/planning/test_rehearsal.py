@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,15 +15,22 @@ from unittest.mock import patch
 import pytest
 
 from megatron_mixtral.config import ParallelLayout, preset
-from megatron_mixtral.planning import RunShape
+from megatron_mixtral.planning import RunShape, activations
+from megatron_mixtral.planning.communication import communication_volume
+from megatron_mixtral.planning.memory import stage_memory
 
 ROOT = Path(__file__).resolve().parents[3]
-MICRO_BATCHES = 2
 STEPS: dict[str, dict[str, Any]] = {
     "one": {"sizes": {}}, "ep2": {"sizes": {"ep": 2}}, "ep8": {"sizes": {"ep": 8}}, "tp2": {"sizes": {"tp": 2}},
     "tp2-ep2-etp1": {"sizes": {"tp": 2, "ep": 2, "etp": 1}},
     "pp2, first": {"sizes": {"pp": 2}, "layers": 4}, "pp2, last": {"sizes": {"pp": 2}, "layers": 4, "rank": 1},
     "Ampere, a window": {"sizes": {}, "capability": [8, 0], "window": 1024},
+    "8 GPUs": {"sizes": {"ep": 8}, "world": 8, "layers": 1},
+    "64 GPUs": {"sizes": {"pp": 4, "vpp": 8, "ep": 8}, "world": 64, "layers": 32, "micro_batches": 4},
+    "256 GPUs, 8x22B": {"sizes": {"tp": 2, "pp": 8, "ep": 8, "etp": 1}, "world": 256, "layers": 8, "rank": 255,
+                        "preset": "mixtral-8x22b"},
+    "256 GPUs, experts cut": {"sizes": {"tp": 2, "pp": 4, "ep": 4, "etp": 2}, "world": 256, "layers": 4},
+    "1,024 GPUs": {"sizes": {"tp": 4, "pp": 4, "ep": 8, "etp": 1}, "world": 1024, "layers": 4},
 }
 WHOLE = [name for name, step in STEPS.items() if "window" not in step]  # the planner knows no window
 
@@ -30,7 +38,7 @@ WHOLE = [name for name, step in STEPS.items() if "window" not in step]  # the pl
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
     """What each step did. One process for all: nearly all of the time is imports."""
-    words = [json.dumps({**step, "micro_batches": MICRO_BATCHES}) for step in STEPS.values()]
+    words = list(map(json.dumps, STEPS.values()))
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run([sys.executable, "-m", "helpers.rehearsal", *words], env=environment, capture_output=True,
@@ -43,17 +51,15 @@ def found() -> dict[str, dict[str, Any]]:
 def shape_of(name: str) -> tuple[RunShape, int]:
     step = STEPS[name]
     layout = ParallelLayout(**step["sizes"])
-    layout = ParallelLayout(**step["sizes"], world=layout.min_world)
-    config = dataclasses.replace(preset("mixtral-8x7b"), num_hidden_layers=step.get("layers", 2))
-    shape = RunShape(config, layout, 4096, 1, MICRO_BATCHES * layout.data_parallel)
+    layout = ParallelLayout(**step["sizes"], world=step.get("world", layout.min_world))
+    config = dataclasses.replace(preset(step.get("preset", "mixtral-8x7b")), num_hidden_layers=step.get("layers", 2))
+    shape = RunShape(config, layout, 4096, 1, step.get("micro_batches", 2) * layout.data_parallel)
     return shape, layout.coord_of(step.get("rank", 0)).pp
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_memory_is_the_planners(name: str, found: dict[str, Any]) -> None:
     """What does not change in a step to the byte, what a step keeps within 10 %."""
-    from megatron_mixtral.planning import activations, stage_memory
-
     with patch.object(activations, "logits", lambda shape: 0.0):  # the graph keeps none
         expected = stage_memory(*shape_of(name))
     for kind in ("weights", "gradients", "optimizer"):
@@ -68,8 +74,9 @@ def test_the_host_waits_once_a_layer(name: str, found: dict[str, Any]) -> None:
     """
     waits = dict(found[name]["waits"])
     transfers = sum(waits.pop(place) for place in list(waits) if "p2p_communication" in place)
-    assert sum(waits.values()) <= shape_of(name)[0].layers_of_stage(0) * MICRO_BATCHES + 4, waits
-    assert transfers <= 2 * MICRO_BATCHES
+    shape, _ = shape_of(name)
+    assert sum(waits.values()) <= shape.layers_of_stage(0) * shape.micro_batches + 4, waits
+    assert transfers <= 2 * shape.micro_batches
     assert not found[name]["masked"]  # everywhere a flash kernel serves
 
 
@@ -82,7 +89,7 @@ def test_flops_are_the_formulas_and_what_is_computed_again(name: str, found: dic
     model = dataclasses.replace(config, num_hidden_layers=layers).training_flops_per_token(4096) - head * (not last)
     # The loss makes its logits again, flash attention its scores: Q K^T over half the square.
     again = head / 3 * last + layers * 2 * (4096 / 2) * config.num_attention_heads * config.head_dim
-    expected = MICRO_BATCHES * 4096 * (model + again) / shape.layout.tp
+    expected = shape.micro_batches * 4096 * (model + again) / shape.layout.tp
     assert sum(found[name]["flops"].values()) == pytest.approx(expected, rel=1e-9)
 
 
@@ -93,7 +100,26 @@ def test_weight_gradients_are_added_by_their_products(found: dict[str, Any]) -> 
     config = shape.config
     weights = 2 * (config.num_experts_per_tok * config.expert_parameters + config.attention_parameters)
     weights += config.vocab_size * config.hidden_size
-    assert flops["addmm"] == 2 * MICRO_BATCHES * 4096 * weights
+    assert flops["addmm"] == 2 * shape.micro_batches * 4096 * weights
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_bytes_sent_are_the_planners(name: str, found: dict[str, Any]) -> None:
+    """In bf16, at any number of ranks. Tokens have their probabilities with them, in fp32; the engine also gathers the
+    counts of tokens, a few hundred bytes, and sums up gradients of norms, which the planner leaves out.
+    """
+    shape, stage = shape_of(name)
+    volume, sent = communication_volume(shape, stage), Counter[str]()
+    for operation, _, size in found[name]["sent"]:
+        sent[operation] += size
+    assert sent["alltoall_base_"] == pytest.approx(volume.expert, rel=1e-3)
+    assert sent["allgather_"] + sent["reduce_scatter_"] == pytest.approx(volume.expert_tensor, rel=1e-3)
+    assert sent["_allgather_base_"] + sent["_reduce_scatter_base_"] == pytest.approx(volume.tensor, rel=1e-4, abs=2e4)
+    assert found[name]["to_other_stages"] == volume.pipeline
+    # Of six bytes a parameter four are gradients; of weights the engine gathers each twice without
+    # --overlap-param-gather where experts have an optimizer of their own.
+    gradients = (volume.dense_gradients + volume.expert_gradients) * 4 / 6
+    assert sent["reduce_scatter_tensor_coalesced_"] == pytest.approx(gradients, rel=1e-6)
 
 
 def test_experts_are_grouped_where_a_gpu_is_fast_at_it(found: dict[str, Any]) -> None:
