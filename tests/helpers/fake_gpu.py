@@ -7,6 +7,7 @@ which expert (`Routing`). Every place where a GPU would let the host wait is cou
 For a process of its own: what is replaced is not put back.
 """
 
+import functools
 import importlib
 import traceback
 from collections import Counter
@@ -24,13 +25,35 @@ NAME, MEMORY = "NVIDIA H100 80GB HBM3", 80 * 10**9
 
 capability = (9, 0)
 waits: Counter[str] = Counter()  # by where the host waits
+order: list[str] = []  # F and B: forward and backward passes of a micro-batch through a model chunk, as they came
 masked: Counter[str] = Counter()  # attention with a mask, or in fp32: no flash kernel serves it
+
+
+fused: list[str] = []  # functions for torch.compile that run now; they run as they are written
+on_fused: list[Callable[[str, Any, Any], None]] = []  # are told of each that has run: name, arguments, results
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        fused.append(function.__name__)
+        try:
+            found = function(*args, **kwargs)
+        finally:
+            fused.pop()
+        if not fused:
+            for listener in on_fused:
+                listener(function.__name__, (args, kwargs), found)
+        return found
+
+    return run
 
 
 def forget() -> None:
     """Count from here."""
     waits.clear()
     masked.clear()
+    order.clear()
 
 
 def _place() -> str:
@@ -44,8 +67,7 @@ def _place() -> str:
 def enable() -> None:
     """Before anything of the engine is imported."""
     importlib.import_module("torch._dynamo.config").disable = True
-    # A function for torch.compile runs as it is written.
-    torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)
+    torch.compile = _compiled
     torch.utils._device._device_constructors()  # see stand_ins.enable
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 8
@@ -222,6 +244,7 @@ class Routing:
     @classmethod
     def install(cls) -> None:
         """Tell what the engine's dispatcher reads, when it reads it."""
+        from megatron.core.pipeline_parallel import schedules
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -233,6 +256,8 @@ class Routing:
             return original(self, point, tokens_per_expert)
 
         _wrap(MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", look)
+        for name in ("forward_step", "backward_step"):
+            _wrap(schedules, name, functools.partial(_noted, name[0].upper()))
 
     @classmethod
     def _tell_dispatcher(cls, one: Any, tokens_per_expert: Any) -> None:
@@ -248,6 +273,11 @@ class Routing:
         cls.tell(one.output_splits_tp, [local.sum() * one.ep_size] * one.tp_size)
         if one.num_local_experts > 1:
             cls.tell(one.num_global_tokens_per_local_expert, np.tile(local, one.tp_size * one.ep_size))
+
+
+def _noted(letter: str, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    order.append(letter)
+    return step(*args, **kwargs)
 
 
 # -- ranks ----------------------------------------------------------------------------------------------

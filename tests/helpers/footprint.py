@@ -84,9 +84,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, micro_batches: int,
             sequence: int, engine_fields: dict[str, Any] | None = None, adapter: Any = None,
-            ready: Callable[[], None] | None = None) -> dict[str, Any]:
+            ready: Callable[[], None] | None = None, micro_batch: int = 1) -> dict[str, Any]:
     """One training step of a randomly initialised Mixtral, or its adapters; bytes held by kind, and sent by group.
-    `ready` is called before the step.
+    `ready` is called before the step; `micro_batch` is the sequences of a micro-batch, 1 in a pipeline.
     """
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -122,10 +122,11 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
         use_gloo_process_groups=torch.distributed.get_backend() != "fake")
     engine.finalize_model_grads_func = finalize_model_grads
     engine.grad_scale_func = optimizer.scale_loss
-    rows = torch.randint(3, config.vocab_size, (micro_batches, sequence + 1),
+    rows = torch.randint(3, config.vocab_size, (micro_batches * micro_batch, sequence + 1),
                          generator=torch.Generator().manual_seed(rank // (laid.tp * laid.pp)))
     rows = rows.to(torch.cuda.current_device())
-    micro = [{"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous()} for row in rows]
+    micro = [{"tokens": part[:, :-1].contiguous(), "labels": part[:, 1:].contiguous()}
+             for part in rows.split(micro_batch)]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     frozen = [one for chunk in chunks for name, one in chunk.named_buffers() if name.endswith(("nf4", "absmax"))]
     saved, sent = SavedBytes([*parameters, *frozen]), SentBytes()

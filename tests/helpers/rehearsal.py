@@ -22,7 +22,7 @@ def rehearse(sizes: dict[str, int], rank: int = 0, world: int | None = None, lay
              window: int | None = None, capability: tuple[int, int] = (9, 0), preset: str = "mixtral-8x7b",
              **engine: Any) -> dict[str, Any]:
     """One step on one rank of a layout: the figures of `footprint.measure`, FLOPs by operation, waits by place, places
-    of attention that no flash kernel serves, and bytes to other pipeline stages.
+    of attention that no flash kernel serves, bytes to other pipeline stages, and the order of its passes.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -41,7 +41,7 @@ def rehearse(sizes: dict[str, int], rank: int = 0, world: int | None = None, lay
                         ready=fake_gpu.forget)
     found["sent"] = [[operation, len(group), size] for (operation, group), size in found["sent"].items()]
     return {**found, "to_other_stages": sum(moved), "waits": dict(fake_gpu.waits), "masked": dict(fake_gpu.masked),
-            "flops": {str(name).removeprefix("aten."): count for name, count in
+            "order": "".join(fake_gpu.order), "flops": {str(name).removeprefix("aten."): count for name, count in
                       flops.get_flop_counts()["Global"].items()}}
 
 

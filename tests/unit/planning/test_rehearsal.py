@@ -35,17 +35,20 @@ STEPS: dict[str, dict[str, Any]] = {
 WHOLE = [name for name, step in STEPS.items() if "window" not in step]  # the planner knows no window
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, Any]]:
-    """What each step did. One process for all: nearly all of the time is imports."""
-    words = list(map(json.dumps, STEPS.values()))
+def rehearsed(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each step did. One process for all: much of the time is imports."""
+    words = list(map(json.dumps, steps))
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run([sys.executable, "-m", "helpers.rehearsal", *words], env=environment, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip(STEPS, map(json.loads, lines), strict=True))
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, Any]]:
+    return dict(zip(STEPS, rehearsed(list(STEPS.values())), strict=True))
 
 
 def shape_of(name: str) -> tuple[RunShape, int]:
@@ -127,3 +130,45 @@ def test_experts_are_grouped_where_a_gpu_is_fast_at_it(found: dict[str, Any]) ->
     older = found["Ampere, a window"]["flops"]
     assert "_grouped_mm" not in older
     assert older["mm"] == found["one"]["flops"]["mm"] + found["one"]["flops"]["_grouped_mm"]
+
+
+def idle_share(orders: list[str], vpp: int) -> float:
+    """Idle time over time at work of stages that take their passes in these orders, a backward pass twice as long as a
+    forward one. Each waits for the stage before it (after it, backward); the k-th pass is that of micro-batch and chunk
+    as the interleaved schedule has them (Narayanan et al. 2021, arXiv 2104.04473, 2.2).
+    """
+    pp, ends = len(orders), {}
+    counts, clocks = [Counter[str]() for _ in orders], [0.0] * pp
+    while any(orders):
+        before = sum(map(len, orders))
+        for stage, order in enumerate(orders):
+            if not order:
+                continue
+            kind, k = order[0], counts[stage][order[0]]
+            chunk = k % (pp * vpp) // pp if vpp > 1 else 0
+            chunk = vpp - 1 - chunk if kind == "B" else chunk
+            batch = k // (pp * vpp) * pp + k % pp if vpp > 1 else k
+            place = chunk * pp + stage  # among all chunks of the model
+            last = place == pp * vpp - 1
+            need = ("F", batch, place - 1) if kind == "F" else ("F" if last else "B", batch, place + (not last))
+            if place + (kind == "B") and need not in ends:
+                continue
+            clocks[stage] = max(clocks[stage], ends.get(need, 0.0)) + (1 if kind == "F" else 2)
+            ends[kind, batch, place] = clocks[stage]
+            counts[stage][kind] += 1
+            orders[stage] = order[1:]
+        assert sum(map(len, orders)) < before, "the stages wait for one another"
+    return max(clocks) / (3 * counts[0]["F"]) - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "layers", "micro_batches"), [
+    ({"pp": 4}, 4, 8), ({"pp": 4, "vpp": 8, "ep": 8}, 32, 8), ({"pp": 2, "vpp": 2}, 4, 6)], ids=str)
+def test_the_bubble_is_that_of_the_engines_schedule(sizes: dict[str, int], layers: int, micro_batches: int) -> None:
+    layout = ParallelLayout(**sizes)
+    stage = layout.min_world // layout.pp
+    steps = [{"sizes": sizes, "layers": layers, "micro_batches": micro_batches, "rank": rank * stage}
+             for rank in range(layout.pp)]
+    layout = ParallelLayout(**sizes, world=layout.min_world)
+    shape = RunShape(preset("mixtral-8x7b"), layout, 4096, 1, micro_batches * layout.data_parallel)
+    assert idle_share([one["order"] for one in rehearsed(steps)], layout.vpp) == pytest.approx(shape.bubble)
