@@ -81,7 +81,8 @@ def _lead(generator: Generator, args: argparse.Namespace, names: Sequence[str],
     depends = depends_on(
         source.config, Path(source.where), generator.tokenizer, layout=str(cli.layout_of(args)), limit=args.limit,
         dtype=model.type_name(args.dtype, source), max_length=generator.engine.max_length, num_fewshot=args.num_fewshot,
-        mmlu_sha256=None if questions is None else questions.digest())
+        mmlu_sha256=None if questions is None else questions.digest(),
+        adapter=args.adapter and Path(open_source(args.adapter, base=source.config).where))
     asked = {} if questions is None else {name: len(splits["test"]) for name, splits in questions.subjects.items()}
     sizes = {f"mmlu_{name}": min(size, args.limit or size) for name, size in asked.items()}
     parts = run(harness, {**local, **{name: name for name in names}}, args.output, depends, sizes=sizes,

@@ -29,8 +29,13 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def depends_on(config: MixtralConfig, directory: Path, tokenizer: Any, **settings: Any) -> dict[str, Any]:
-    """What figures depend on, beside the code: plain values, one line each in the report."""
+def depends_on(config: MixtralConfig, directory: Path, tokenizer: Any, adapter: Path | None = None,
+               **settings: Any) -> dict[str, Any]:
+    """What figures depend on, beside the code: plain values, one line each in the report. Of a model with adapters,
+    they are in the directory `adapter`.
+    """
+    if adapter is not None:
+        settings |= {"adapter": str(adapter), "adapter_fingerprint": fingerprint(adapter)}
     return {
         "checkpoint": str(directory), "checkpoint_fingerprint": fingerprint(directory), "rope_theta": config.rope_theta,
         "tokenizer_sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id, "lm_eval_version": version("lm_eval"),

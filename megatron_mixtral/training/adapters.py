@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import HFSource, open_source
-from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint, nf4
+from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint
 
 if TYPE_CHECKING:
     from megatron_mixtral.training.flags import Flags
@@ -35,15 +35,9 @@ def of_flags(flags: "Flags", config: MixtralConfig, layout: ParallelLayout) -> A
                           "adapters alone: give the base with --hf-checkpoint DIR, at every start")
     if flags.no_moe_grouped_gemm:
         raise ConfigError("--no-moe-grouped-gemm: adapters of experts are computed in grouped products; drop it")
-    if flags.qlora:
-        queries = config.num_attention_heads * config.head_dim
-        for what, size, ways in (("hidden_size", config.hidden_size, 1), ("all query heads", queries, layout.tp),
-                                 ("intermediate_size", config.intermediate_size, layout.etp)):
-            if size % (ways * nf4.BLOCK):
-                raise ConfigError(f"--qlora packs blocks of {nf4.BLOCK} numbers along the rows of a matrix: {what} "
-                                  f"{size} / {ways} = {size / ways:g} is no multiple of {nf4.BLOCK}; lower the "
-                                  "(expert) tensor parallel size, or drop --qlora")
-    return AdapterConfig.from_args(config, flags)
+    adapter = AdapterConfig.from_args(config, flags)
+    adapter.check_blocks(layout)
+    return adapter
 
 
 def described(adapter: AdapterConfig) -> str:
@@ -127,9 +121,7 @@ class AdapterRun:
     def _source(self) -> Any:
         if self._start is None:
             return FreshAdapters(self.adapter, self._args.seed)
-        source = open_source(self._start, base=self.adapter.model)
-        if not isinstance(source.config, AdapterConfig):
-            raise CheckpointError(f"--adapter {self._start} holds a whole model, expected adapters")
+        source = open_source(self._start, base=self.adapter.model, holds="adapters")
         for name in ("rank", "alpha", "targets"):
             ours, theirs = getattr(self.adapter, name), getattr(source.config, name)
             if ours != theirs:

@@ -23,7 +23,7 @@ def summary(run: Run, shape: RunShape | None, where: str, memory: int, identitie
         planned = stage_memory(shape, fullest_stage(shape))
         yield (f"memory  {human_size(planned.total)} planned of {human_size(memory)}: weights "
                f"{human_size(planned.weights)}, optimizer {human_size(planned.gradients + planned.optimizer)}, "
-               f"activations {human_size(planned.activations + planned.logits)}")
+               f"activations {human_size(planned.activations + planned.logits + planned.temporaries)}")
     yield from _data(run, shape, identities, steps)
     if run.engine.save and run.flags.log_level != "debug":
         yield f"logs    {run.engine.save}/logs/latest/rank_N.log: all that the ranks print"

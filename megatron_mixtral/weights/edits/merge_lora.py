@@ -74,7 +74,7 @@ class MergedSource(TensorSource):
         return self._name(tensor, "A") in self._matrices or self._packs(tensor)
 
     def _packs(self, tensor: HFTensor) -> bool:
-        return self._rounded and tensor.name.split(".")[-2] in _PACKED
+        return self._rounded and AdapterConfig.packs(tensor.name)
 
     def _name(self, tensor: HFTensor, letter: str) -> str:
         return PEFT_PREFIX + tensor.name.replace(".weight", f".lora_{letter}.weight")
@@ -104,9 +104,6 @@ class MergedSource(TensorSource):
             return None
         stored = numpy.concatenate(list(blocks(whole(tensor), self._adapter)))
         return cast(stored, self._adapter.dtype(tensor), kind).view(f"<f{FLOATS[kind].itemsize}").reshape(tensor.shape)
-
-
-_PACKED = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")  # what --qlora packs
 
 
 class _Both(MappedFiles):

@@ -102,6 +102,15 @@ def test_what_could_explain_a_gap_is_said() -> None:
     assert report.remarks(whole, is_mmlu=False) == []
 
 
+def test_figures_with_adapters_depend_on_them(tmp_path) -> None:
+    """And those without say nothing of adapters, as before."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    tokenizer = SimpleNamespace(sha256="", bos_id=1)
+    (plain, found) = (report.depends_on(preset("tiny"), tmp_path, tokenizer, adapter, limit=None)
+                      for adapter in (None, tmp_path))
+    assert found == plain | {"adapter": str(tmp_path), "adapter_fingerprint": report.fingerprint(tmp_path)}
+
+
 def test_the_fingerprint_is_of_names_sizes_and_both_ends(tmp_path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 10)
     found = {report.fingerprint(tmp_path)}

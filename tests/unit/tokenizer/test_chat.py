@@ -18,6 +18,8 @@ from megatron_mixtral.tokenizer.tokenizer import (
     mixtral_tokenizer_path,
 )
 
+V3 = mixtral_tokenizer_path().with_name("mistral_instruct_tokenizer_240323.model.v3")
+
 # (system, [question, answer, ...]); the last question has no answer, as in a request.
 DIALOGUES = [
     ("", ["Hi"]),
@@ -41,6 +43,10 @@ DIALOGUES = [
     ("\u05e9\u05dc\u05d5\u05dd", ["\u0645\u0631\u062d\u0628\u0627", "\u3053\u3093\u306b\u3061\u306f", "\uc548\ub155"]),
     ("", ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]),
 ]
+
+
+# mixtral-v3 puts a system text at the last question, wherever it was: no prompt but the last is what training saw.
+IN_PLACE = sorted(name for name, template in TEMPLATES.items() if not template.last)
 
 
 def turns_of(system: str, texts: list[str]) -> list[Turn]:
@@ -74,11 +80,11 @@ def with_controls(folder, tmp_path_factory):
     return JsonTokenizer(path)
 
 
-def official(system: str, texts: list[str]) -> list[int]:
-    """The ids of mistral-common's v1 instruct tokenizer, which Mixtral-8x7B-Instruct-v0.1 was made with."""
+def official(system: str, texts: list[str], version: str = "v1") -> list[int]:
+    """The ids of mistral-common's instruct tokenizers: v1 is that of Mixtral-8x7B-Instruct-v0.1, v3 of 8x22B's."""
     messages = [SystemMessage(content=system)] if system else []
     messages += [(AssistantMessage if number % 2 else UserMessage)(content=text) for number, text in enumerate(texts)]
-    return MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+    return getattr(MistralTokenizer, version)().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
 
 
 def test_there_are_twenty_dialogues_of_every_kind():
@@ -93,7 +99,17 @@ def test_mixtral_equals_mistral_common(system, texts, tokenizer):
     assert ids.dtype == np.int32 and trained.dtype == bool and ids.shape == trained.shape
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("system", "texts"), DIALOGUES)
+def test_mixtral_v3_equals_mistral_common(system, texts):
+    """A system text stands at the last question, and spaces at the end of an answer are cut off."""
+    tokenizer = SentencePieceTokenizer(V3)
+    ids, trained = render(turns_of(system, texts), TEMPLATES["mixtral-v3"], tokenizer)
+    assert ids.tolist() == official(system, texts, "v3")
+    answers = [text.rstrip(" ") for text in texts[1::2]]
+    assert ids[trained].tolist() == [one for text in answers for one in (*tokenizer.encode(text), tokenizer.eos_id)]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.parametrize(("system", "texts"), [DIALOGUES[3], DIALOGUES[7], DIALOGUES[9], DIALOGUES[11], DIALOGUES[19]])
 def test_a_prompt_is_the_same_ids_with_and_without_its_answer(name, system, texts, tokenizer):
     """What generation sees is what training saw: no id before the boundary depends on what follows."""
@@ -118,7 +134,7 @@ def test_the_trained_ids_are_the_answer(name, tokenizer):
         assert trained[-1] and ids[0] == tokenizer.bos_id and (ids == tokenizer.bos_id).sum() == 1
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_a_system_text_stands_before_its_own_question(name, tokenizer):
     """Also in the middle of a dialogue."""
     turns = [Turn("Moon?", "Cheese."), Turn("Sun?", "Butter.", "Be kind."), Turn("Mars?", "Bread.")]
