@@ -1,7 +1,7 @@
 """Rotary positions on a GPU: one function of one pass, its sines and cosines made once, and no wait in a packed row.
 
 The engine makes sines and cosines anew in every layer, for queries and for keys, and turns them by six passes over
-memory. Of packed sequences it asks the device for the length of each, and waits.
+memory. Of a packed row it asks the device for the lengths of the sequences, and waits.
 
 Shape suffixes: s sequence, b batch, n heads, d head, t tokens of all packed sequences.
 """
@@ -74,8 +74,8 @@ def _rotated_on_gpu(original: Any, t: Tensor, freqs: Tensor, config: Any, cu_seq
 
 FIX = Fix(
     name="rotary-positions",
-    symptom="the host waits for the device at every packed sequence of every layer, and rotary positions take as many "
-            "passes over memory as the products around them",
+    symptom="the host waits for the device four times in every layer of a packed row, and rotary positions take six "
+            "passes over memory",
     cause="apply_rotary_pos_emb makes sines and cosines in every call, runs uncompiled, and reads lengths by item()",
     versions="0.19.2",
     remove_when="apply_rotary_pos_emb without transformer-engine is one kernel and reads nothing back",
