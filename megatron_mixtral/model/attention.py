@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mixtral.config import engine
 from megatron_mixtral.errors import ConfigError, DataError
+from megatron_mixtral.runtime import gpu
 
 
 class CausalAttention(torch.nn.Module):
@@ -48,7 +49,7 @@ class CausalAttention(torch.nn.Module):
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             return self._packed(query_sbnd, key_kbgd, value_kbgd, packed_seq_params)
         s, b = query_sbnd.shape[:2]
-        if self._windowed(key_kbgd.shape[0]) and s == key_kbgd.shape[0] and _has_flash(query_sbnd):
+        if self._windowed(key_kbgd.shape[0]) and s == key_kbgd.shape[0] and gpu.has_flash(query_sbnd):
             return self._within_window(query_sbnd, key_kbgd, value_kbgd)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_kbgd, value_kbgd))
         return self._attend(q, k, v).permute(2, 0, 1, 3).reshape(s, b, -1)
@@ -91,7 +92,7 @@ class CausalAttention(torch.nn.Module):
         t = q_tnd.shape[0]
         lengths = _lengths(packed, bounds, t)
         longest = max(lengths, default=0)
-        if (self.varlen_kernel or self._windowed(longest)) and _has_flash(q_tnd):
+        if (self.varlen_kernel or self._windowed(longest)) and gpu.has_flash(q_tnd):
             return self._flash(q_tnd, k_tgd, v_tgd, bounds, longest)
         # split, not slices: the backward of each slice would fill a gradient of the whole row.
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_tnd, k_tgd, v_tgd)), strict=True)
@@ -102,12 +103,6 @@ class CausalAttention(torch.nn.Module):
         """[s, k], True where query i (at position k - s + i) may look at key j."""
         causal = torch.ones(s, k, dtype=torch.bool, device=device).tril(k - s)
         return causal if self.window is None else causal.triu(k - s - self.window + 1)
-
-
-def _has_flash(query: torch.Tensor) -> bool:
-    """Whether torch's variable-length kernel, which is flash attention, takes such queries."""
-    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-            and torch.cuda.get_device_capability() >= (8, 0))
 
 
 def _lengths(packed: PackedSeqParams, bounds: torch.Tensor, tokens: int) -> list[int]:

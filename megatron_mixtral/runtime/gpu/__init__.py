@@ -7,7 +7,7 @@ from megatron_mixtral._door import door
 if TYPE_CHECKING:
     from megatron_mixtral.runtime.gpu.permutation import FIX as PERMUTATION
     from megatron_mixtral.runtime.gpu.products import FIX as WEIGHT_GRADIENTS
-    from megatron_mixtral.runtime.gpu.products import add_product, fastest, group_ends, groups_are_fast
+    from megatron_mixtral.runtime.gpu.products import add_product, fastest, group_ends, groups_are_fast, has_flash
     from megatron_mixtral.runtime.gpu.rotation import FIX as ROTATION
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

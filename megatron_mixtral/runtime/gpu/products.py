@@ -66,6 +66,11 @@ def groups_are_fast(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
+def has_flash(query: Tensor) -> bool:
+    """Whether torch's variable-length attention, which is flash attention, takes such queries."""
+    return query.is_cuda and query.dtype in _HALF and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def fastest(key: Hashable, *ways: Callable[[], Tensor]) -> Tensor:
     """What `ways` all give, by the one that took the least time when `key` first came."""
     if key not in _chosen:
