@@ -52,7 +52,7 @@ def detect(world_size: int | None = None) -> Backend:
     A visible GPU is always used. To run on the CPU of a machine with GPUs, hide them: `CUDA_VISIBLE_DEVICES=`.
     `ConfigError` for a GPU that torch cannot use, and for fewer GPUs than `world_size`, the local processes.
     """
-    if torch.cuda.is_available():
+    if _sees_a_gpu():
         count = torch.cuda.device_count()
         if world_size is not None and world_size > count:
             raise ConfigError(f"{world_size} processes on this node but {count} visible GPU(s): start at most {count} "
@@ -74,6 +74,15 @@ def detect(world_size: int | None = None) -> Backend:
     return Backend("cpu", "gloo", False, why)
 
 
+def _sees_a_gpu() -> bool:
+    """Whether torch can use a GPU: the first that anybody asks of CUDA, which then reads this variable. The order of
+    kernels that it gives is what makes the engine's overlap of communication correct before Blackwell; the engine
+    asserts it, also where there is no device.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return torch.cuda.is_available()
+
+
 def _driver_says() -> str | None:
     """The first GPU and the version of its driver, or that this driver is out of order; None where there is no GPU."""
     if shutil.which("nvidia-smi") is None:
@@ -93,7 +102,7 @@ def current_device() -> torch.device:
 
 def device_memory() -> int:
     """Bytes that each local process may use: its GPU's memory, or its share of what the machine has free now."""
-    if torch.cuda.is_available():
+    if _sees_a_gpu():
         return torch.cuda.get_device_properties(0).total_memory
     import psutil
 

@@ -26,9 +26,6 @@ def ready(training: bool = False) -> "Backend":
 @functools.cache
 def _ready_core() -> tuple["Backend", Replacements]:
     """The machine, and what was replaced on it."""
-    # The order of kernels on the device is what makes the engine's overlap of communication correct before Blackwell;
-    # it asserts this variable, also where there is no device. CUDA reads it when it is first asked anything.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_mixtral.runtime.backend import detect
 
     local = os.environ.get("LOCAL_WORLD_SIZE")

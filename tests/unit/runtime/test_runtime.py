@@ -3,6 +3,7 @@
 import importlib
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,19 +78,20 @@ def test_what_compiled_functions_need_is_asked_for(tmp_path: Path, monkeypatch: 
     gpu.check_compiler()
 
 
-def test_cuda_reads_its_order_of_kernels_when_it_is_first_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_mixtral.runtime import environment
-
+@pytest.mark.parametrize("first", [backend.detect, backend.device_memory])
+def test_cuda_reads_its_order_of_kernels_when_it_is_first_asked(first: Callable[[], object],
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     class Asked(Exception):
         pass
 
-    def detect(world: int | None) -> None:
+    def is_available() -> bool:
         raise Asked(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
 
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    monkeypatch.setattr(backend, "detect", detect)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "0")  # what the test has set is put back
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
     with pytest.raises(Asked, match="1"):
-        environment._ready_core.__wrapped__()
+        first()
 
 
 @pytest.mark.parametrize(("name", "peak"), [
