@@ -46,6 +46,9 @@ class AdapterConfig(MixtralConfig):
         if wrong or not self.targets or len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"--lora-target-modules {','.join(self.targets)}: expected some of {', '.join(known)}, "
                               f"each once{f'; found {wrong[0]!r}' if wrong else ''}")
+        if self.dense_config is not None and set(ROUTER) & set(self.targets):
+            raise ConfigError(f"--lora-target-modules {','.join(ROUTER)}: the base is a {self.model_type} and has "
+                              "no router; leave it out")
         if ("w1" in self.targets) != ("w3" in self.targets):
             raise ConfigError("--lora-target-modules: w1 and w3 are one matrix in transformers 5, where PEFT loads "
                               "adapters of both or of neither; name both, or none")

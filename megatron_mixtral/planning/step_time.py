@@ -145,7 +145,8 @@ def _experts(shape: RunShape, machine: Machine) -> float:
     arriving = shape.tokens_per_micro_batch / layout.tp * layout.etp * config.num_experts_per_tok
     rows = arriving / (config.num_local_experts / layout.ep)
     flops = 2 * arriving * config.expert_parameters / layout.etp
-    return IMBALANCE * _passes(shape) * _product_seconds(flops, machine, rows, config.intermediate_size / layout.etp)
+    uneven = IMBALANCE if config.num_local_experts > 1 else 1.0  # a dense model's one expert gets all tokens
+    return uneven * _passes(shape) * _product_seconds(flops, machine, rows, config.intermediate_size / layout.etp)
 
 
 def _adapters(shape: RunShape, machine: Machine, stage: int) -> float:

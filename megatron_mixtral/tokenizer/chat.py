@@ -111,6 +111,16 @@ TEMPLATES = {
         bos="every",
         strip=True,
     ),
+    # Llama-3-Instruct, as Meta's ChatFormat writes it.
+    "llama3": Template(
+        prompt="<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        answer="{output}<|eot_id|>",
+        eos=False,
+        strip=True,
+        controls=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
     # Stanford's Alpaca without input; an input stands below the instruction, on lines of its own.
     "alpaca": Template(
         prompt="### Instruction:\n{input}\n\n### Response:\n",
@@ -131,6 +141,7 @@ TEMPLATES = {
     "raw": Template(prompt="{input}", system="{system}"),
 }
 
+TEMPLATES["internlm2_chat"] = TEMPLATES["chatml"]  # under XTuner's name
 _LATER = "[SYSTEM_PROMPT]"  # a control token since mistral-common's v7
 PLAIN = TEMPLATES["raw"]  # how a turn without a question is written, whatever the template
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import HFSource, open_source
-from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint
+from megatron_mixtral.weights import hf_tensors, open_source
+from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint, names_in
 
 if TYPE_CHECKING:
     from megatron_mixtral.training.flags import Flags
@@ -37,6 +37,9 @@ def of_flags(flags: "Flags", config: MixtralConfig, layout: ParallelLayout) -> A
         raise ConfigError("--no-moe-grouped-gemm: adapters of experts are computed in grouped products; drop it")
     adapter = AdapterConfig.from_args(config, flags)
     adapter.check_blocks(layout)
+    if flags.export_hf_interval is not None:
+        for tensor in hf_tensors(adapter).values():
+            names_in(adapter, tensor)  # raises where an export would fail
     return adapter
 
 
@@ -88,12 +91,12 @@ class AdapterRun:
         if args.ckpt_format != "torch_dist":
             raise ConfigError(f"--ckpt-format {args.ckpt_format}: adapters are saved as distributed checkpoints; drop "
                               "the flag")
-        args.lora_base = fingerprint(HFSource(flags.hf_checkpoint, adapter.model))
+        args.lora_base = fingerprint(open_source(flags.hf_checkpoint))
         self.adapter, self._args = dataclasses.replace(adapter, base=args.lora_base), args
         self._start = flags.adapter
         from megatron_mixtral.lora import Guard
 
-        self._guard = Guard(self.adapter)
+        self._guard = Guard(self.adapter, masked=flags.is_instruction_dataset)
 
     def build(self, engine: Any, **options: Any) -> Any:
         """One pipeline stage or model chunk."""

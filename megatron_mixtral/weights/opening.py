@@ -5,6 +5,7 @@ from pathlib import Path
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.adapters import PeftSink, PeftSource
+from megatron_mixtral.weights.edits import DenseSource
 from megatron_mixtral.weights.formats import (
     DistSink,
     DistSource,
@@ -21,7 +22,8 @@ FORMATS = ("huggingface", "torch", "torch_dist", "peft")
 
 def open_source(path: str | Path, *, compare_copies: bool = True, base: MixtralConfig | None = None,
                 holds: str | None = None) -> TensorSource:
-    """The source for any directory this library reads, by what is in it: a model, or adapters.
+    """The source for any directory this library reads, by what is in it: a model, or adapters. A dense model is one of
+    one expert.
 
     `base` is the Mixtral that a PEFT folder's adapters are of, where it does not say so itself. `compare_copies`
     compares the copies that several ranks of rank directories hold of the same weights. `holds` is what is expected,
@@ -50,7 +52,8 @@ def _open(path: Path, compare_copies: bool, base: MixtralConfig | None) -> Tenso
         return PeftSource(path, base)
     # A config.json without weights is a Hugging Face folder that lacks something: its source says what.
     if _has_signs(path, HFSource) or ((path / "config.json").is_file() and not directory.is_checkpoint(path)):
-        return HFSource(path)
+        config = MixtralConfig.from_hf_dir(path)
+        return HFSource(path, config) if config.dense_config is None else DenseSource(path)
     return open_megatron(path, compare_copies=compare_copies)
 
 
