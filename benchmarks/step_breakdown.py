@@ -4,11 +4,12 @@ Forward operations are counted where the module that calls them belongs; a backw
 operation with its sequence number is. What belongs to no module (residual sums, gradient accumulation) is "rest".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 # The end of a module's name -> part of the step; the innermost module counts. First ours, then transformers' names.
@@ -70,7 +71,7 @@ def breakdown(candidate: Any, device: str) -> dict[str, float]:
     candidate.zero_grad()
     own: Callable[[Any], float] = (lambda e: e.self_device_time_total) if device == "cuda" else (
         lambda e: e.self_cpu_time_total)
-    events = [event for event in forward_backward.events() if not event.name.startswith("ProfilerStep")]
+    events = operations(forward_backward.events())
     parts = {}  # of forward operations, by sequence number
     for event in events:
         if event.sequence_nr >= 0 and not _in_backward(event):
@@ -80,8 +81,14 @@ def breakdown(candidate: Any, device: str) -> dict[str, float]:
         backward = _in_backward(event)
         part = (parts.get(backward.sequence_nr) or _own_part(event)) if backward else _own_part(event)
         found[part or "rest"] = found.get(part or "rest", 0.0) + own(event) / 1000
-    found["optimizer"] = sum(own(event) for event in optimizer.events()) / 1000
+    found["optimizer"] = sum(own(event) for event in operations(optimizer.events())) / 1000
     return found
+
+
+def operations(events: Iterable[Any]) -> list[Any]:
+    """The events of the host. Those of the device, which are listed too, are in the times of what started them."""
+    return [event for event in events
+            if event.device_type == DeviceType.CPU and not event.name.startswith("ProfilerStep")]
 
 
 def _in_backward(event: Any) -> Any:

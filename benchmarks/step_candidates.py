@@ -4,11 +4,13 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from megatron_mixtral import runtime
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.model import build, transformer_config
 
@@ -80,6 +82,7 @@ class Engine(Candidate):
         from megatron.core.transformer.module import Float16Module
 
         super().__init__(config, args)
+        model.cuda(torch.cuda.current_device())  # the norms are made on the CPU
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         half = model.config.bf16
@@ -110,6 +113,16 @@ class Stock(Engine):
 
     needs_mask = True
 
+    def forward_backward(self) -> None:
+        from megatron.core.transformer import attention
+        from megatron.core.transformer.moe import token_dispatcher
+
+        with ExitStack() as stack:  # what runtime/gpu has put in the place of the engine's
+            for module, name in ((attention, "apply_rotary_pos_emb"), (token_dispatcher, "permute"),
+                                 (token_dispatcher, "unpermute"), (token_dispatcher, "sort_chunks_by_idxs")):
+                stack.enter_context(patch.object(module, name, getattr(module, name).__wrapped__))
+            super().forward_backward()
+
     def update(self) -> None:
         from megatron.core import utils
         from megatron.core.optimizer import clip_grads
@@ -134,14 +147,13 @@ def fields_of(args: argparse.Namespace) -> dict[str, Any]:
 def ours(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace, dtype: torch.dtype,
          implementation: str = "local") -> Candidate:
     engine = transformer_config(config, layout, dtype, transformer_impl=implementation,
-                                **{"bias_activation_fusion": True, **fields_of(args)})
+                                **{"bias_activation_fusion": True,
+                                   "gradient_accumulation_fusion": runtime.ready().device == "cuda", **fields_of(args)})
     return Engine(build(config, engine, max_sequence_length=args.sequence, padded_vocab_size=config.vocab_size),
                   config, args)
 
 
 def te(config: MixtralConfig, layout: ParallelLayout, args: argparse.Namespace, dtype: torch.dtype) -> Candidate:
-    from megatron_mixtral import runtime
-
     if not runtime.ready().transformer_engine:
         raise NotHere("transformer-engine cannot be imported")
     return ours(config, layout, args, dtype, "transformer_engine")

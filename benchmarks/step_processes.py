@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest.mock import patch
@@ -76,27 +77,45 @@ class Apart:
             self._process = context.Process(target=_serve, args=(theirs, name, args), daemon=True)
             self._process.start()
         theirs.close()
-        reason = self._pipe.recv()
-        if reason is not None:
-            raise step_candidates.NotHere(reason)
+        self._receive(name)
 
     def ask(self, what: str) -> Any:
         self._pipe.send(what)
-        return self._pipe.recv()
+        return self._receive(what)
+
+    def end(self) -> None:
+        """Give back what the process holds."""
+        self._pipe.close()
+        self._process.join()
+
+    def _receive(self, what: str) -> Any:
+        try:
+            ok, answer = self._pipe.recv()
+        except EOFError:
+            raise Failed(f"{what}: the process ended with {self._process.exitcode} and said nothing") from None
+        if not ok:
+            raise answer
+        return answer
+
+
+class Failed(Exception):
+    """What went wrong in a candidate's process: its traceback."""
 
 
 def _serve(pipe: Connection, name: str, args: argparse.Namespace) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    step_candidates.initialize(runtime.ready(), args.tp, args.ep)
     try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        step_candidates.initialize(runtime.ready(), args.tp, args.ep)
         here = Here(name, args)
+        pipe.send((True, None))
+        while True:
+            try:
+                what = pipe.recv()
+            except EOFError:  # the parent wants no more
+                return
+            pipe.send((True, here.ask(what)))
     except step_candidates.NotHere as reason:
-        pipe.send(str(reason))
-        return
-    pipe.send(None)
-    while True:
-        try:
-            pipe.send(here.ask(pipe.recv()))
-        except EOFError:  # the parent has ended
-            return
+        pipe.send((False, reason))
+    except Exception:  # noqa: BLE001 - whatever it is, the parent shows it
+        pipe.send((False, Failed(f"{name}:\n{traceback.format_exc()}")))

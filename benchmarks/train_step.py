@@ -18,11 +18,12 @@ a CPU they are narrow (hidden 512, ffn 1792, 8/2 heads, sequence 512, 4 layers).
 - `te`: the engine's transformer-engine specification, where it can be imported.
 - `lora`, `qlora` and `peft` (`--lora`, `--qlora`): adapters of rank 16 are trained, in `qlora` beside a base of 4 bits.
 
-Each runs in a process of its own (`step_processes.py`), in turns with the others; only `ours` has this library's heap
-settings on a CPU, unless `--same-heap` gives them to all. Prints medians over the rounds: forward + backward, and the
-whole step with optimizer; model TFLOP/s (active experts, causal attention; recomputation not counted) and their share
-of the machine's own product of two square matrices; the peak of allocated memory; and where the time of one profiled
-step goes.
+Each runs in a process of its own (`step_processes.py`): on a CPU in turns with the others, where only `ours` has this
+library's heap settings unless `--same-heap` gives them to all; on a GPU, whose memory holds one of them, one after
+another. A candidate that fails is left out, with its traceback. Prints medians over the rounds: forward + backward, and
+the whole step with optimizer; model TFLOP/s (active experts, causal attention; recomputation not counted) and their
+share of the machine's own product of two square matrices; the peak of allocated memory; and where the time of one
+profiled step goes.
 """
 
 # ruff: noqa: T201
@@ -44,7 +45,7 @@ from megatron_mixtral import runtime  # noqa: E402
 BACKEND = runtime.ready()  # before anything of the engine is imported
 import step_candidates  # noqa: E402
 import torch  # noqa: E402
-from step_processes import DTYPES, Apart, Here, architecture  # noqa: E402
+from step_processes import DTYPES, Apart, Failed, Here, architecture  # noqa: E402
 
 from megatron_mixtral.config import ParallelLayout  # noqa: E402
 
@@ -63,6 +64,8 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--same-heap", action="store_true", help="this library's heap settings for all candidates")
     parser.add_argument("--only", nargs="+", default=list(step_candidates.WHOLE), choices=list(step_candidates.MAKERS))
+    parser.add_argument("--one-by-one", action="store_true", default=device == "cuda",
+                        help="not in turns: as on a GPU, which holds one candidate at a time")
     parser.add_argument("--lora", action="store_true", help="adapters alone are trained: this library's and PEFT's")
     parser.add_argument("--qlora", action="store_true", help="the same over a base of 4 bits; with --lora both")
     parser.add_argument("--processor-time", action="store_true",
@@ -101,28 +104,52 @@ def measure(candidates: dict[str, Here | Apart], rounds: int) -> dict[str, dict[
     return found
 
 
+def together(names: list[str], args: argparse.Namespace, left_out: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What was measured of these candidates, which are there at the same time. Notes those that are left out, and why.
+    """
+    candidates: dict[str, Here | Apart] = {}
+    try:
+        for name in names:
+            try:
+                candidates[name] = Here(name, args) if "RANK" in os.environ else Apart(name, args)
+            except (step_candidates.NotHere, Failed) as reason:
+                left_out[name] = str(reason)
+        times = measure(candidates, args.rounds)
+        return {name: {"seconds": times[name], "peak": one.ask("peak"), "breakdown": one.ask("breakdown")}
+                for name, one in candidates.items()}
+    finally:
+        for one in candidates.values():
+            if isinstance(one, Apart):
+                one.end()
+
+
+def one_by_one(names: list[str], args: argparse.Namespace, left_out: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The same of each alone; one that fails, also while it is measured, leaves the others."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            found |= together([name], args, left_out)
+        except Failed as reason:
+            left_out[name] = str(reason)
+    return found
+
+
 def report(args: argparse.Namespace, device: str) -> dict[str, Any]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout = ParallelLayout(tp=args.tp, ep=args.ep, world=world)
-    candidates: dict[str, Here | Apart] = {}
-    left_out = {}
-    for name in args.only:
-        try:
-            candidates[name] = Here(name, args) if "RANK" in os.environ else Apart(name, args)
-        except step_candidates.NotHere as reason:
-            left_out[name] = str(reason)
-    times = measure(candidates, args.rounds)
+    left_out: dict[str, str] = {}
+    rate = product_rate(args.product, DTYPES[args.dtype], device)
+    measured = (one_by_one if args.one_by_one else together)(args.only, args, left_out)
     tokens = args.micro_batch * args.sequence * layout.data_parallel
     flops = tokens * architecture(args, device).training_flops_per_token(args.sequence) / world
-    rate = product_rate(args.product, DTYPES[args.dtype], device)
     rows = {}
-    for name, candidate in candidates.items():
-        both, step = (statistics.median(times[name][kind]) for kind in ("forward_backward", "step"))
+    for name, one in measured.items():
+        both, step = (statistics.median(one["seconds"][kind]) for kind in ("forward_backward", "step"))
         rows[name] = {
             "forward_backward_seconds": both, "step_seconds": step, "tokens_per_second": tokens / step,
             "forward_backward_tflops": flops / both / 1e12, "share_of_product": flops / both / rate,
-            "peak_mib_over_parameters": candidate.ask("peak") / 2**20,
-            "breakdown_ms": candidate.ask("breakdown"), "all_seconds": times[name]}
+            "peak_mib_over_parameters": one["peak"] / 2**20,
+            "breakdown_ms": one["breakdown"], "all_seconds": one["seconds"]}
     return {"date": str(date.today()), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads(), "world": world, "tp": args.tp, "ep": args.ep, "dtype": args.dtype,
             "layers": args.layers, "sequence": args.sequence, "micro_batch": args.micro_batch, "engine": args.engine,
@@ -136,7 +163,7 @@ def show(found: dict[str, Any]) -> None:
           f"{found['layers']} layers, {found['micro_batch']} x {found['sequence']} tokens; "
           f"square product {found['product_tflops']:.3f} TFLOP/s; {found['versions']}")
     rows = found["candidates"]
-    base = next(iter(rows.values()))
+    base = next(iter(rows.values()), {})
     print(f"{'':14}{'fwd+bwd s':>10}{'step s':>9}{'tokens/s':>10}{'TFLOP/s':>9}{'of product':>11}{'peak MiB':>10}"
           f"{'fwd+bwd x':>11}{'step x':>8}")
     for name, row in rows.items():

@@ -262,7 +262,7 @@ step_adapter() {
 # What the visible devices allow: 4 CPU processes, or 1, 2 or 4 GPUs.
 choose_layout() {
     local gpus
-    gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
+    gpus="$(visible_gpus)"
     tolerance=1e-3
     if ((gpus > 0)); then tolerance=5e-2; fi # bf16 there
     case "$gpus" in

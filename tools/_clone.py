@@ -1,7 +1,7 @@
 """Makes the clone around this file importable, installed or not, and runs a command of it.
 
-Python looks for modules beside the program that it starts, so `benchmarks/` and `tools/checkpoint/` have links to this
-file. The clone comes first: its programs run its own code, whatever else is installed.
+Python looks for modules beside the program that it starts, so `benchmarks/`, `benchmarks/gpu/` and `tools/checkpoint/`
+have links to this file. The clone comes first: its programs run its own code, whatever else is installed.
 """
 
 import sys

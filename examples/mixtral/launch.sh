@@ -14,6 +14,8 @@
 #   DRY_RUN=1            print the command, ready to paste, and start nothing
 
 launch_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+# shellcheck source=examples/gpus.sh
+source "$launch_root/examples/gpus.sh"
 
 launch_fail() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
@@ -59,7 +61,7 @@ launch_defaults() {
     setting TENSORBOARD_DIR         "$SAVE_DIR/tensorboard"
     # Experts of a tiny model are not worth cutting; without expert parallelism the engine wants ETP = TP (empty).
     if ((EP > 1)); then setting ETP '' 1; else setting ETP ''; fi
-    if nvidia-smi -L >/dev/null 2>&1; then setting PRECISION bf16; else setting PRECISION fp32; fi
+    if (($(visible_gpus) > 0)); then setting PRECISION bf16; else setting PRECISION fp32; fi
 }
 
 # Fills the array `layout`.
@@ -73,6 +75,8 @@ launch_layout() {
     layout+=(--use-distributed-optimizer)
     # There is nothing to hide behind in a tiny model or on a CPU.
     if [[ "$MODEL" != tiny ]]; then layout+=(--overlap-grad-reduce); fi
+    # The program refuses it where prompts are continued between steps.
+    if [[ "$MODEL" != tiny && " ${extra[*]-} " != *" --evaluation-prompts"* ]]; then layout+=(--overlap-param-gather); fi
     if ((LR_WARMUP_ITERS >= TRAIN_ITERS)); then
         launch_fail "LR_WARMUP_ITERS=$LR_WARMUP_ITERS must be less than TRAIN_ITERS=$TRAIN_ITERS; set both"
     fi
@@ -265,7 +269,7 @@ launch_inference() {
     setting GPUS_PER_NODE           8           2
     setting EP                      1
     if ((EP > 1)); then setting ETP 1; else setting ETP ''; fi
-    if nvidia-smi -L >/dev/null 2>&1; then setting PRECISION bf16; else setting PRECISION fp32; fi
+    if (($(visible_gpus) > 0)); then setting PRECISION bf16; else setting PRECISION fp32; fi
     local -a torchrun command blend=()
     local program="$launch_root/tools/$1" LOAD_DIR="$CHECKPOINT" HF_CHECKPOINT="$TOKENIZER_MODEL" given_load=""
     shift

@@ -16,8 +16,10 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from megatron_mixtral.runtime import gpu
+
 # Logits of a chunk: enough for a large product.
-CPU_CHUNK, GPU_CHUNK = 2**24, 2**25
+CPU_CHUNK, GPU_CHUNK = 2**24, 2**27
 # Numbers that stay in a CPU's caches while it passes over them several times.
 CPU_BLOCK = 2**21
 
@@ -71,10 +73,10 @@ def _add_product(into_vh: Tensor | None, grad_tv: Tensor, hidden_th: Tensor, fac
     if into_vh is None:
         product = (grad_tv.t() @ hidden_th).float()
         return product if factor == 1.0 else product.mul_(factor)
-    if into_vh.dtype == grad_tv.dtype:
-        return into_vh.addmm_(grad_tv.t(), hidden_th, alpha=factor)
+    if into_vh.is_cuda or into_vh.dtype == grad_tv.dtype:
+        return gpu.add_product(into_vh, grad_tv, hidden_th, factor)
     # On a CPU a sum of two types first makes a copy in one type: of a part that the caches hold.
-    rows = len(into_vh) if into_vh.is_cuda else max(CPU_BLOCK // into_vh.shape[1], 1)
+    rows = max(CPU_BLOCK // into_vh.shape[1], 1)
     for into, grad in zip(into_vh.split(rows), grad_tv.t().split(rows), strict=True):
         into.add_(grad @ hidden_th, alpha=factor)
     return into_vh

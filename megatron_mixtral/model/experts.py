@@ -24,7 +24,7 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from megatron_mixtral.model.cpu import WeightedSwiGLU
-from megatron_mixtral.runtime import current_device
+from megatron_mixtral.runtime import current_device, gpu
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -41,12 +41,23 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def products(x_ti: Tensor, counts: list[int], weights_oi: Sequence[Tensor], transpose: bool) -> Tensor:
-    """The rows of each group times the group's weight, `counts[g]` rows a group: x W^T if `transpose`, else x W."""
+    """The rows of each group times the group's weight, `counts[g]` rows a group: x W^T if `transpose`, else x W.
+
+    On a GPU one grouped product or a loop of products, whichever is faster there.
+    """
     stack = stacked(weights_oi)
     aligned = all(size * x_ti.element_size() % 16 == 0 for size in weights_oi[0].shape)  # what grouped_mm asks of rows
-    if stack is not None and aligned and x_ti.shape[0]:
-        ends = torch.tensor(counts, device=x_ti.device).cumsum(0).to(torch.int32)
-        return torch.nn.functional.grouped_mm(x_ti, stack.transpose(1, 2) if transpose else stack, offs=ends)
+    loop = partial(_one_by_one, x_ti, counts, weights_oi, transpose)
+    if stack is None or not aligned or not x_ti.shape[0] or (x_ti.is_cuda and not gpu.groups_are_fast(x_ti.dtype)):
+        return loop()
+    grouped = partial(torch.nn.functional.grouped_mm, x_ti, stack.transpose(1, 2) if transpose else stack,
+                      offs=gpu.group_ends(tuple(counts), x_ti.device))
+    if not x_ti.is_cuda:
+        return grouped()
+    return gpu.fastest(("experts", transpose, stack.shape, x_ti.shape[0].bit_length()), grouped, loop)
+
+
+def _one_by_one(x_ti: Tensor, counts: list[int], weights_oi: Sequence[Tensor], transpose: bool) -> Tensor:
     out = x_ti.new_empty(x_ti.shape[0], weights_oi[0].shape[0 if transpose else 1])
     for rows, part, weight in zip(x_ti.split(counts), out.split(counts), weights_oi, strict=True):
         torch.mm(rows, weight.t() if transpose else weight, out=part)
@@ -56,8 +67,9 @@ def products(x_ti: Tensor, counts: list[int], weights_oi: Sequence[Tensor], tran
 class GroupedProduct(torch.autograd.Function):
     """y = x W^T for the rows of each group with the group's weight [o, i].
 
-    Where the engine's DDP keeps a gradient buffer of the weight's dtype (`main_grad`), the weight's gradient is added
-    to it by the product itself: the engine's convention (`grad_added_to_main_grad`) spares a pass over the weights.
+    The weight's gradient is added to the engine's gradient buffer (`main_grad`) by the product itself, as the engine's
+    convention `grad_added_to_main_grad` allows: it spares a pass over the weights, and on a GPU the rounding
+    of a bf16 product. On a CPU only where the buffer has the weight's dtype.
     """
 
     @staticmethod
@@ -84,9 +96,10 @@ def _weight_gradient(grad_to: Tensor, x_ti: Tensor, weight_oi: Tensor, needed: b
     if not needed:
         return None
     main_grad = getattr(weight_oi, "main_grad", None)
-    if main_grad is None or main_grad.dtype != weight_oi.dtype or not hasattr(weight_oi, "grad_added_to_main_grad"):
+    there = main_grad is not None and hasattr(weight_oi, "grad_added_to_main_grad")
+    if not there or not (weight_oi.is_cuda or main_grad.dtype == weight_oi.dtype):
         return grad_to.t().mm(x_ti)
-    main_grad.addmm_(grad_to.t(), x_ti)
+    gpu.add_product(main_grad, grad_to, x_ti)
     weight_oi.grad_added_to_main_grad = True
     # DDP's hook wants to see a gradient and drops it unread; an alias of the weight takes no memory.
     return weight_oi.detach()

@@ -12,7 +12,7 @@ from megatron_mixtral.planning.shape import RunShape
 WIDTHS, WIDTHS_RECOMPUTED = 3, 2
 NORM = 2  # a norm's output, and x / rms(x), which torch keeps where it has no fused norm, as on a CPU
 ROTATIONS = 4  # sines and cosines of queries and of keys
-LOGITS_AT_ONCE = 2**25  # of a chunk of the loss on a GPU (model/cross_entropy.py)
+LOGITS_AT_ONCE = 2**27  # of a chunk of the loss on a GPU (model/cross_entropy.py)
 
 
 def layer(shape: RunShape, recompute: str | None = None) -> float:

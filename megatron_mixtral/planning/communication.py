@@ -12,8 +12,9 @@ from megatron_mixtral.planning.shape import RunShape, Summed
 # Passes over the sequence-parallel boundary of a layer's attention in one micro-batch. Forward: all-gather, reduce-
 # scatter; backward: their opposites, and the input gathered once more for the weight gradient, if there is one.
 _ATTENTION_PASSES, _FROZEN_PASSES = 5, 4
-# Expert tensor parallelism: tokens gathered before the experts and reduced after them, forward and backward.
-_EXPERT_TENSOR_PASSES = 4
+# Expert tensor parallelism: tokens are gathered before the experts and reduced after them, forward and backward. The
+# engine reduces in the type of the router's probabilities, fp32, and gathers that reduction's gradient in it.
+_EXPERT_TENSOR_PASSES, _EXPERT_TENSOR_PASSES_FP32 = 2, 2
 # Dispatch and combine, forward and backward.
 _ALL_TO_ALLS = 4
 
@@ -42,7 +43,8 @@ def communication_volume(shape: RunShape, stage: int) -> Volume:
     tensor += _outer_tensor(shape, stage, hidden)
     return Volume(
         tensor=tensor,
-        expert_tensor=_EXPERT_TENSOR_PASSES * rounds * again * routed * (layout.etp - 1),
+        expert_tensor=(_EXPERT_TENSOR_PASSES + _EXPERT_TENSOR_PASSES_FP32 * 4 / shape.weight_bytes) * rounds * again
+        * routed * (layout.etp - 1),
         expert=_ALL_TO_ALLS * rounds * again * routed * (layout.ep - 1) / layout.ep,
         pipeline=_pipeline(shape, stage, hidden),
         context=_context(shape, rounds),

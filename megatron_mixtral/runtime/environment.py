@@ -35,9 +35,6 @@ def _ready_core() -> tuple["Backend", Replacements]:
         from megatron_mixtral.runtime.cpu import enable
 
         enable(replacements)
-    # The order of kernels on the device is what makes the engine's overlap of communication correct before Blackwell;
-    # it asserts this variable, also where there is no device.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_mixtral.runtime.engine_fixes import FIXES
 
     applied = apply(replacements, FIXES)

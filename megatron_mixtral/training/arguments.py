@@ -217,9 +217,10 @@ def engine_defaults(run: Run, transformer_impl: str, collectives: str) -> dict[s
         "null_tokenizer_eod_id": config.eos_token_id,
     }
     if not has_te:
-        defaults.update(masked_softmax_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False,
-                        no_persist_layer_norm=True)
+        defaults.update(masked_softmax_fusion=False, apply_rope_fusion=False, no_persist_layer_norm=True)
     if collectives == "gloo":
+        # Products into the engine's gradient buffer (runtime/gpu/products.py): of 16-bit types a CPU has none.
+        defaults.update(gradient_accumulation_fusion=False)
         # Worker processes of the loader would be forked copies of each rank; a laptop has better uses for the memory.
         defaults.update(num_workers=0)
     return defaults

@@ -20,7 +20,8 @@ def set_up(layout: dict[str, int]) -> Any:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         laid.tp, laid.pp, laid.vpp if laid.vpp > 1 else None, context_parallel_size=laid.cp,
-        expert_model_parallel_size=laid.ep, expert_tensor_parallel_size=laid.etp)
+        expert_model_parallel_size=laid.ep, expert_tensor_parallel_size=laid.etp,
+        create_gloo_process_groups=torch.distributed.get_backend() != "fake")
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     return laid
 

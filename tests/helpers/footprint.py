@@ -83,8 +83,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, micro_batches: int,
-            sequence: int, recompute: dict[str, Any] | None = None, adapter: Any = None) -> dict[str, Any]:
-    """One training step of a randomly initialised Mixtral, or its adapters; bytes held by kind, and sent by group."""
+            sequence: int, engine_fields: dict[str, Any] | None = None, adapter: Any = None,
+            ready: Callable[[], None] | None = None, micro_batch: int = 1) -> dict[str, Any]:
+    """One training step of a randomly initialised Mixtral, or its adapters; bytes held by kind, and sent by group.
+    `ready` is called before the step; `micro_batch` is the sequences of a micro-batch, 1 in a pipeline.
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -95,7 +98,7 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
     from megatron_mixtral.model import build, transformer_config
 
     laid = set_up(layout)
-    engine = transformer_config(config, laid, dtype, **(recompute or {}))
+    engine = transformer_config(config, laid, dtype, **(engine_fields or {}))
     pp, chunks = mpu.get_pipeline_model_parallel_rank(), []
     for chunk in range(laid.vpp):
         make = build if adapter is None else adapted
@@ -107,6 +110,7 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
             packed.nf4.random_()
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        model.cuda(torch.cuda.current_device())
         chunks.append(model if dtype == torch.float32 else Float16Module(engine, model))
     half = dtype != torch.float32
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=half)
@@ -114,15 +118,20 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
               for index, chunk in enumerate(chunks)]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True, bf16=half,
-                        params_dtype=dtype), chunks)
+                        params_dtype=dtype), chunks,
+        use_gloo_process_groups=torch.distributed.get_backend() != "fake")
     engine.finalize_model_grads_func = finalize_model_grads
     engine.grad_scale_func = optimizer.scale_loss
-    rows = torch.randint(3, config.vocab_size, (micro_batches, sequence + 1),
+    rows = torch.randint(3, config.vocab_size, (micro_batches * micro_batch, sequence + 1),
                          generator=torch.Generator().manual_seed(rank // (laid.tp * laid.pp)))
-    micro = [{"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous()} for row in rows]
+    rows = rows.to(torch.cuda.current_device())
+    micro = [{"tokens": part[:, :-1].contiguous(), "labels": part[:, 1:].contiguous()}
+             for part in rows.split(micro_batch)]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     frozen = [one for chunk in chunks for name, one in chunk.named_buffers() if name.endswith(("nf4", "absmax"))]
     saved, sent = SavedBytes([*parameters, *frozen]), SentBytes()
+    if ready is not None:
+        ready()
     with sent:
         with saved.hooks():
             _schedule(chunks, micro, _forward_loss, forward_only=False)

@@ -28,6 +28,10 @@ class RankError(AssertionError):
 def prepare_fork_server() -> Any:
     """The multiprocessing context whose server has torch and the engine imported."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "RANKS_ON" not in os.environ:
+        import torch
+
+        os.environ["RANKS_ON"] = "cuda" if torch.cuda.is_available() else "cpu"
     for folder in (str(ROOT), str(ROOT / "tests")):
         if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))

@@ -19,7 +19,7 @@ PTD = "examples/mixtral/pretrain_mixtral_8x7b_ptd.sh"
 EVALUATE = "examples/mixtral/evaluate_mixtral_8x7b_ptd.sh"
 SBATCH = "examples/slurm/evaluate.sbatch"
 TP_PP = "examples/mixtral/pretrain_mixtral_8x7b_tp4_pp4.sh"
-SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("examples", "tests")
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("examples", "tests", "benchmarks")
                  for path in (ROOT / folder).rglob("*.sh")) + [SBATCH, ".ci/run"]  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def dry_run(script: str, *arguments: str, **environment: str) -> tuple[list[str]
 def test_scripts_parse(script):
     done = subprocess.run(["bash", "-n", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "set -euo pipefail" in (ROOT / script).read_text() or script.endswith(("environment.sh", "launch.sh"))
+    sourced = ("environment.sh", "gpus.sh", "launch.sh")
+    assert "set -euo pipefail" in (ROOT / script).read_text() or script.endswith(sourced)
 
 
 def test_shellcheck():
@@ -67,7 +68,8 @@ RECIPES = [
         "--global-batch-size": "512", "--lr": "1e-5", "--min-lr": "1e-6", "--lr-decay-style": "cosine",
         "--lr-warmup-iters": "512", "--weight-decay": "0.01", "--adam-beta1": "0.9", "--adam-beta2": "0.95",
         "--clip-grad": "1.0", "--moe-aux-loss-coeff": "1e-3", "--bf16": "", "--sequence-parallel": "",
-        "--use-distributed-optimizer": "", "--overlap-grad-reduce": "", "--pretrained-checkpoint": "start",
+        "--use-distributed-optimizer": "", "--overlap-grad-reduce": "", "--overlap-param-gather": "",
+        "--pretrained-checkpoint": "start",
         "--data-path": "0.6 a_text_document 0.4 b_text_document"}),
     (PTD, {"DATA_PATH": "d", "CKPT_SAVE_DIR": "saved/", "MASTER_ADDR": "node0", "NODE_RANK": "1"}, {
         "--nproc-per-node": "8", "--nnodes": "2", "--node-rank": "1", "--master-addr": "node0", "--master-port": "6000",

@@ -124,7 +124,7 @@ def test_preprocessing_has_one_thread_before_numpy_is_there():
     assert done.stdout.splitlines()[-1] == "1 1"
 
 
-@pytest.mark.parametrize("folder", ["tools", "tools/checkpoint", "benchmarks"])
+@pytest.mark.parametrize("folder", ["tools", "tools/checkpoint", "benchmarks", "benchmarks/gpu"])
 def test_a_clone_that_is_not_installed_is_found_from_anywhere(folder, tmp_path):
     code = f"import sys; sys.path[0] = {str(ROOT / folder)!r}; import _clone, megatron_mixtral as m; print(m.__file__)"
     done = subprocess.run([sys.executable, "-E", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True,

@@ -44,8 +44,9 @@ class FusedAdam(torch.optim.Optimizer):
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
-            # torch's kernels count one step before they use it, and want a tensor for each parameter.
-            before = [torch.tensor(float(group["step"] - 1), device=p.device) for p in params]
+            # torch's kernels count one step before they use it, and want a tensor for each parameter: parts of one
+            # that is filled on the device, for which the host need not wait.
+            before = list(torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind())
             adam(params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
                  [self.state[p]["exp_avg_sq"] for p in params], [], before,
                  foreach=False, fused=True, amsgrad=False, maximize=False,

@@ -2,6 +2,8 @@
 
 import importlib
 import mmap
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,17 @@ from megatron_mixtral.runtime.replacements import Replacements
 # -- detection -------------------------------------------------------------------------------------------
 
 
+def program(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
 def test_no_gpu_gives_gloo_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = backend.detect()
     assert (found.device, found.collectives, found.transformer_impl) == ("cpu", "gloo", "local")
-    assert torch.__version__ in found.reason
+    assert torch.__version__ in found.reason and "sees no GPU" in found.reason
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES='' hides the GPUs" in backend.detect().reason
 
@@ -33,7 +40,64 @@ def test_gpu_is_used_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.detect(4)
 
 
+@pytest.mark.parametrize(("answer", "status", "sentence"), [
+    ("NVIDIA H100 80GB HBM3, 535.54.03", 0, r"cannot use: nvidia-smi says 'NVIDIA H100 80GB HBM3, 535.54.03'; torch .*"
+                                            r"driver 580 .*CUDA_VISIBLE_DEVICES= \(empty\)"),
+    ("Failed to initialize NVML: Driver/library version mismatch", 18, "says 'Failed to initialize NVML: Driver"),
+    ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, None),
+    ("", 0, None),
+])
+def test_a_gpu_that_torch_cannot_use_is_refused(answer: str, status: int, sentence: str | None, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program(tmp_path / "nvidia-smi", f'printf "%s" "{answer}"; exit {status}')
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if sentence is None:
+        assert backend.detect().device == "cpu"
+        return
+    with pytest.raises(ConfigError, match=sentence):
+        backend.detect()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert backend.detect().device == "cpu"
+
+
+def test_what_compiled_functions_need_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = backend.Backend("cuda", "nccl", False, ""), backend.Backend("cpu", "gloo", False, "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda kind: str(tmp_path))
+    cpu.check_compiler()
+    with pytest.raises(ConfigError, match=r"a C compiler \(gcc.*\) and .*Python.h .*python3-dev.* --disable-jit-fuser"):
+        gpu.check_compiler()
+    program(tmp_path / "mycc", "exit 0")
+    monkeypatch.setenv("CC", "mycc")
+    with pytest.raises(ConfigError, match="torch.compile needs /.*Python.h"):
+        gpu.check_compiler()
+    (tmp_path / "Python.h").touch()
+    gpu.check_compiler()
+
+
+@pytest.mark.parametrize("first", [backend.detect, backend.device_memory])
+def test_cuda_reads_its_order_of_kernels_when_it_is_first_asked(first: Callable[[], object],
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def is_available() -> bool:
+        raise Asked(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "0")  # what the test has set is put back
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    with pytest.raises(Asked, match="1"):
+        first()
+
+
 @pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA GB300", 2500.0), ("NVIDIA B300 SXM6 AC", 2250.0), ("NVIDIA GeForce RTX 4090", 165.2),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 503.8), ("NVIDIA RTX 6000 Ada Generation", 364.2),
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.4), ("NVIDIA H20", 148.0),
     ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA GB200", 2500.0), ("NVIDIA GeForce GTX 1080", None),
 ])

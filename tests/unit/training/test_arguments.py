@@ -247,3 +247,24 @@ def test_what_makes_another_model_is_refused_of_the_engine_s_arguments_too(
 def test_a_flag_is_dropped_with_its_value() -> None:
     assert without(["--a", "--tokenizer-type", "PretrainedFromHF", "--b"], "--tokenizer-type") == ["--a", "--b"]
     assert without(["--tokenizer-type=X", "--b", "1"], "--tokenizer-type") == ["--b", "1"]
+
+
+def test_a_gpu_run_asks_for_a_compiler_unless_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_mixtral import runtime
+    from megatron_mixtral.training import pretrain
+
+    class Backend:
+        device = "cuda"
+
+        def check_compiler(self) -> None:
+            raise ConfigError("no compiler")
+
+    def engine_args(*arguments: object) -> None:
+        raise ConfigError("went on")
+
+    monkeypatch.setattr(runtime, "ready", lambda training: Backend(), raising=False)
+    monkeypatch.setattr(runtime, "device_memory", lambda: 1, raising=False)
+    monkeypatch.setattr(pretrain, "_engine_args", engine_args)
+    for flags, sentence in (([], "no compiler"), (["--disable-jit-fuser"], "went on")):
+        with pytest.raises(ConfigError, match=sentence):
+            pretrain._train(resolve(["--model", "tiny", *flags], {}), [], None, None, None, None)
