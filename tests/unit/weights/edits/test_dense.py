@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import convert, hf_tensors, open_sink, open_source
+from megatron_mixtral.weights import cli, convert, hf_tensors, open_sink, open_source
+from megatron_mixtral.weights.edits import UpcycledSource
+from megatron_mixtral.weights.inspection import inspect
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}
 
@@ -73,6 +75,36 @@ def test_counted_as_what_it_is(models, kind):
     source = open_source(models[kind])
     routers = [tensor for tensor in hf_tensors(config).values() if tensor.rule.name == "router"]
     assert len(routers) == 4 and not any(source.fragments(one)[0].data.any() for one in routers)
+
+
+def test_an_internlm2_becomes_a_mixtral_of_several_experts(models, tmp_path):
+    from transformers import MixtralForCausalLM
+
+    convert(UpcycledSource(models["internlm2"], 3, 2, router_std=1.0), open_sink(tmp_path / "out"), verify=True)
+    ids = torch.arange(40).reshape(2, 20) * 7 % 96
+    with torch.no_grad():
+        ours, theirs = (model(ids).logits for model in (
+            MixtralForCausalLM.from_pretrained(tmp_path / "out").eval(), reference("internlm2")))
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["tied llama", "internlm2"])
+def test_inspection_and_the_command_say_what_it_is(models, tmp_path, capsys, caplog, kind):
+    caplog.set_level("INFO")
+    name, size = kind.split()[-1], sum(tensor.numel() for tensor in tensors_of(models[kind]).values())
+    found = inspect(models[kind])
+    assert found.problem is None and f"Hugging Face, {name} (here a Mixtral of one expert)" in str(found)
+    assert (found.parameters, found.bytes, found.tensors) == (size, 4 * size, len(tensors_of(models[kind])))
+    assert cli.convert(["--loader", "mixtral_hf", "--load-dir", str(models[kind]), "--save-dir", str(tmp_path / "mg"),
+                        "--target-tensor-parallel-size", "2"]) == 0
+    assert f"is a dense {name}: converted as a Mixtral of one expert" in caplog.text
+    found = inspect(tmp_path / "mg", deep=True)
+    assert found.problem is None and f", {name} (here" in found.format
+    assert cli.megatron_to_hf(["--megatron-checkpoint-path", str(tmp_path / "mg"), "--huggingface-checkpoint-path",
+                               str(tmp_path / "back"), "--huggingface-config-path", str(models[kind])]) == 0
+    assert_same_weights(tmp_path / "back", models[kind])
+    assert (tmp_path / "back" / "config.json").read_bytes() == (models[kind] / "config.json").read_bytes()
+    assert "tensors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("change", "words"), [
