@@ -84,7 +84,7 @@ class Engine:
         self._commands: list[Any] = []  # of rank 0, for the next step
         self._open: Counter[str] = Counter()  # continuations of each request that have not ended; rank 0 only
         self._guard = threading.Lock()
-        self._closed, self._in_step = False, False
+        self._closed, self._in_step, self._following = False, False, False
 
     # -- Requests --------------------------------------------------------------------------------------
 
@@ -192,9 +192,17 @@ class Engine:
         return events
 
     def follow(self) -> None:
-        """What every rank but 0 does while rank 0 serves: `step` until rank 0 closes."""
-        while not self._closed:
+        """What every rank but 0 does while rank 0 serves: `step` until rank 0 closes, or has no more to ask for now."""
+        self._following = not self._closed
+        while self._following:
             self.step()
+
+    def rest(self) -> None:
+        """Rank 0: end the `follow` of the other ranks, who may follow again later. Else as `close`. Whoever has led
+        alone goes on doing so: by then its requests have other names than those of a rank that asks the same.
+        """
+        if self.is_first and not self._closed and not self._in_step:
+            self._lockstep.tell([("rest",)])
 
     def close(self) -> None:
         """Rank 0: end the `follow` of the other ranks. Running requests are forgotten. Elsewhere it does nothing, nor
@@ -225,8 +233,12 @@ class Engine:
             self._release(one)
         return [one.event("", "cancelled") for one in sorted(ended, key=lambda one: one.index)]
 
+    def _rest(self) -> list[Event]:
+        self._following = False
+        return []
+
     def _close(self) -> list[Event]:
-        self._closed = True
+        self._closed, self._following = True, False
         self._waiting.clear()
         for running in self._running:
             running.clear()

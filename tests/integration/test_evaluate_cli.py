@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers.adapters import write_adapter
-from helpers.mmlu import write_mmlu
+from helpers.mmlu import write_mmlu, write_task
 from helpers.models import tiny_hf_mixtral
+from helpers.ranks import RankError, run_ranks
+from helpers.vocabularies import write_letters
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.weights import convert, open_sink, open_source
@@ -73,3 +76,44 @@ def test_damaged_questions_are_named_and_nothing_is_written(tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "out").exists()
     assert done.stderr == ("error: mmlu/test/anatomy_test.csv, line 2: 3 fields, expected 6: a question, four choices "
                            "and the letter of the right one\n")
+
+
+def evaluate(rank: int, folder: str, words: str, dies_at: str) -> int:
+    """The command in one process, which is killed when it is to give a file its name."""
+    from megatron_mixtral import __main__ as commands
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and dies_at and str(arguments[1]).endswith(dies_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.chdir(folder)
+    sys.addaudithook(watch)
+    return commands.run("evaluate", ["--load", "hf", "--tasks", "mmlu,after", "--data-path", "mmlu", "--include-path",
+                                     "tasks", "--reference", "reference.json", "--limit", "3", *words.split()])
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_files(tmp_path: Path) -> None:
+    write_letters(tiny_hf_mixtral(tmp_path / "hf"))
+    write_mmlu(tmp_path / "mmlu", ["anatomy", "sociology"])
+    write_task(tmp_path / "tasks")
+    known = {"results": {"after": {"acc,none": 0.1234}}, "groups": {"mmlu": {"acc,none": 0.5678}}}
+    (tmp_path / "reference.json").write_text(json.dumps(known))
+    assert run_ranks(1, evaluate, str(tmp_path), "--output whole", "") == [0]
+    with pytest.raises(RankError, match="rank 0 died"):
+        run_ranks(1, evaluate, str(tmp_path), "--output killed", "mmlu_sociology.json")
+    assert [path.name for path in (tmp_path / "killed/parts").glob("*.json")] == ["mmlu_anatomy.json"]
+    assert not [*(tmp_path / "killed").glob("*.*")], "no report of one half"
+    first = (tmp_path / "killed/parts/mmlu_anatomy.json").stat().st_mtime_ns
+    assert run_ranks(1, evaluate, str(tmp_path), "--output killed --resume", "") == [0]
+    assert (tmp_path / "killed/parts/mmlu_anatomy.json").stat().st_mtime_ns == first, "kept, not asked again"
+    parts = [f"parts/{name}.json" for name in ("mmlu_anatomy", "mmlu_sociology", "after")]
+    for name in ("results.json", "table.md", *parts):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    whole, table = json.loads((tmp_path / "whole/results.json").read_text()), (tmp_path / "whole/table.md").read_text()
+    assert {name: one["effective"] for name, one in whole["n-samples"].items()}.items() >= {
+        "mmlu": 6, "mmlu_anatomy": 3, "mmlu_sociology": 3, "after": 3}.items()
+    assert "| MMLU | 6 | 0.5678 | " in table and "| after (acc) | 3 | 0.1234 | " in table
+    assert "Only the first 3 questions of each task were asked (--limit)." in table
+    assert run_ranks(1, evaluate, str(tmp_path), "--output other --resume --limit 2 --tasks after", "") == [1], \
+        "MMLU's folder, and mmlu is not among the tasks"
+    assert not (tmp_path / "other").exists()

@@ -44,6 +44,19 @@ class Oracle:
             yield place, Completion(tuple(ids), 0, (), "", tuple(scores), "scored")
 
 
+class Writer(Oracle):
+    """The same, asked for a text of one token: the right letter, the one after it, or none."""
+
+    def completions(self, prompts: list[list[int]], params: list[Any]) -> Any:
+        for place, (ids, asked) in enumerate(zip(prompts, params, strict=True)):
+            assert ids[0] == self.tokenizer.bos_id and (asked.max_tokens, asked.temperature, asked.n) == (1, 0.0, 1)
+            question = self.tokenizer.decode(ids[1:]).rpartition("\n\n")[2].partition("\nA. ")[0]
+            place_of = "ABCD".index(self.answers[question])
+            letter = {"knows": "ABCD"[place_of], "contrary": "BCDA"[place_of], "silent": "?"}[self.kind]
+            new = self.tokenizer.encode(letter)[-1]
+            yield place, Completion(tuple(ids), 0, (new,), letter, (), "length")
+
+
 @pytest.fixture(scope="module")
 def mmlu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read_mmlu(write_mmlu(tmp_path_factory.mktemp("tasks") / "mmlu", SUBJECTS, QUESTIONS))
@@ -76,6 +89,17 @@ def test_what_a_model_knows_is_what_is_measured(kind, accuracy, mmlu, tmp_path) 
     assert table.splitlines()[2].startswith(f"| MMLU | {4 * QUESTIONS} | 0.7060 | {total['acc,none']:.4f} | ")
     assert len(table.splitlines()) == 2 + 1 + 4 + 4
     assert f"These are {4 * QUESTIONS} questions of 4 subjects; MMLU has 14042 of 57." in report.remarks(whole, True)
+
+
+@pytest.mark.parametrize(("kind", "accuracy"), [("knows", 1.0), ("contrary", 0.0), ("silent", 0.0)])
+def test_modellinks_procedure_counts_letters(kind, accuracy, mmlu, tmp_path) -> None:
+    parts = evaluate(Harness(Writer(mmlu, kind)), mmlu.tasks(method="modellink"), tmp_path, depends())
+    whole = report.assemble(parts, depends(), is_mmlu=True)
+    assert whole["groups"]["mmlu"] == {
+        "alias": "mmlu", "exact_match,letter": accuracy, "exact_match_stderr,letter": 0.0}
+    table = report.table(whole, report.published(preset("mixtral-8x7b"), "exact_match,letter"))
+    assert table.splitlines()[2] == f"| MMLU | {4 * QUESTIONS} | 0.7060 | {accuracy:.4f} | 0.0000 |"
+    assert len(table.splitlines()) == 2 + 1 + 4 + 4
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(mmlu, tmp_path) -> None:
