@@ -145,3 +145,16 @@ def test_files_that_do_not_fit_are_refused(models, tmp_path):
         '"num_local_experts": 1', '"num_local_experts": 2'))
     with pytest.raises(ConfigError, match="num_local_experts is 2, and dense_config says that this is a llama"):
         MixtralConfig.from_checkpoint(tmp_path)
+    for wrong, words in (({}, "must be the text of a dense model's config.json"), ("[]", "found model_type None")):
+        (tmp_path / CONFIG_FILE).write_text(json.dumps({"dense_config": wrong}))
+        with pytest.raises(ConfigError, match=words):
+            MixtralConfig.from_checkpoint(tmp_path)
+
+
+def test_an_identity_that_contradicts_itself_is_not_exported(models, tmp_path):
+    convert(open_source(models["llama"]), open_sink(tmp_path / "mg", "torch_dist"))
+    identity = json.loads((tmp_path / "mg" / CONFIG_FILE).read_text())
+    identity["dense_config"] = identity["dense_config"].replace('"rope_theta": 500000.0', '"rope_theta": 10000.0')
+    (tmp_path / "mg" / CONFIG_FILE).write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match="dense_config of .* rope_theta is 10000.0, but the checkpoint's is 500000.0"):
+        convert(open_source(tmp_path / "mg"), open_sink(tmp_path / "back"))
