@@ -84,6 +84,8 @@ class MixtralConfig:
         if self.num_experts_per_tok > self.num_local_experts:
             raise ConfigError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_local_experts {self.num_local_experts}")
+        _check("dense_config", self.dense_config, lambda value: value is None or isinstance(value, str),
+               "the text of a dense model's config.json, or null")
         if self.model_type != "mixtral" and self.num_local_experts != 1:
             raise ConfigError(f"num_local_experts is {self.num_local_experts}, and dense_config says that this is a "
                               f"{self.model_type}, a Mixtral of one expert")

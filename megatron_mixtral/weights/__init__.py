@@ -16,7 +16,7 @@ from megatron_mixtral._door import door
 if TYPE_CHECKING:
     from megatron_mixtral.weights import cli
     from megatron_mixtral.weights.conversion import convert
-    from megatron_mixtral.weights.formats import HFSource, directory, saved_arguments
+    from megatron_mixtral.weights.formats import directory, saved_arguments
     from megatron_mixtral.weights.opening import open_sink, open_source
     from megatron_mixtral.weights.plan import ShardPlan
     from megatron_mixtral.weights.rules import hf_tensors

@@ -76,6 +76,9 @@ def convert(argv: Sequence[str]) -> int:
         return _convert_adapters(args)
     from_hf, to_megatron = args.loader == "mixtral_hf", args.save_model_type == "megatron"
     config = MixtralConfig.from_hf_dir(args.load_dir) if from_hf else _identity(args.load_dir)
+    if config is not None and config.dense_config is not None:
+        logger.info("%s is a dense %s: converted as a Mixtral of one expert, which Hugging Face's form gives back as "
+                    "it was", args.load_dir, config.model_type)
     if to_megatron and config is not None:
         _layout(args, None).validate(config, TARGET_FLAGS)
     tokenizer = _tokenizer(args.tokenizer_model, config)

@@ -6,7 +6,6 @@ conversion; with `deep`, every byte of every tensor is read, too.
 
 import collections
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron_mixtral.weights.files import atomic
 from megatron_mixtral.weights.formats import DistSource, HFSource
 from megatron_mixtral.weights.formats import directory as names
 from megatron_mixtral.weights.opening import open_source
+from megatron_mixtral.weights.plan import hf_slices, whole
 from megatron_mixtral.weights.rules import hf_tensors
 
 
@@ -90,6 +90,8 @@ def _look(found: Findings, deep: bool) -> None:
         found.iteration = source.where.name if number is None else str(number)
         found.layout = str(getattr(source, "layout", "any"))
     config = source.config
+    if config.dense_config is not None:
+        found.format += f", {config.model_type} (here a Mixtral of one expert)"
     found.architecture = {name: getattr(config, name) for name in (
         "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size", "tie_word_embeddings")}
@@ -99,10 +101,11 @@ def _look(found: Findings, deep: bool) -> None:
         found.parameters = config.trained_parameters
     source.check()
     kinds: collections.Counter[str] = collections.Counter()
-    for tensor in hf_tensors(config).values():
-        kind = source.dtype(tensor)
+    stored = hf_slices(config) if isinstance(source, HFSource) else map(whole, hf_tensors(config).values())
+    for tensor in stored:
+        kind = source.dtype(tensor.pieces[0])
         kinds[kind] += 1
-        found.bytes += prod(tensor.shape) * FLOATS[kind].itemsize
+        found.bytes += tensor.elements * FLOATS[kind].itemsize
     found.types, found.tensors = dict(kinds), sum(kinds.values())
     if deep:
         _compare_with_report(found, compare(source, source))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.dense import tiny_dense
 from helpers.events import HANG
 from helpers.models import random_hf_directory
 
@@ -99,6 +100,8 @@ small = MistralConfig(vocab_size=320, hidden_size=16, intermediate_size=24, num_
                       num_key_value_heads=2)
 MistralForCausalLM(small).save_pretrained("model_from_hf/Mistral-7B")
 END""", folder, {})
+    tiny_dense(folder / "model_from_hf/internlm2-chat-7b", "internlm2", vocab_size=32000, max_position_embeddings=2048)
+    shutil.copyfile(mixtral / "tokenizer.model", folder / "model_from_hf/internlm2-chat-7b/tokenizer.model")
 
 
 def write_lines(path: Path, records: list[dict]) -> None:

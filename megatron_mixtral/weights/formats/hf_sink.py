@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral import __version__
-from megatron_mixtral.config import MixtralConfig, read_json
+from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, read_json
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import file_layout, safetensors
@@ -83,22 +83,26 @@ class HFSink:
 
     def _config_json(self, config: MixtralConfig, dtype: str) -> tuple[dict[str, Any], str]:
         """Contents of config.json, and how they are written: the template's or the dense model's own text, unless the
-        weights have another type than it says. Raises `ConfigError` for a template that describes another network.
+        weights have another type than it says. Raises `ConfigError` where it describes another network.
         """
-        contents, text = config.to_hf_dict(dtype=dtype), config.dense_config
+        text, where, said = config.dense_config, f"the dense_config of {CONFIG_FILE}", []
         if self.template is not None:
             path = self.template / "config.json"
-            found = read_json(path)
-            other, text = MixtralConfig.from_hf_dict(found, where=str(path)), path.read_bytes().decode("utf-8")
-            for name in ARCHITECTURE:
-                ours, theirs = getattr(config, name), getattr(other, name)
-                if ours != theirs:
-                    raise ConfigError(f"{path}: {name} is {theirs}, but the checkpoint's is {ours}; the folder given "
-                                      "is of another model")
-            contents = found | dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in found] or
-                                             ["torch_dtype"], dtype)
-        same = text is not None and json.loads(text) == contents
-        return contents, text if same else json.dumps(contents, indent=2) + "\n"
+            read_json(path)  # says what is wrong with it
+            text, where, said = path.read_bytes().decode("utf-8"), str(path), ["torch_dtype"]
+        if text is None:
+            contents = config.to_hf_dict(dtype=dtype)
+            return contents, json.dumps(contents, indent=2) + "\n"
+        found = json.loads(text)
+        other = MixtralConfig.from_hf_dict(found, where=where)
+        for name in ARCHITECTURE:
+            ours, theirs = getattr(config, name), getattr(other, name)
+            if ours != theirs:
+                raise ConfigError(f"{where}: {name} is {theirs}, but the checkpoint's is {ours}; the folder given is "
+                                  "of another model")
+        keys = [key for key in ("dtype", "torch_dtype") if key in found] or said
+        contents = found | dict.fromkeys(keys, dtype)
+        return contents, text if contents == found else json.dumps(contents, indent=2) + "\n"
 
 
 def model_card(source: TensorSource) -> str:

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import convert, hf_tensors, open_sink, open_source
+from megatron_mixtral.weights import cli, convert, hf_tensors, open_sink, open_source
+from megatron_mixtral.weights.edits import UpcycledSource
+from megatron_mixtral.weights.inspection import inspect
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}
 
@@ -75,6 +77,36 @@ def test_counted_as_what_it_is(models, kind):
     assert len(routers) == 4 and not any(source.fragments(one)[0].data.any() for one in routers)
 
 
+def test_an_internlm2_becomes_a_mixtral_of_several_experts(models, tmp_path):
+    from transformers import MixtralForCausalLM
+
+    convert(UpcycledSource(models["internlm2"], 3, 2, router_std=1.0), open_sink(tmp_path / "out"), verify=True)
+    ids = torch.arange(40).reshape(2, 20) * 7 % 96
+    with torch.no_grad():
+        ours, theirs = (model(ids).logits for model in (
+            MixtralForCausalLM.from_pretrained(tmp_path / "out").eval(), reference("internlm2")))
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["tied llama", "internlm2"])
+def test_inspection_and_the_command_say_what_it_is(models, tmp_path, capsys, caplog, kind):
+    caplog.set_level("INFO")
+    name, size = kind.split()[-1], sum(tensor.numel() for tensor in tensors_of(models[kind]).values())
+    found = inspect(models[kind])
+    assert found.problem is None and f"Hugging Face, {name} (here a Mixtral of one expert)" in str(found)
+    assert (found.parameters, found.bytes, found.tensors) == (size, 4 * size, len(tensors_of(models[kind])))
+    assert cli.convert(["--loader", "mixtral_hf", "--load-dir", str(models[kind]), "--save-dir", str(tmp_path / "mg"),
+                        "--target-tensor-parallel-size", "2"]) == 0
+    assert f"is a dense {name}: converted as a Mixtral of one expert" in caplog.text
+    found = inspect(tmp_path / "mg", deep=True)
+    assert found.problem is None and f", {name} (here" in found.format
+    assert cli.megatron_to_hf(["--megatron-checkpoint-path", str(tmp_path / "mg"), "--huggingface-checkpoint-path",
+                               str(tmp_path / "back"), "--huggingface-config-path", str(models[kind])]) == 0
+    assert_same_weights(tmp_path / "back", models[kind])
+    assert (tmp_path / "back" / "config.json").read_bytes() == (models[kind] / "config.json").read_bytes()
+    assert "tensors" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"bias": True}, "bias is true"), ({"bias": None}, None), ({"model_type": "internlm"}, "found 'internlm'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear' changes the positions"),
@@ -113,3 +145,16 @@ def test_files_that_do_not_fit_are_refused(models, tmp_path):
         '"num_local_experts": 1', '"num_local_experts": 2'))
     with pytest.raises(ConfigError, match="num_local_experts is 2, and dense_config says that this is a llama"):
         MixtralConfig.from_checkpoint(tmp_path)
+    for wrong, words in (({}, "must be the text of a dense model's config.json"), ("[]", "found model_type None")):
+        (tmp_path / CONFIG_FILE).write_text(json.dumps({"dense_config": wrong}))
+        with pytest.raises(ConfigError, match=words):
+            MixtralConfig.from_checkpoint(tmp_path)
+
+
+def test_an_identity_that_contradicts_itself_is_not_exported(models, tmp_path):
+    convert(open_source(models["llama"]), open_sink(tmp_path / "mg", "torch_dist"))
+    identity = json.loads((tmp_path / "mg" / CONFIG_FILE).read_text())
+    identity["dense_config"] = identity["dense_config"].replace('"rope_theta": 500000.0', '"rope_theta": 10000.0')
+    (tmp_path / "mg" / CONFIG_FILE).write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match="dense_config of .* rope_theta is 10000.0, but the checkpoint's is 500000.0"):
+        convert(open_source(tmp_path / "mg"), open_sink(tmp_path / "back"))
