@@ -79,6 +79,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
 def test_the_commands_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     listed = run(installed, tmp_path, "--help")
     assert all(f"\n  {name} " in listed for name in COMMANDS)
+    assert "mixtral_8x7b_instruct_qlora_oasst1_e3" in run(installed, tmp_path, "recipes", "list")
     assert run(installed, tmp_path, "--version") == f"megatron-mixtral {__version__}\n"
 
     write_jsonl(tmp_path / "corpus.jsonl", python_sources(20))
