@@ -271,8 +271,7 @@ def test_dropout_is_of_training_alone(start: list[str], hf: Path, tmp_path: Path
     plain, dropped = (run("one", [*common, "--lora-dropout", share], tmp_path / share) for share in ("0", "0.5"))
     assert plain.codes == dropped.codes == [0], dropped.logs[0][-2000:]
     assert plain.losses(1) != dropped.losses(1)
-    losses = [[line.split("lm loss value:")[1].split("|")[0] for line in one.logs[0].splitlines()
-               if "lm loss value:" in line] for one in (plain, dropped)]
+    losses = [re.findall(r"evaluation after step \d+ \| loss ([0-9.]+)", one.logs[0]) for one in (plain, dropped)]
     assert losses[0] and losses[0] == losses[1]
 
 
