@@ -9,6 +9,7 @@ State dicts have the names of the engine's sequential experts (`local_experts.{i
 or transformer-engine's; distributed checkpoints are the same for all three.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
-from megatron_mixtral.model.cpu import WeightedSwiGLU
+from megatron_mixtral.model.cpu import WeightedSwiGLU, linear_of_few, weighted_swiglu
 from megatron_mixtral.runtime import current_device
 
 
@@ -128,6 +129,11 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x_ti: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """([t, o], no bias): tokens sorted by expert, `tokens_per_expert` of each."""
+        few = 0 < len(x_ti) <= 4 * self.count  # most experts have none, or few
+        if few and not (self.training or x_ti.is_cuda or torch.is_grad_enabled()):
+            ends = itertools.accumulate(tokens_per_expert)
+            return torch.cat([linear_of_few(x_ti[end - count:end], weight) for count, end, weight
+                              in zip(tokens_per_expert, ends, self.weights(), strict=True) if count]), None
         return GroupedProduct.apply(x_ti, tokens_per_expert, *self.weights()), None
 
     def backward_dw(self) -> None:
@@ -192,8 +198,9 @@ class GroupedExperts(TEGroupedMLP):
             rows, counts = _rounded_up(counts)
             x_th, probs_t = (one.new_zeros(sum(counts), *one.shape[1:]).index_copy(0, rows, one)
                              for one in (x_th, probs_t))
+        swiglu = WeightedSwiGLU.apply if torch.is_grad_enabled() else weighted_swiglu
         gate_and_up, _ = self.linear_fc1(x_th, counts)
-        out, _ = self.linear_fc2(WeightedSwiGLU.apply(gate_and_up, probs_t[:, None]), counts)
+        out, _ = self.linear_fc2(swiglu(gate_and_up, probs_t[:, None]), counts)
         return out if rows is None else out.index_select(0, rows), None
 
 
