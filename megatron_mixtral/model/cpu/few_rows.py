@@ -17,7 +17,9 @@ _BLOCK = 2**20  # bytes
 
 
 def linear_of_few(x_ti: Tensor, weight_oi: Tensor) -> Tensor:
-    """[t, o] = x W^T, without a gradient. The products of blocks are those of the whole, bit for bit."""
+    """[t, o] = x W^T, without a gradient: for float32 weights that are larger than a block, block by block, where that
+    is faster. Each number is the product of the same row and column as it is in the whole.
+    """
     if not _ONE_READ < len(x_ti) <= _FEW or x_ti.dtype != torch.float32 or weight_oi.nbytes <= _BLOCK:
         return linear(x_ti, weight_oi)
     rows = max(_BLOCK // weight_oi[0].nbytes, 1)
