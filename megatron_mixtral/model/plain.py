@@ -1,8 +1,8 @@
-"""The layers of a model that a CPU has whole, read without gradients: the same numbers in a fifth of the operations.
+"""The layers of a model that a CPU has whole, read without gradients: the same numbers in far fewer operations.
 
-The engine's modules are made for training on many ranks. Of a pass over a few tokens, as generation makes them, most
-of the time would go to what one rank does not need: dispatch of tokens to other ranks, autograd's bookkeeping, views
-and checks. Here stands the network alone, on the engine's own parameters, which are looked up at every pass: a model in
+The engine's modules are made for training on many ranks. Of a pass over a few tokens, as generation makes them, a
+quarter of the time or more would go to what one rank does not need: dispatch of tokens to other ranks, autograd's
+bookkeeping, views and checks. Here stands the network alone, on the engine's own parameters, which are looked up at every pass: a model in
 training may be read between its steps. The engine's modules stay the way of every other layout, of adapters and GPUs.
 
 Shape suffixes: t tokens, h hidden, n query heads, g query groups, d head, e experts, k of them for each token, r rows
