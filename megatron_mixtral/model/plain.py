@@ -2,8 +2,9 @@
 
 The engine's modules are made for training on many ranks. Of a pass over a few tokens, as generation makes them, a
 quarter of the time or more would go to what one rank does not need: dispatch of tokens to other ranks, autograd's
-bookkeeping, views and checks. Here stands the network alone, on the engine's own parameters, which are looked up at every pass: a model in
-training may be read between its steps. The engine's modules stay the way of every other layout, of adapters and GPUs.
+bookkeeping, views and checks. Here stands the network alone, on the engine's own parameters, which are looked up at
+every pass: a model in training may be read between its steps. The engine's modules stay the way of every other layout,
+of adapters and of GPUs. `inference/stage.py` chooses.
 
 Shape suffixes: t tokens, h hidden, n query heads, g query groups, d head, e experts, k of them for each token, r rows
 of experts (t times k).
