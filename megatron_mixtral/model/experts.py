@@ -187,12 +187,16 @@ class GroupedExperts(TEGroupedMLP):
         self.register_state_dict_post_hook(_name_as_sequential)
         self.register_load_state_dict_pre_hook(_name_as_grouped)
 
-    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor,
-                **kwargs: Any) -> tuple[Tensor, None]:
-        """([t, h], no bias) of tokens [t, h] sorted by expert, as the engine's; a CPU has its own SwiGLU."""
+    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor | list[int],
+                permuted_probs: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """([t, h], no bias) of tokens [t, h] sorted by expert, as the engine's, whose counts are a tensor. A CPU has
+        its own SwiGLU.
+        """
         if permuted_local_hidden_states.is_cuda or self.activation_recompute:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, **kwargs)
-        counts, rows = tokens_per_expert.tolist(), None
+        counts, rows = tokens_per_expert, None
+        if isinstance(counts, Tensor):
+            counts = counts.tolist()
         x_th, probs_t = permuted_local_hidden_states, permuted_probs
         if x_th.dtype != torch.float32:
             rows, counts = _rounded_up(counts)

@@ -39,6 +39,7 @@ _UNCHANGED = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1, 
               "moe_router_force_load_balancing": False, "moe_router_force_biased": None,
               "moe_router_load_balancing_type": "aux_loss", "fp32_residual_connection": False, "fp8": None,
               "fp4": None}
+_FEW = 16  # tokens
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -52,6 +53,7 @@ class PlainLayers:
         return (next(model.parameters()).device.type == "cpu"
                 and all(type(layer.get_submodule(name)) is kind for layer in model.decoder.layers
                         for name, kind in _PARTS.items())
+                and not any(layer.mlp.experts.activation_recompute for layer in model.decoder.layers)
                 and all(getattr(config, name) == value for name, value in _UNCHANGED.items())
                 and all(getattr(config, name, None) in (None, False, *harmless)
                         for name, harmless in engine.FOREIGN.items()))
@@ -101,7 +103,14 @@ class PlainLayers:
         weight_eh, dtype = mlp.router.weight, self._router_dtype or x_th.dtype
         best = linear(x_th.to(dtype), weight_eh.to(dtype)).topk(self._topk)
         shares_tk = best.values.softmax(-1, dtype=torch.float32).to(dtype)
-        order_r = best.indices.flatten().argsort(stable=True)  # rows by expert
-        counts_e = best.indices.flatten().bincount(minlength=len(weight_eh))
-        rows, _ = mlp.experts(x_th[order_r // self._topk], counts_e, shares_tk.flatten()[order_r])
-        return rows[order_r.argsort()].view(-1, self._topk, rows.shape[-1]).sum(1)
+        if len(x_th) <= _FEW:  # lists are quicker than so small tensors
+            chosen = best.indices.flatten().tolist()
+            order_r = sorted(range(len(chosen)), key=chosen.__getitem__)
+            from_r, back_r = [one // self._topk for one in order_r], sorted(range(len(chosen)), key=order_r.__getitem__)
+            counts_e = [chosen.count(one) for one in range(len(weight_eh))]
+        else:
+            order_r = best.indices.flatten().argsort(stable=True)  # rows by expert
+            from_r, back_r = order_r // self._topk, order_r.argsort()
+            counts_e = best.indices.flatten().bincount(minlength=len(weight_eh))
+        rows, _ = mlp.experts(x_th[from_r], counts_e, shares_tk.flatten()[order_r])
+        return rows[back_r].view(-1, self._topk, rows.shape[-1]).sum(1)
