@@ -32,6 +32,8 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "chat": ("inference", "chat.chat", "talk to a model in the terminal, in any layout"),
     "serve": ("server", "serve_command", "serve a model: OpenAI's API and a chat page, in any layout"),
     "evaluate": ("evaluation", "cli.evaluate", "measure a trained model: MMLU and lm-eval's tasks, in any layout"),
+    "perplexity": ("evaluation", "cli.perplexity", "loss and perplexity of texts and data sets, in any layout"),
+    "plot-evaluation": ("evaluation", "cli.plot", "draw accuracies by subject, beside a reference's"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
     "plot": ("training", "plot_command", "draw loss, throughput and load of the experts of runs"),
     "watch": ("training", "watch_command", "show runs while they go on, in the terminal or on a page"),

@@ -12,7 +12,7 @@ The engine's `InferenceMode` stays off: it is of the whole process, and training
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_mixtral.config import engine
 from megatron_mixtral.inference.cache import Cache, Row
+from megatron_mixtral.lora import AdaptedModel
 from megatron_mixtral.model import PlainLayers
 
 if TYPE_CHECKING:
@@ -75,11 +76,12 @@ class Stage:
         self._plain = PlainLayers(model, self.context.max_sequence_length) if PlainLayers.fit(model) else None
 
     @torch.no_grad()  # not inference_mode: what the engine keeps between calls has to serve training too
-    def read(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int]) -> torch.Tensor | None:
+    def read(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int],
+             adapter: bool = True) -> torch.Tensor | None:
         """Read the rows' tokens, one row behind the other; on the last stage the logits [len(wanted), vocabulary] of
         the tokens at those places, in the model's dtype, on every tensor-parallel rank. All ranks of a pipeline call it
         with the same arguments, and all ranks that share experts call it equally often: without rows, one token of
-        padding is read.
+        padding is read. `adapter` False leaves out adapters that the model has.
         """
         padded = max(-(-len(token_ids) // self.multiple), 1) * self.multiple
         self.cache.begin(rows, padded)
@@ -88,7 +90,7 @@ class Stage:
         tokens[:len(token_ids)] = torch.tensor(token_ids, dtype=tokens.dtype, device=tokens.device)
         received = None if self.first else self._receive(padded // self.multiple)
         if self._plain is None:
-            found = self._by_engine(tokens, positions, received, wanted)
+            found = self._by_engine(tokens, positions, received, wanted, adapter)
         else:
             found = self._plain.read(tokens if self.first else received[:, 0], positions, self._attend)
             if self.last:
@@ -113,12 +115,12 @@ class Stage:
         return self.cache.attend(layer, query_tnd)
 
     def _by_engine(self, tokens: torch.Tensor, positions: torch.Tensor, received: torch.Tensor | None,
-                   wanted: Sequence[int]) -> torch.Tensor:
+                   wanted: Sequence[int], adapter: bool) -> torch.Tensor:
         """What the stage passes on, [t, 1, h], or the logits of the wanted tokens."""
         if received is not None:
             self.model.set_input_tensor(received)
         self._wanted = wanted
-        with self._opened():
+        with self._opened(), self.model.adapters(adapter) if isinstance(self.model, AdaptedModel) else nullcontext():
             return self.model(tokens[None], positions[None], None, inference_context=self.context,
                               output_processor=self._logits if self.last else None)
 

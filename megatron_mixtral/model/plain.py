@@ -13,7 +13,6 @@ of experts (t times k).
 from collections.abc import Callable
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from megatron_mixtral.config import engine
+from megatron_mixtral.model.builder import MixtralModel
 from megatron_mixtral.model.cpu import linear_of_few
 from megatron_mixtral.model.experts import GroupedExperts
 from megatron_mixtral.model.norm import RMSNorm
@@ -47,10 +47,10 @@ class PlainLayers:
     """The embedding and layers of one pipeline stage, in evaluation mode."""
 
     @classmethod
-    def fit(cls, model: GPTModel) -> bool:
+    def fit(cls, model: MixtralModel) -> bool:
         """Whether this is the way to read `model`: on a CPU, with every part whole on this rank and none replaced."""
         config = model.config
-        return (next(model.parameters()).device.type == "cpu"
+        return (type(model) is MixtralModel and next(model.parameters()).device.type == "cpu"
                 and all(type(layer.get_submodule(name)) is kind for layer in model.decoder.layers
                         for name, kind in _PARTS.items())
                 and not any(layer.mlp.experts.activation_recompute for layer in model.decoder.layers)
@@ -58,7 +58,7 @@ class PlainLayers:
                 and all(getattr(config, name, None) in (None, False, *harmless)
                         for name, harmless in engine.FOREIGN.items()))
 
-    def __init__(self, model: GPTModel, max_length: int) -> None:
+    def __init__(self, model: MixtralModel, max_length: int) -> None:
         """`max_length`: positions are below it."""
         self._model, config = model, model.config
         self._groups, self._head, self._topk = config.num_query_groups, config.kv_channels, config.moe_router_topk

@@ -1,5 +1,6 @@
 """Plans as text: what a run needs, the ranking of layouts, and the flags of one. For the log and the terminal."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -9,6 +10,8 @@ from megatron_mixtral.planning.memory import Memory, fullest_stage, stage_memory
 from megatron_mixtral.planning.search import Candidate
 from megatron_mixtral.planning.shape import RunShape
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
+
+UNPACKING_AT_MOST = 0.2  # of a micro-batch's time
 
 
 def describe(shape: RunShape) -> list[str]:
@@ -62,6 +65,19 @@ def explain(candidate: Candidate, machine: Machine) -> list[str]:
                     + _by_kind(candidate.memory)]
 
 
+def advice(candidate: Candidate, machine: Machine) -> list[str]:
+    """Of a base in 4 bits, which is unpacked for each micro-batch: how many tokens one should have."""
+    shape, micro_batches = candidate.shape, candidate.shape.micro_batches
+    unpacking = candidate.step.unpacking / micro_batches
+    if not unpacking:
+        return []
+    rest = (candidate.step.total - candidate.step.unpacking) / micro_batches / shape.tokens_per_micro_batch
+    tokens = unpacking * (1 - UNPACKING_AT_MOST) / UNPACKING_AT_MOST / rest
+    rounded = 2 ** math.ceil(math.log2(tokens))
+    return [f"  weights of 4 bits are unpacked for {unpacking:.2f} s of each micro-batch of "
+            f"{shape.tokens_per_micro_batch} tokens: from about {rounded} tokens on it is a fifth of the time or less"]
+
+
 def flags(shape: RunShape) -> list[str]:
     """The flags of `tools/pretrain_mixtral.py` for this run."""
     layout = shape.layout
@@ -74,6 +90,8 @@ def flags(shape: RunShape) -> list[str]:
     words += [f"--micro-batch-size {shape.micro_batch_size}", f"--global-batch-size {shape.global_batch_size}",
               f"--seq-length {shape.seq_length}", "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce",
               "--overlap-param-gather"]
+    if shape.adapter is not None:
+        words += ["--hf-checkpoint DIR", f"--lora-rank {shape.adapter.rank}", *["--qlora"] * shape.adapter.quantized]
     if shape.recompute == "full":
         words.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     elif shape.recompute == "selective":

@@ -81,8 +81,19 @@ class Flags:
                 "evaluation_prompts.jsonl beside the metrics file, and TensorBoard"})
     evaluation_interval: int | None = field(default=None, metadata={
         "task": "what it says",
-        "help": "continue --evaluation-prompts every so many steps (default: before the first and after the last only)"
-        })
+        "help": "continue --evaluation-prompts and ask --eval-tasks every so many steps (default: before the first and "
+                "after the last only)"})
+    eval_tasks: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "NAMES",
+        "help": "tasks of lm-eval, with commas, that the model in training is asked when --evaluation-prompts would be "
+                "continued: into evaluation_tasks.jsonl beside the metrics file, the step's metrics, and TensorBoard"})
+    eval_data_path: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "DIR",
+        "help": "folder of MMLU, where mmlu is in --eval-tasks (docs/evaluation.md)"})
+    eval_include_path: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "DIR", "help": "further tasks for --eval-tasks, as lm-eval's YAML files"})
+    eval_limit: int | None = field(default=None, metadata={
+        "task": "what it says", "help": "only the first so many questions of each of --eval-tasks"})
     is_instruction_dataset: bool = field(default=False, metadata={
         "task": "data",
         "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})

@@ -14,16 +14,15 @@ def summary(run: Run, shape: RunShape | None, where: str, memory: int, identitie
     """Lines of a kind and its figures. `where` names device and collectives, `memory` is what the fullest
     device has in bytes, and `identities` has each data set's tokens.
     """
-    config, layout = run.config, run.layout
-    yield (f"model   Mixtral of {config.total_parameters / 1e6:.1f} M parameters "
-           f"({config.active_parameters / 1e6:.1f} M active)")
+    layout = run.layout
+    yield f"model   {run.model}"
     yield f"start   {run.start}"
     yield f"layout  {layout}, {layout.world} device(s), data parallel {layout.data_parallel}; {where}"
     if shape is not None:
         planned = stage_memory(shape, fullest_stage(shape))
         yield (f"memory  {human_size(planned.total)} planned of {human_size(memory)}: weights "
                f"{human_size(planned.weights)}, optimizer {human_size(planned.gradients + planned.optimizer)}, "
-               f"activations {human_size(planned.activations + planned.logits)}")
+               f"activations {human_size(planned.activations + planned.logits + planned.temporaries)}")
     yield from _data(run, shape, identities, steps)
     if run.engine.save and run.flags.log_level != "debug":
         yield f"logs    {run.engine.save}/logs/latest/rank_N.log: all that the ranks print"

@@ -47,8 +47,13 @@ def _fits(model: Any) -> dict[str, bool]:
         setattr(config, name, value)
         found[name] = PlainLayers.fit(model)
         setattr(config, name, own)
-    mlp.router.__class__ = type("Adapted", (type(mlp.router),), {})
-    return found | {"another router": PlainLayers.fit(model)}
+    for one in (mlp.router, model):
+        own = type(one)
+        one.__class__ = type("Adapted", (own,), {})
+        found[f"another {own.__name__}"] = PlainLayers.fit(model)
+        one.__class__ = own
+    assert PlainLayers.fit(model)
+    return found
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
