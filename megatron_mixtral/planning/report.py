@@ -29,9 +29,25 @@ def describe(shape: RunShape) -> list[str]:
         f"memory per device: {human_size(memory.total)} = {kinds}"
         + (f"; activations of {shape.chunks_in_flight(stage)} model chunk(s) in flight" if layout.pp > 1 else "")
         + (f"; recompute {shape.recompute}" if shape.recompute != "none" else ""),
+        f"training state per device: {_state(shape, stage)}",
         f"sent per device and step: {human_size(volume.total)}" + (f" = {sent}" if sent else ""),
         f"pipeline bubble: {100 * shape.bubble:.1f} % of the time at work",
     ]
+
+
+def _state(shape: RunShape, stage: int) -> str:
+    """Where gradients and optimizer lie: whole on each replica, or cut over the replicas."""
+    trained, bytes_each = shape.trained_of_stage(stage), 8 if shape.weight_bytes == 4 else 12
+    shares = [f"{f'1/{ways}' if ways > 1 else 'all'} of {count / 1e6:.2f} M {what}" for what, count, ways in (
+        ("dense", trained.dense, shape.dense_replicas), ("in experts", trained.expert, shape.expert_data_parallel))
+        if count]
+    held = ("Adam's moments" + (" and fp32 weights" if bytes_each == 12 else "")
+            + f", {bytes_each} bytes a parameter, of ")
+    if shape.distributed_optimizer:
+        held += " and ".join(shares) + ", as in ZeRO-1"
+    else:
+        held += f"all {trained.total / 1e6:.2f} M, as on every replica (--use-distributed-optimizer cuts them)"
+    return f"fp32 gradients of all {trained.total / 1e6:.2f} M, summed over the replicas; {held}"
 
 
 def _by_kind(found: Memory | Volume, leave_out: float | None = None) -> str:

@@ -96,7 +96,7 @@ class AdapterRun:
         self._start = flags.adapter
         from megatron_mixtral.lora import Guard
 
-        self._guard = Guard(self.adapter)
+        self._guard = Guard(self.adapter, masked=flags.is_instruction_dataset)
 
     def build(self, engine: Any, **options: Any) -> Any:
         """One pipeline stage or model chunk."""

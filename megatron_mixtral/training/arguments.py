@@ -50,6 +50,7 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     """Resolve model, layout and ranks. Raises `ConfigError` for anything that cannot work."""
     flags, given = parse(argv)
     _check_saving(flags, given)
+    _check_epochs(flags, given)
     config = _one_config(flags, given)
     engine_flags.check_model(given.named, config)
     layout = _layout(given, config).validate(config)
@@ -99,6 +100,23 @@ def _check_saving(flags: Flags, given: EngineFlags) -> None:
     if export is not None and (export < 1 or export % every):
         raise ConfigError(f"--export-hf-interval {export} is not a multiple of --save-interval {every}; an export is "
                           "made of a checkpoint that is saved at the same step")
+
+
+def _check_epochs(flags: Flags, given: EngineFlags) -> None:
+    if flags.train_epochs is None:
+        return
+    said = f"--train-epochs {flags.train_epochs}"
+    if flags.train_epochs < 1:
+        raise ConfigError(f"{said} trains nothing; give 1 or more")
+    for other in ("--train-iters", "--train-samples"):
+        if other in given.named:
+            raise ConfigError(f"{said} and {other} {given.named[other]} both say how long to train; drop one of them")
+    if not flags.is_instruction_dataset:
+        raise ConfigError(f"{said} counts the rows of instruction data; plain text has none, for samples are cut out "
+                          "of it at any place: give --train-iters (tokens x epochs / (--global-batch-size x "
+                          "--seq-length)), or --is-instruction-dataset")
+    if given.seq_length is None or given.micro_batch_size is None:
+        raise ConfigError(f"{said} needs --seq-length and --micro-batch-size, as every run does")
 
 
 _NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id",

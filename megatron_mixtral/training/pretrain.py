@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import Coord, engine
-from megatron_mixtral.errors import ConfigError, RankLostError
+from megatron_mixtral.errors import ConfigError, DataError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight, screen
@@ -36,6 +36,11 @@ def run(argv: Sequence[str]) -> int:
     return launch.as_rank(partial(_run, list(argv)))
 
 
+def check(argv: Sequence[str]) -> None:
+    """`MixtralError` for a command line that cannot run, as far as it is known without its data."""
+    arguments.resolve(list(argv), os.environ)
+
+
 def _run(argv: list[str]) -> None:
     typed, argv = argv, data_files.expand(argv)
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
@@ -44,11 +49,18 @@ def _run(argv: list[str]) -> None:
         logger.info("%s", resolved)
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
+        if resolved.flags.train_epochs is not None:
+            logger.info("steps: %s", _epochs_or_why_not(resolved, shape))
         return
     data_files.require(argv)
     launch.set_variables(resolved.ranks.to_train())
     rank = None if resolved.ranks.starts else int(os.environ["RANK"])
     preflight.check_data(resolved)
+    if resolved.flags.train_epochs is not None:
+        steps, said = preflight.steps_of_epochs(resolved, shape)
+        argv = [*argv, "--train-iters", str(steps)]
+        if rank == 0:
+            logger.info("steps   %s", said)
     preflight.check_places(resolved, rank)
     asked = evaluation.read(resolved)
     if shape is not None:
@@ -64,6 +76,14 @@ def _run(argv: list[str]) -> None:
     finally:
         if held is not None:
             held.release()
+
+
+def _epochs_or_why_not(run: Run, shape: RunShape) -> str:
+    """What a dry run says of `--train-epochs`; the data need not be there yet."""
+    try:
+        return preflight.steps_of_epochs(run, shape)[1]
+    except DataError as error:
+        return f"{run.flags.train_epochs} epoch(s), counted once the data are there: {error}"
 
 
 def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None,

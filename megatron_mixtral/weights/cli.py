@@ -276,7 +276,9 @@ def _tokenizer(path: Path | None, config: MixtralConfig | None) -> list[Path]:
     if path.is_dir():
         path = path / "tokenizer.model"
     if not path.is_file():
-        raise ConfigError(f"--tokenizer-model {path} does not exist")
+        beside = path.with_name("tokenizer.json")
+        raise ConfigError(f"--tokenizer-model {path} does not exist" + (
+            f"; the folder's {beside.name} comes along by itself: leave the flag out" if beside.is_file() else ""))
     if path.suffix != ".model" or config is None:
         return [path]
     try:

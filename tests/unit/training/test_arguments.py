@@ -108,8 +108,8 @@ def test_dry_run_says_what_would_run_and_starts_nothing() -> None:
     assert first == ("Mixtral of 46702.8 M parameters (12879.9 M active) on tp1-pp8-ep2, 16 device(s), "
                      "data parallel 2; start: random weights")
     kinds = [line.split(":")[0] for line in needs]
-    assert kinds == ["batch", "parameters per device", "memory per device", "sent per device and step",
-                     "pipeline bubble"]
+    assert kinds == ["batch", "parameters per device", "memory per device", "training state per device",
+                     "sent per device and step", "pipeline bubble"]
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
