@@ -7,6 +7,7 @@ slot, k keys.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -49,17 +50,14 @@ class Cache:
     def begin(self, rows: Sequence[Row], padded: int) -> None:
         """Say what the step reads: the rows' tokens, one row behind the other, and then padding up to `padded`."""
         self.tokens = sum(row.count for row in rows)
-        places = [torch.arange(row.start, row.start + row.count) for row in rows]
-        positions = torch.cat([*places, torch.zeros(padded - self.tokens, dtype=torch.int64)])
-        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64)
-        counts = torch.tensor([row.count for row in rows], dtype=torch.int64)
-        self.positions_t = positions.to(self.device)  # of padding 0
-        self._slot_t = slots.repeat_interleave(counts).to(self.device)
-        ends = counts.cumsum(0)
+        positions = [place for row in rows for place in range(row.start, row.start + row.count)]
+        slots = [row.slot for row in rows for _ in range(row.count)]
+        self.positions_t = torch.tensor([*positions, *[0] * (padded - self.tokens)], device=self.device)  # of padding 0
+        self._place = torch.tensor(slots, dtype=torch.int64, device=self.device), self.positions_t[:self.tokens]
+        ends = list(accumulate((row.count for row in rows), initial=0))
         # Rows of one token are attended to together, longer ones one by one: (row, its place among the tokens).
-        placed = list(zip(rows, (ends - counts).tolist(), strict=True))
-        self._long = [(row, at) for row, at in placed if row.count > 1]
-        self._plan_single([(row, at) for row, at in placed if row.count == 1])
+        self._long = [(row, at) for row, at in zip(rows, ends, strict=False) if row.count > 1]
+        self._plan_single([(row, at) for row, at in zip(rows, ends, strict=False) if row.count == 1])
         if rows and self.device.type == "cuda":
             self._plan_pages(rows, ends)
 
@@ -68,19 +66,21 @@ class Cache:
         self._single_slots = max((row.slot for row, _ in single), default=-1) + 1
         if not single:
             return
-        self._single_slot = torch.tensor([row.slot for row, _ in single], device=self.device)
-        self._single_at = torch.tensor([at for _, at in single], device=self.device)
-        last = torch.zeros(self._single_slots, dtype=torch.int64)  # an unused slot looks at its first place
-        for row, _ in single:
-            last[row.slot] = row.start
-        self._single_keys = int(last.max()) + 1
-        self._single_mask = self._mask(last[:, None], self._single_keys)[:, None].to(self.device)  # [s, 1, 1, k]
+        slots, places = [row.slot for row, _ in single], [at for _, at in single]
+        last = dict.fromkeys(range(self._single_slots), 0) | {row.slot: row.start for row, _ in single}
+        keys = max(last.values()) + 1
+        seen = self._mask(torch.tensor([*last.values()])[:, None], keys)[:, None]  # [s, 1, 1, k]
+        bias = None if seen.all() else torch.zeros(seen.shape, dtype=self.keys.dtype).masked_fill_(~seen, -torch.inf)
+        self._single_keys, self._single_bias = keys, None if bias is None else bias.to(self.device)
+        # Where the step's tokens are the slots' in their order, there is nothing to take apart.
+        self._single_all = slots == places == list(range(len(self.positions_t)))
+        self._single_slot, self._single_at = (torch.tensor(one, device=self.device) for one in (slots, places))
 
-    def _plan_pages(self, rows: Sequence[Row], ends: torch.Tensor) -> None:
+    def _plan_pages(self, rows: Sequence[Row], ends: list[int]) -> None:
         pages = self.keys.shape[2] // _PAGE
         first = torch.tensor([[row.slot * pages] for row in rows], dtype=torch.int32)
         self._page_table = (first + torch.arange(pages, dtype=torch.int32)).to(self.device)
-        self._row_ends = torch.nn.functional.pad(ends, (1, 0)).to(self.device, torch.int32)
+        self._row_ends = torch.tensor(ends, dtype=torch.int32, device=self.device)
         self._row_keys = torch.tensor([row.start + row.count for row in rows], dtype=torch.int32, device=self.device)
         self._longest = max(row.count for row in rows), max(row.start + row.count for row in rows)
 
@@ -95,25 +95,30 @@ class Cache:
         for held in (self.keys, self.values):
             held[:, slot, :count] = held[:, source, :count]
 
+    def clear(self, slot: int) -> None:
+        """Forget what is no number: masked or not, one in a slot's rest would make its next request's sums none."""
+        for held in (self.keys, self.values):
+            held[:, slot] = 0
+
     def write(self, layer: int, key_tgd: torch.Tensor, value_tgd: torch.Tensor) -> None:
         """Keep the step's keys, already rotated to their positions, and values; padding is left out."""
-        place = self._slot_t, self.positions_t[:self.tokens]
-        self.keys[layer][place] = key_tgd[:self.tokens]
-        self.values[layer][place] = value_tgd[:self.tokens]
+        self.keys[layer][self._place] = key_tgd[:self.tokens]
+        self.values[layer][self._place] = value_tgd[:self.tokens]
 
     def attend(self, layer: int, query_tnd: torch.Tensor) -> torch.Tensor:
         """[t, n * d]: each token over what its slot holds up to itself. Padding gets zeros."""
-        out_tnd = torch.zeros_like(query_tnd)
         keys_slgd, values_slgd = self.keys[layer], self.values[layer]
-        if self.tokens and query_tnd.is_cuda and query_tnd.dtype in (torch.bfloat16, torch.float16):
+        in_pages = self.tokens and query_tnd.is_cuda and query_tnd.dtype in (torch.bfloat16, torch.float16)
+        if self._single_slots and self._single_all and not in_pages:
+            return self._attend_single(query_tnd, keys_slgd, values_slgd).flatten(1)
+        out_tnd = torch.zeros_like(query_tnd)
+        if in_pages:
             out_tnd[:self.tokens] = self._attend_pages(query_tnd[:self.tokens], keys_slgd, values_slgd)
             return out_tnd.flatten(1)
         if self._single_slots:
-            query_s1nd = query_tnd.new_zeros(self._single_slots, 1, *query_tnd.shape[1:])
-            query_s1nd[self._single_slot, 0] = query_tnd[self._single_at]
-            held = [one[:self._single_slots, :self._single_keys] for one in (keys_slgd, values_slgd)]
-            out_s1nd = self._kernel(query_s1nd, *held, mask=self._single_mask)
-            out_tnd[self._single_at] = out_s1nd[self._single_slot, 0]
+            query_snd = query_tnd.new_zeros(self._single_slots, *query_tnd.shape[1:])
+            query_snd[self._single_slot] = query_tnd[self._single_at]
+            out_tnd[self._single_at] = self._attend_single(query_snd, keys_slgd, values_slgd)[self._single_slot]
         for row, at in self._long:
             here, end = slice(at, at + row.count), row.start + row.count
             held = [one[row.slot, None, :end] for one in (keys_slgd, values_slgd)]
@@ -121,6 +126,14 @@ class Cache:
             mask = None if plain else self._mask(torch.arange(row.start, end), end).to(self.device)
             out_tnd[here] = self._kernel(query_tnd[None, here], *held, mask=mask, is_causal=plain)[0]
         return out_tnd.flatten(1)
+
+    def _attend_single(self, query_snd: torch.Tensor, keys_slgd: torch.Tensor,
+                       values_slgd: torch.Tensor) -> torch.Tensor:
+        """[s, n, d]: one token of each slot. Query heads of a group read the same keys, as if they were its queries."""
+        keys, values = (one[:self._single_slots, :self._single_keys].transpose(1, 2)
+                        for one in (keys_slgd, values_slgd))
+        return scaled_dot_product_attention(query_snd.unflatten(1, (keys.shape[1], -1)), keys, values,
+                                            attn_mask=self._single_bias, scale=self.scale).flatten(1, 2)
 
     def _kernel(self, query_bqnd: torch.Tensor, key_bkgd: torch.Tensor, value_bkgd: torch.Tensor, *,
                 mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor:

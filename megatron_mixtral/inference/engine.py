@@ -320,18 +320,21 @@ class Engine:
 
     def _release(self, one: Continuation | Scoring, keep: bool = True) -> None:
         """Free its slot, which goes on holding what was read, for a scoring that begins alike."""
-        for running, held in zip(self._running, self._held, strict=True):
+        for replica, (running, held) in enumerate(zip(self._running, self._held, strict=True)):
             if running.get(one.slot) is one:
                 del running[one.slot]
                 if keep:
                     held[one.slot] = Held((*one.prompt_ids, *one.ids)[:one.read], one.params.adapter)
+                elif replica == self._replica:
+                    self._stage.cache.clear(one.slot)
         self._random.pop(one, None)
 
     def _choose(self, parts: Sequence[_Part], logits: torch.Tensor | None) -> list[TokenLogprobs]:
         """This replica's tokens, and the scores of its scorings; -1 where the logits are no numbers."""
         if not parts:
             return []
-        finite, found, end = logits.isfinite().all(-1).tolist(), [], 0
+        least, most = logits.aminmax(dim=-1)  # of numbers with a NaN among them both are NaN
+        finite, found, end = (least.isfinite() & most.isfinite()).tolist(), [], 0
         for part in parts:
             begin, end, one = end, end + len(part.wanted), part.continuation
             if not all(finite[begin:end]):

@@ -1,4 +1,5 @@
-"""One packed pass over this rank's stage of the model, through three seams of the engine.
+"""One packed pass over this rank's stage of the model. Where a CPU has the layers whole, `model/plain.py` reads them,
+in a fraction of the operations; everywhere else the engine's modules do, through three seams:
 
 1. `SelfAttention._adjust_key_value_for_inference`, which the engine calls between QKV and attention: here keys and
    queries are rotated to their tokens' own positions, and keys and values go to the cache.
@@ -22,6 +23,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_mixtral.config import engine
 from megatron_mixtral.inference.cache import Cache, Row
 from megatron_mixtral.lora import AdaptedModel
+from megatron_mixtral.model import PlainLayers
 
 if TYPE_CHECKING:
     from megatron_mixtral.model import MixtralModel
@@ -71,6 +73,7 @@ class Stage:
         self.multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         self._attention = [_CacheAttention(cache, layer) for layer in range(len(model.decoder.layers))]
         self._wanted: Sequence[int] = ()
+        self._plain = PlainLayers(model, self.context.max_sequence_length) if PlainLayers.fit(model) else None
 
     @torch.no_grad()  # not inference_mode: what the engine keeps between calls has to serve training too
     def read(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int],
@@ -82,22 +85,44 @@ class Stage:
         """
         padded = max(-(-len(token_ids) // self.multiple), 1) * self.multiple
         self.cache.begin(rows, padded)
-        self._wanted = wanted
         positions = self.cache.positions_t
         tokens = torch.zeros_like(positions)
         tokens[:len(token_ids)] = torch.tensor(token_ids, dtype=tokens.dtype, device=tokens.device)
-        if not self.first:
-            received = torch.empty(padded // self.multiple, 1, self.config.hidden_size, device=positions.device,
-                                   dtype=self.config.pipeline_dtype or self.config.params_dtype)
-            torch.distributed.recv(received, group=self.pipeline, group_src=self.pipeline.rank() - 1)
-            self.model.set_input_tensor(received)
-        with self._opened(), self.model.adapters(adapter) if isinstance(self.model, AdaptedModel) else nullcontext():
-            found = self.model(tokens[None], positions[None], None, inference_context=self.context,
-                               output_processor=self._logits if self.last else None)
+        received = None if self.first else self._receive(padded // self.multiple)
+        if self._plain is None:
+            found = self._by_engine(tokens, positions, received, wanted, adapter)
+        else:
+            found = self._plain.read(tokens if self.first else received[:, 0], positions, self._attend)
+            if self.last:
+                found = self._plain.logits(found[list(wanted)])[:, :self.model.mixtral.vocab_size]
+            else:
+                found = found[:, None]
         if self.last:
             return found
         torch.distributed.send(found.contiguous(), group=self.pipeline, group_dst=self.pipeline.rank() + 1)
         return None
+
+    def _receive(self, count: int) -> torch.Tensor:
+        """[count, 1, h] of the stage before."""
+        received = torch.empty(count, 1, self.config.hidden_size, device=self.cache.device,
+                               dtype=self.config.pipeline_dtype or self.config.params_dtype)
+        torch.distributed.recv(received, group=self.pipeline, group_src=self.pipeline.rank() - 1)
+        return received
+
+    def _attend(self, layer: int, query_tnd: torch.Tensor, key_tgd: torch.Tensor,
+                value_tgd: torch.Tensor) -> torch.Tensor:
+        self.cache.write(layer, key_tgd, value_tgd)
+        return self.cache.attend(layer, query_tnd)
+
+    def _by_engine(self, tokens: torch.Tensor, positions: torch.Tensor, received: torch.Tensor | None,
+                   wanted: Sequence[int], adapter: bool) -> torch.Tensor:
+        """What the stage passes on, [t, 1, h], or the logits of the wanted tokens."""
+        if received is not None:
+            self.model.set_input_tensor(received)
+        self._wanted = wanted
+        with self._opened(), self.model.adapters(adapter) if isinstance(self.model, AdaptedModel) else nullcontext():
+            return self.model(tokens[None], positions[None], None, inference_context=self.context,
+                              output_processor=self._logits if self.last else None)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from megatron_mixtral._door import door
 if TYPE_CHECKING:
     from megatron_mixtral.model import experts, spec
     from megatron_mixtral.model.builder import MixtralModel, build, transformer_config
+    from megatron_mixtral.model.plain import PlainLayers
     from megatron_mixtral.model.pretrained import fill, from_pretrained, initialize, type_name
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

@@ -9,6 +9,7 @@ State dicts have the names of the engine's sequential experts (`local_experts.{i
 or transformer-engine's; distributed checkpoints are the same for all three.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
-from megatron_mixtral.model.cpu import WeightedSwiGLU
+from megatron_mixtral.model.cpu import WeightedSwiGLU, linear_of_few, weighted_swiglu
 from megatron_mixtral.runtime import current_device, gpu
 
 
@@ -141,6 +142,11 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x_ti: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """([t, o], no bias): tokens sorted by expert, `tokens_per_expert` of each."""
+        few = 0 < len(x_ti) <= 4 * self.count  # most experts have none, or few
+        if few and not (self.training or x_ti.is_cuda or torch.is_grad_enabled()):
+            ends = itertools.accumulate(tokens_per_expert)
+            return torch.cat([linear_of_few(x_ti[end - count:end], weight) for count, end, weight
+                              in zip(tokens_per_expert, ends, self.weights(), strict=True) if count]), None
         return GroupedProduct.apply(x_ti, tokens_per_expert, *self.weights()), None
 
     def backward_dw(self) -> None:
@@ -194,19 +200,24 @@ class GroupedExperts(TEGroupedMLP):
         self.register_state_dict_post_hook(_name_as_sequential)
         self.register_load_state_dict_pre_hook(_name_as_grouped)
 
-    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor,
-                **kwargs: Any) -> tuple[Tensor, None]:
-        """([t, h], no bias) of tokens [t, h] sorted by expert, as the engine's; a CPU has its own SwiGLU."""
+    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor | list[int],
+                permuted_probs: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """([t, h], no bias) of tokens [t, h] sorted by expert, as the engine's, whose counts are a tensor. A CPU has
+        its own SwiGLU.
+        """
         if permuted_local_hidden_states.is_cuda or self.activation_recompute:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, **kwargs)
-        counts, rows = tokens_per_expert.tolist(), None
+        counts, rows = tokens_per_expert, None
+        if isinstance(counts, Tensor):
+            counts = counts.tolist()
         x_th, probs_t = permuted_local_hidden_states, permuted_probs
         if x_th.dtype != torch.float32:
             rows, counts = _rounded_up(counts)
             x_th, probs_t = (one.new_zeros(sum(counts), *one.shape[1:]).index_copy(0, rows, one)
                              for one in (x_th, probs_t))
+        swiglu = WeightedSwiGLU.apply if torch.is_grad_enabled() else weighted_swiglu
         gate_and_up, _ = self.linear_fc1(x_th, counts)
-        out, _ = self.linear_fc2(WeightedSwiGLU.apply(gate_and_up, probs_t[:, None]), counts)
+        out, _ = self.linear_fc2(swiglu(gate_and_up, probs_t[:, None]), counts)
         return out if rows is None else out.index_select(0, rows), None
 
 

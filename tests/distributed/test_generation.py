@@ -38,7 +38,9 @@ ONE = {
     "tp1": ("hf", {}, {}),
     "tp1-few-slots": ("ranks", {}, {"max_slots": 3, "prompt_chunk": 5}),
     "window": ("window", {}, {"prompt_chunk": 6}),
+    "tp1-by-the-engine": ("hf", {}, {"max_slots": 3, "prompt_chunk": 5}),
 }
+PLAIN = {"tp1", "tp1-few-slots", "window", "pp2", "pp2-uneven-two-replicas"}  # by model/plain.py, not by the engine
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,10 @@ def work_off(rank: int, folder: str, jobs: dict[str, Any], prompts: list[list[in
     for name, (directory, layout, options) in jobs.items():
         parallel_state.destroy_model_parallel()
         generator = Generator.from_pretrained(f"{folder}/{directory}", ParallelLayout(**layout), **options)
+        stage = generator.engine._stage
+        if name == "tp1-by-the-engine":
+            stage._plain = None
+        assert (stage._plain is not None) == (name in PLAIN), name
         found[name] = (generator.generate(prompts, GREEDY), generator.generate(prompts[:4], SAMPLED),
                        generator.generate([prompts[0]], SamplingParams(max_tokens=3, ignore_eos=True)))
         engine = generator.engine

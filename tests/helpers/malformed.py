@@ -27,6 +27,10 @@ RAW = [b"", b"{", b"null", b"[]", b'"x"', b"1", b"NaN", b'{"temperature": NaN}',
        b'{"prompt": "' + b"a" * 200_000 + b'"}']  # fmt: skip
 
 
+LARGEST = [(path, body, "application/json") for path in SOUND for body in RAW] + [
+    ("/v1/completions", b'{"prompt": "' + b"a" * (2**20 - 20) + b'"}', "application/json")]  # what takes most memory
+
+
 def malformed(count: int, seed: int = 0) -> Iterator[tuple[str, bytes, str]]:
     """`count` times (path, body, content type); a few of them may be sound by chance."""
     chance = random.Random(seed)

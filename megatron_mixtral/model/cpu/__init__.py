@@ -6,6 +6,7 @@ from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
     from megatron_mixtral.model.cpu.embedding import WordEmbedding
-    from megatron_mixtral.model.cpu.swiglu import WeightedSwiGLU
+    from megatron_mixtral.model.cpu.few_rows import linear_of_few
+    from megatron_mixtral.model.cpu.swiglu import WeightedSwiGLU, weighted_swiglu
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

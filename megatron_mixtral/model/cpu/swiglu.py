@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 
+def weighted_swiglu(x_t2f: Tensor, probability_t1: Tensor) -> Tensor:
+    """silu(gate) * up * probability, without a gradient."""
+    gate, up = x_t2f.chunk(2, -1)
+    return torch.nn.functional.silu(gate).mul_(up).mul_(probability_t1.to(x_t2f.dtype))
+
+
 class WeightedSwiGLU(torch.autograd.Function):
     """silu(gate) * up * probability of [t, 2 f] (gate, then up) and [t, 1] -> [t, f] in the dtype of the first."""
 
     @staticmethod
     def forward(ctx: Any, x_t2f: Tensor, probability_t1: Tensor) -> Tensor:
         ctx.save_for_backward(x_t2f, probability_t1)
-        gate, up = x_t2f.chunk(2, -1)
-        return torch.nn.functional.silu(gate).mul_(up).mul_(probability_t1.to(x_t2f.dtype))
+        return weighted_swiglu(x_t2f, probability_t1)
 
     @staticmethod
     def backward(ctx: Any, grad_tf: Tensor) -> tuple[Tensor, Tensor]:

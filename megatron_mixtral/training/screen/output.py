@@ -5,6 +5,7 @@ the file; children inherit them. Ranks agree on START once they can talk to each
 of its own; renaming it does not disturb who writes.
 """
 
+import contextlib
 import faulthandler
 import io
 import logging
@@ -13,12 +14,13 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from megatron_mixtral.errors import CrashedError, MixtralError
+from megatron_mixtral.errors import ConfigError, CrashedError, MixtralError
 from megatron_mixtral.training.screen.lines import Lines
 
 FOLDER, LATEST = "logs", "latest"
@@ -38,15 +40,17 @@ class Output:
         self._restore: list[Callable[[], Any]] = []
 
     def __enter__(self) -> "Output":
+        """`ConfigError` where the file cannot be made."""
         if self._level == "debug":
             return self
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self.path = self._folder / f"starting-{socket.gethostname()}-{os.getpid()}.log"
+        with self._writing():
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self.path = self._folder / f"starting-{socket.gethostname()}-{os.getpid()}.log"
+            file = os.open(self.path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
         kept = [os.dup(1), os.dup(2)]
-        file = os.open(self.path or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._lead(file, file)
         os.close(file)
         streams, handlers = (sys.stdout, sys.stderr), logging.root.handlers[:]
@@ -67,20 +71,30 @@ class Output:
         return self
 
     def settle(self, agree: Callable[[str], str]) -> None:
-        """Give the file its name. `agree` returns rank 0's word on every rank."""
-        self._name(agree(self._name_of_start()))
-        if self.path is not None and self._rank == 0:
-            link = self.path.parents[1] / LATEST
-            draft = link.with_name(f".{LATEST}")
-            draft.unlink(missing_ok=True)
-            draft.symlink_to(self.path.parent.name)
-            draft.rename(link)
+        """Give the file its name. `agree` returns rank 0's word on every rank. `ConfigError` where it cannot be."""
+        start = agree(self._name_of_start())
+        with self._writing():
+            self._name(start)
+            if self.path is not None and self._rank == 0:
+                link = self.path.parents[1] / LATEST
+                draft = link.with_name(f".{LATEST}")
+                draft.unlink(missing_ok=True)
+                draft.symlink_to(self.path.parent.name)
+                draft.rename(link)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"the output of rank {self._rank} cannot be kept in {self._folder}: {error}. Clear the "
+                              "way or give another --save; with --log-level debug there is no such file") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         if not self._restore:
             return
-        if self.path is not None and self.path.parent == self._folder:
+        with contextlib.suppress(OSError):  # it keeps its first name; what ended the run is the news
             self._name(self._name_of_start())
         if isinstance(error, Exception):
             if isinstance(error, MixtralError):

@@ -112,6 +112,12 @@ def work(rank: int, folder: str, prompts: list[list[int]]) -> dict[str, Any]:
     found["ignored"] = generator.generate("Once upon", params)
     found["stop text"] = generator.generate("Once upon", dataclasses.replace(params, stop=[plain.text[3:7]]))
     with torch.no_grad():
+        weight = engine._stage.model.decoder.layers[1].self_attention.linear_qkv.weight
+        kept = weight.clone()
+        weight.fill_(torch.nan)
+        found["no number"] = generator.generate(prompts[2:3], params)[0]  # all of its keys and values
+        weight.copy_(kept)
+        found["after it"] = generator.generate([prompts[1], prompts[0]], params)  # the short one in its slot
         engine._stage.model.output_layer.weight[7] = torch.nan
     found["nan"] = generator.generate([[1]], params)[0]
     engine.close()
@@ -212,6 +218,8 @@ def test_stops(found) -> None:
 
 
 def test_logits_that_are_no_numbers_end_a_request_not_the_engine(found) -> None:
+    assert found["no number"].finish_reason == "error"
+    assert [one.token_ids for one in found["after it"]] == [found["alone"][place].token_ids for place in (1, 0)]
     assert found["nan"].finish_reason == "error" and "not finite" in found["nan"].message
     assert found["nan"].token_ids == ()
     assert found["closed"] == "ConfigError: the engine is closed: make another Generator"

@@ -54,6 +54,7 @@ def _count(rank: int, folder: str) -> dict[str, Any]:
     count(stage._CacheAttention, "forward")
     count(stage.Stage, "_logits")
     generator = Generator.from_pretrained(folder)
+    generator.engine._stage._plain = None  # one CPU process would go past the engine's modules
     layers = generator.engine._stage.model.decoder.layers
     before = [layer.self_attention.core_attention for layer in layers]
     generator.generate([[1, 2, 3]], SamplingParams(max_tokens=1))

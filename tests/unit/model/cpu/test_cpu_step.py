@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mixtral.model import cross_entropy
+from megatron_mixtral.model.cpu.few_rows import linear_of_few
 from megatron_mixtral.model.cpu.swiglu import WeightedSwiGLU
 from megatron_mixtral.model.experts import _rounded_up
 from megatron_mixtral.model.norm import RMSNorm
@@ -104,3 +105,13 @@ def test_no_chunk_of_fp32_logits_holds_all_tokens(tokens, vocabulary):
     assert (chunks[0].start, chunks[-1].stop) == (0, tokens)
     assert max(chunk.stop - chunk.start for chunk in chunks) <= (tokens + 1) // 2 < tokens
     assert all((chunk.stop - chunk.start) * vocabulary <= max(cross_entropy.CPU_CHUNK, vocabulary) for chunk in chunks)
+
+
+def test_a_linear_of_few_rows_is_that_of_the_whole_weight():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(3000, 200, generator=generator)  # 2.4 MB: blocks of 1310 rows, and a rest
+    for rows in (0, 1, 3, 4, 8, 12, 13):
+        x = torch.randn(rows, 200, generator=generator)
+        found, expected = linear_of_few(x, weight), x.double() @ weight.double().t()
+        assert found.shape == expected.shape and torch.allclose(found.double(), expected, rtol=0, atol=1e-4)
+        assert linear_of_few(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16

@@ -3,10 +3,14 @@
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_mixtral.errors import ConfigError, CrashedError
 from megatron_mixtral.training.screen import WIDTH, Output
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -90,3 +94,20 @@ def test_the_process_is_as_it_was_afterwards_and_a_full_disk_does_not_end_it(tmp
         sys.stdout.write("nowhere to go\n")
     assert [os.fstat(1).st_ino, os.fstat(2).st_ino, sys.stdout, sys.stderr, logging.root.handlers[:]] == before
     assert len(list((tmp_path / "logs").glob("*/rank_0.log"))) == 1
+
+
+def test_a_file_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    before = [sys.stdout, sys.stderr, logging.root.handlers[:]]
+    (tmp_path / "logs").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"the output of rank 0 cannot be kept in \S+/logs: .* give another --save"), \
+            Output(tmp_path, 0, "info"):
+        pass
+    assert [sys.stdout, sys.stderr, logging.root.handlers[:]] == before
+    (tmp_path / "logs").unlink()
+    (tmp_path / "logs" / "latest").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"rank 0 cannot be kept in .*latest"), Output(tmp_path, 0, "info") as output:
+        output.settle(lambda name: name)
+    assert [sys.stdout, sys.stderr, logging.root.handlers[:]] == before
+    with pytest.raises(CrashedError, match="KeyError"), Output(tmp_path, 0, "info"):  # the disk fills up meanwhile
+        shutil.move(tmp_path / "logs", tmp_path / "elsewhere")
+        raise KeyError("lost")
