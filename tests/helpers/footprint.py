@@ -90,6 +90,7 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
     from megatron.core.transformer.module import Float16Module
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     from megatron_mixtral.lora import adapted
     from megatron_mixtral.model import build, transformer_config
@@ -119,7 +120,8 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
     engine.grad_scale_func = optimizer.scale_loss
     rows = torch.randint(3, config.vocab_size, (micro_batches, sequence + 1),
                          generator=torch.Generator().manual_seed(rank // (laid.tp * laid.pp)))
-    micro = [{"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous()} for row in rows]
+    micro = [get_batch_on_this_cp_rank({"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous()},
+                                       is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()) for row in rows]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     frozen = [one for chunk in chunks for name, one in chunk.named_buffers() if name.endswith(("nf4", "absmax"))]
     saved, sent = SavedBytes([*parameters, *frozen]), SentBytes()
