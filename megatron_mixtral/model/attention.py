@@ -82,7 +82,7 @@ class CausalAttention(torch.nn.Module):
                             "rise from 0 to the length of the row, padding included")
         if self.cp is not None:
             return self._over_ranks(q_tnd, k_tgd, v_tgd, lengths)
-        if self.varlen_kernel and _has_kernel(q_tnd):
+        if self.varlen_kernel and _has_flash(q_tnd):
             return self._kernel(q_tnd, k_tgd, v_tgd, bounds, bounds, max(lengths), max(lengths))
         # split, not slices: the backward of each slice would fill a gradient of the whole row.
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_tnd, k_tgd, v_tgd)), strict=True)
@@ -107,7 +107,7 @@ class CausalAttention(torch.nn.Module):
         for first in range(0, len(sizes), 2):
             chunks = [part[first] for part in early_and_late] + [part[first + 1] for part in reversed(early_and_late)]
             keys += [chunks[:rank + 1], chunks[:2 * ranks - rank]]
-        if _has_kernel(q_tnd):
+        if _has_flash(q_tnd):
             ends = [len(chunks) * size for chunks, size in zip(keys, sizes, strict=True)]
             k_tgd, v_tgd = torch.cat([chunk for chunks in keys for chunk in chunks]).chunk(2, dim=-1)
             queries_end, keys_end = (_bounds(tuple(counts), q_tnd.device) for counts in (sizes, ends))
@@ -134,9 +134,10 @@ class CausalAttention(torch.nn.Module):
         return causal if self.window is None else causal.triu(k - s - self.window + 1)
 
 
-def _has_kernel(q_tnd: torch.Tensor) -> bool:
-    """Whether torch's attention of variable lengths takes these."""
-    return q_tnd.is_cuda and q_tnd.dtype in (torch.bfloat16, torch.float16)
+def _has_flash(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length kernel, which is flash attention, takes such queries."""
+    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability() >= (8, 0))
 
 
 @functools.lru_cache(maxsize=16)

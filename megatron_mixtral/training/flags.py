@@ -159,6 +159,7 @@ class EngineFlags:
     save_interval: int | None = None
     tokenizer_model: str | None = None
     overlap_param_gather: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
     tensorboard_dir: str | None = None
     wandb_save_dir: str | None = None
     data_cache_path: str | None = None

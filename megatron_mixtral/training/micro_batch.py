@@ -51,16 +51,18 @@ def _reads(args: Namespace, vp_stage: int | None) -> bool:
     return is_first_or_last_pipeline_stage(vp_stage) or (args.calculate_per_token_loss and args.eod_mask_loss)
 
 
-def text_step(data_iterator: Rows | None, model: Any) -> tuple[Any, Any]:
-    """The engine's forward step for plain text: (token losses or hidden states, the function that makes the loss)."""
+def text_step(data_iterator: Rows | None, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+    """The engine's forward step for plain text: (token losses or hidden states, the function that makes the loss). With
+    `return_schedule_plan` the losses are not yet computed: in their place is a plan of the pieces of the forward pass.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _text_batch(data_iterator, _reads(get_args(), get_attr_wrapped_model(model, "vp_stage")))
     timers("batch-generator").stop()
-    return _forward(model, batch)
+    return _forward(model, batch, return_schedule_plan)
 
 
-def instruction_step(data_iterator: Rows, model: Any) -> tuple[Any, Any]:
+def instruction_step(data_iterator: Rows, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
     """The same for instruction data."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -69,11 +71,12 @@ def instruction_step(data_iterator: Rows, model: Any) -> tuple[Any, Any]:
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     packed = packed_params(rows, device)
     timers("batch-generator").stop()
-    return _forward(model, {**batch, "packed_seq_params": packed})
+    return _forward(model, {**batch, "packed_seq_params": packed}, return_schedule_plan)
 
 
-def _forward(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    output = model(batch.pop("tokens"), batch.pop("position_ids"), None, **batch)
+def _forward(model: Any, batch: dict[str, Any], plan: bool = False) -> tuple[Any, Any]:
+    call = model.build_schedule_plan if plan else model
+    output = call(batch.pop("tokens"), batch.pop("position_ids"), None, **batch)
     per_token = get_attr_wrapped_model(model, "config").calculate_per_token_loss
     return output, partial(masked_sum, loss_mask_bs=batch["loss_mask"],
                            shared_by=None if per_token else mpu.get_context_parallel_group())

@@ -14,12 +14,12 @@ class Waiting:
     def __init__(self) -> None:
         self._seconds = 0.0
 
-    def timed(self, forward_step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def timed(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """The engine's forward step, whose reads are timed."""
-        def step(data_iterator: Any, model: Any) -> Any:
+        def step(data_iterator: Any, model: Any, **options: Any) -> Any:
             if data_iterator is not None and model.training:
                 data_iterator = self._reading(data_iterator)
-            return forward_step(data_iterator, model)
+            return forward_step(data_iterator, model, **options)
 
         return step
 
