@@ -139,9 +139,9 @@ def transformer_fields(config: MixtralConfig) -> dict[str, Any]:
 
 def _check_routing(config: MixtralConfig) -> None:
     if config.num_experts_per_tok == 1 < config.num_local_experts:
-        raise ConfigError(f"num_experts_per_tok 1 of {config.num_local_experts} experts: a Mixtral divides the weights "
-                          "of the chosen experts by their sum, which leaves 1 and nothing to learn for its routers, and "
-                          "the engine has no such router; choose 2 or more experts (num_experts_per_tok in config.json)")
+        raise ConfigError(f"num_experts_per_tok 1 of {config.num_local_experts} experts: a Mixtral divides the "
+                          "weights of the chosen experts by their sum, which leaves 1 and nothing to learn for its "
+                          "routers, and the engine has no such router; choose 2 or more (config.json)")
 
 
 def differs(name: str, found: Any, expected: Any) -> bool:

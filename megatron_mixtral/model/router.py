@@ -33,7 +33,7 @@ class MicroBatch:
     """What the routers of a model chunk must know of the micro-batch that passes; `MixtralModel.forward` sets it."""
 
     trained_tokens: torch.Tensor | None = None  # of the whole micro-batch; None: as many as are routed
-    padding_mask: torch.Tensor | None = None  # [sequence, batch] of this rank, where the engine hands none to the router
+    padding_mask: torch.Tensor | None = None  # [sequence, batch] of this rank, where the engine hands none on
 
 
 class LayerPool:

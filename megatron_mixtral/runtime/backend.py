@@ -8,6 +8,7 @@ import torch
 
 from megatron_mixtral.config import hardware
 from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.runtime.waits import Waits
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Backend:
     def transformer_impl(self) -> str:
         """Value of the engine's --transformer-impl."""
         return "transformer_engine" if self.transformer_engine else "local"
+
+    def waits(self) -> Waits:
+        """A counter of the seconds that this process waits in collectives; one for each process."""
+        return Waits(self.device == "cuda").install()
 
 
 def detect(world_size: int | None = None) -> Backend:

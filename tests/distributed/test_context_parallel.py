@@ -25,7 +25,7 @@ LENGTHS = [[13, 1, 8], [30], [3, 5, 2, 9], [7, 7, 7]]  # positions of the sample
 CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 AUX = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}
-Z = {"moe_z_loss_coeff": 0.1}
+GLOBALLY = {"balanced-globally": {"moe_router_load_balancing_type": "global_aux_loss", **AUX}}
 LAYOUTS = {  # sizes without context parallelism, its size, ranks
     "cp2": ({}, 2, 2), "cp4": ({}, 4, 4), "tp2-cp2": ({"tp": 2}, 2, 4), "pp2-cp2": ({"pp": 2}, 2, 4),
     "ep2-cp2": ({"ep": 2}, 2, 2), "pp2-vpp2-cp2": ({"pp": 2, "vpp": 2}, 2, 4),
@@ -42,7 +42,6 @@ MORE: dict[str, dict[str, Any]] = {
     **CASES,
     "balanced": AUX, "balanced-per-token": {"calculate_per_token_loss": True, **AUX},
     "balanced-by-sequence": {"moe_router_load_balancing_type": "seq_aux_loss", **AUX},
-    "balanced-globally": {"moe_router_load_balancing_type": "global_aux_loss", **AUX},
     "attention-again": {**CORE, **AUX}, "layers-again": {**FULL, **AUX},
     "packed-window": {"window": True, "packed": True}, "packed-again": {"packed": True, **FULL, **AUX},
     "packed-per-row": {"packed": True, **AUX},
@@ -136,10 +135,13 @@ def _step(case: dict[str, Any], micro_batch: Any, iterator: Any, model: Any) -> 
     return micro_batch.instruction_step(iterator, model) if case.get("packed") else _text_step(iterator, model)
 
 
-def check(folder: Path, name: str, cases: dict[str, dict[str, Any]]) -> None:
+def check(folder: Path, name: str, cases: dict[str, dict[str, Any]], replicas: bool = True) -> None:
+    """`replicas`: without context parallelism its ranks are replicas, which read other rows; else they are left out."""
     sizes, parts, world = LAYOUTS[name]
     paths = checkpoints(folder, sizes)
-    wanted, found = (run_ranks(world, steps, paths, layout, cases) for layout in (sizes, {**sizes, "cp": parts}))
+    found = run_ranks(world, steps, paths, {**sizes, "cp": parts}, cases)
+    wanted = run_ranks(world if replicas else world // parts, steps, paths, sizes, cases)
+    wanted *= 1 if replicas else parts
     for ours, theirs in zip(found, wanted, strict=True):
         for case in cases:
             one, other = ours[case], theirs[case]
@@ -159,12 +161,19 @@ def test_every_layout_and_every_kind_of_step(name: str, folder: Path) -> None:
     check(folder, name, {**MORE, **(POOLED if "pp2" not in name else {})})
 
 
+@pytest.mark.slow
+def test_a_loss_over_the_global_batch(folder: Path) -> None:
+    """The engine's adds up the micro-batches in their order."""
+    check(folder, "cp4", GLOBALLY, replicas=False)
+
+
 def _unequal(rank: int, path: str) -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     [model] = engine.load_stages(path, {"cp": 2})
     bounds = torch.tensor([0, 6, 16], dtype=torch.int32)
-    model(torch.ones(1, 8, dtype=torch.long), None, None, packed_seq_params=PackedSeqParams(
+    heads = [torch.ones(8, number, 8) for number in (4, 2, 2)]  # rotary embeddings would fail before
+    model.decoder.layers[0].self_attention.core_attention(*heads, packed_seq_params=PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=10, max_seqlen_kv=10))
 
 

@@ -75,7 +75,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     prefix = datasets.write_dataset(root / "corpus_text_document", vocab_size=96)
     small, large = (str(tiny_hf_mixtral(root / f"hf{size}", dtype=torch.bfloat16, vocab_size=size,
                                         max_position_embeddings=128)) for size in (96, 32000))
-    text = ["--data-path", prefix, "--split", "1,0,0", "--data-cache-path", str(root / "cache"), "--hf-checkpoint", small]
+    text = ["--data-path", prefix, "--split", "1,0,0", "--data-cache-path", str(root / "cache"),
+            "--hf-checkpoint", small]
     return {
         "text": text, "eod-mask": [*text, "--eod-mask-loss"],
         "eod-mask-per-token": [*text, "--eod-mask-loss", "--calculate-per-token-loss"],

@@ -171,6 +171,9 @@ def test_a_flag_of_the_architecture_may_agree_and_not_contradict() -> None:
     ("--optimizer muon", "--optimizer muon needs the package emerging-optimizers"),
     ("--moe-token-dispatcher-type flex", "use alltoall or allgather"),
     ("--context-parallel-size 2 --cp-comm-type a2a", "--cp-comm-type a2a needs transformer-engine, which is not inst"),
+    ("--log-straggler", "metrics.jsonl names the slowest rank"), ("--inprocess-restart", "let torchrun restart them"),
+    ("--non-persistent-ckpt-type local", "use --save-interval"), ("--delay-wgrad-compute", "needs transformer-engine"),
+    ("--moe-enable-deepep", "use --moe-token-dispatcher-type alltoall"), ("--fp8-format hybrid", "transformer-engine"),
     ("--reset-position-ids", "which rotary embeddings"), ("--checkpoint-activations", "no longer read"),
 ])
 def test_sentences(words: str, sentence: str) -> None:
