@@ -38,10 +38,13 @@ def _gradients(rank: int, checkpoint: str, overlap: bool) -> dict[str, torch.Ten
     from megatron.training import global_vars
 
     from megatron_mixtral.training import micro_batch
+    from megatron_mixtral.training.metrics import ExpertLoad
 
     global_vars._GLOBAL_TIMERS = Timers(0, "minmax")
     options = {"calculate_per_token_loss": True, "overlap_moe_expert_parallel_comm": overlap, **AUX}
     [model] = engine.load_stages(checkpoint, EP2, torch.bfloat16, **options)
+    load = ExpertLoad(4, 4, "cpu")
+    load.watch(model)
     model = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     model.config.finalize_model_grads_func = finalize_model_grads
     ran, run = [], Plan.run
@@ -50,7 +53,7 @@ def _gradients(rank: int, checkpoint: str, overlap: bool) -> dict[str, torch.Ten
                                forward_only=False)
     assert len([pair for pair in ran if None not in pair]) == (3 if overlap else 0), "two micro-batches at a time"
     found = {name: parameter.main_grad.clone() for name, parameter in model.module.named_parameters()}
-    return {**found, "loss": torch.stack([one["lm loss"] for one in reduced])}
+    return {**found, "loss": torch.stack([one["lm loss"] for one in reduced]), "load": load.collect()}
 
 
 def test_packed_rows_under_balancing_losses_bit_by_bit(tmp_path: Path) -> None:
