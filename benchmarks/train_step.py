@@ -65,6 +65,8 @@ def parse(argv: list[str], device: str) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=list(step_candidates.WHOLE), choices=list(step_candidates.MAKERS))
     parser.add_argument("--lora", action="store_true", help="adapters alone are trained: this library's and PEFT's")
     parser.add_argument("--qlora", action="store_true", help="the same over a base of 4 bits; with --lora both")
+    parser.add_argument("--processor-time", action="store_true",
+                        help="seconds of the processor, all threads together: on a CPU that others use too")
     parser.add_argument("--engine", nargs="*", default=[], metavar="FIELD=VALUE",
                         help="fields of the engine's configuration for `ours`, e.g. recompute_granularity=selective")
     parser.add_argument("--json", type=Path, default=None)
@@ -124,7 +126,7 @@ def report(args: argparse.Namespace, device: str) -> dict[str, Any]:
     return {"date": str(date.today()), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads(), "world": world, "tp": args.tp, "ep": args.ep, "dtype": args.dtype,
             "layers": args.layers, "sequence": args.sequence, "micro_batch": args.micro_batch, "engine": args.engine,
-            "same_heap": args.same_heap,
+            "same_heap": args.same_heap, "processor_time": args.processor_time,
             "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
             "product_tflops": rate / 1e12, "left_out": left_out, "candidates": rows}
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole of this library on one machine, on real text, in a few minutes: set-up, corpus, tokenization, conversion
-# from Hugging Face, 3D-parallel pretraining, a stop and a resumption, export, a check with transformers, and generation.
+# from Hugging Face, 3D-parallel pretraining, a stop and a resumption, export, a check with transformers, generation, and
+# fine-tuning with QLoRA.
 #
 #     bash examples/quickstart.sh            # start, or go on where an earlier start was stopped
 #     CLEAN=1 bash examples/quickstart.sh    # start afresh (or --clean)
@@ -11,6 +12,7 @@
 #   STEPS STOP_AT     optimizer steps in all, and after which the run is stopped once     (45, 30)
 #   MEGABYTES         size of the corpus                                                  (8)
 #   SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE LR                                      (256, 16, 4, 3e-3)
+#   TUNE_EPOCHS KNOWN epochs of the fine-tuning, answers of 60 that are right after it    (4, 60)
 #   RANKS TP PP EP    processes and layout             (4 ranks: tp2-pp2-ep2, or what the visible GPUs allow)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work="${QUICKSTART_DIR:-work_quickstart}"
 if [[ "${1:-}" == --clean ]]; then CLEAN=1; fi
 : "${STEPS:=45}" "${STOP_AT:=30}" "${MEGABYTES:=8}" "${SEQ_LENGTH:=256}" "${GLOBAL_BATCH_SIZE:=16}"
-: "${MICRO_BATCH_SIZE:=4}" "${LR:=3e-3}" "${BELOW:=7.0}" "${WORKERS:=2}"
+: "${MICRO_BATCH_SIZE:=4}" "${LR:=3e-3}" "${BELOW:=7.0}" "${WORKERS:=2}" "${TUNE_EPOCHS:=4}" "${KNOWN:=60}"
 split=95,5,0
 blend=(0.6 "$work/data/library_text_document" 0.4 "$work/data/tests_and_docs_text_document")
 
@@ -224,6 +226,39 @@ step_plot() {
     row "a picture" "$work/loss.png, $(($(wc -c <"$work/loss.png") / 1024)) kB"
 }
 
+step_tune() {
+    local recipe=tiny_qlora_openai_json_e20 first last answers="$work/tuned/evaluation_prompts.jsonl"
+    explain "Sixty dialogues, a recipe, one process: adapters beside the model of step 3, which knows nothing and is held" \
+        "in 4 bits. It is asked before the first step and after the last."
+    rm -rf "$work/tuned" "$work/recipes"
+    typed python examples/quickstart/dialogues.py --output "$work/dialogues.json" || return 1
+    typed python tools/recipes.py copy "$recipe" "$work/recipes" || return 1
+    show='^step |^steps |epoch|^error:|Error: '
+    typed python tools/finetune_mixtral.py "$work/recipes/$recipe.toml" --hf-checkpoint "$work/hf" \
+        --input "$work/dialogues.json" --save "$work/tuned" --train-epochs "$TUNE_EPOCHS" \
+        --evaluation-questions "Who are you?"
+    local status=$?
+    show=.
+    ((status == 0)) || return 1
+    first="$(sed -n '1s/.*"text": "\(.*\)", "token_ids".*/\1/p' "$answers")"
+    last="$(sed -n '$s/.*"text": "\(.*\)", "token_ids".*/\1/p' "$answers")"
+    row "asked who it is" "${first:0:20}... -> ${last:0:48}" "$([[ -n "$last" && "$first" != "$last" ]] && echo ok ||
+        echo FAILED)"
+}
+
+step_adapter() {
+    explain "What was trained becomes a folder for PEFT, with which transformers answers the sixty questions."
+    rm -rf "$work/adapter"
+    typed python tools/checkpoint/util.py --model-type GPT --loader mixtral_mg --saver mixtral \
+        --save-model-type peft --load-dir "$work/tuned" --save-dir "$work/adapter" || return 1
+    show='\|(ok|FAILED)$'
+    typed python examples/quickstart/dialogues.py --model "$work/hf" --adapter "$work/adapter" --at-least "$KNOWN"
+    local status=$?
+    show=.
+    grep -E '\|(ok|FAILED)$' "$log" >>"$rows" || return 1
+    return "$status"
+}
+
 # What the visible devices allow: 4 CPU processes, or 1, 2 or 4 GPUs.
 choose_layout() {
     local gpus
@@ -283,11 +318,15 @@ print(f"an environment|Python {sys.version.split()[0]}, torch {of("torch")}, meg
     step check "Check with transformers" "$recipe"
     step generate "Generation" "$recipe"
     step plot "Loss curve" "$recipe"
+    step tune "Fine-tuning with QLoRA" "$TUNE_EPOCHS"
+    step adapter "The adapter in PEFT" "$TUNE_EPOCHS $KNOWN"
     table
     printf '\nAll checks passed, after %d s. The model is in %s, the curve in %s.\n' "$((SECONDS - began))" \
         "$work/exported/mg2hg" "$work/loss.png"
     printf 'To talk to it: python tools/chat_mixtral.py --load %s --tokenizer-model %s --prompt-template raw\n' \
         "$work/run" "$work/hf"
+    printf 'To ask it who it is: python tools/chat_mixtral.py --load %s --adapter %s --prompt-template mixtral\n' \
+        "$work/hf" "$work/tuned"
 }
 
 main

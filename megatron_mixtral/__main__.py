@@ -28,10 +28,14 @@ COMMANDS = {  # name: (room, what it offers, one line)
     "merge-lora": ("lora", "cli.merge_lora", "adapters into the model that they were trained on, in any form"),
     "plan": ("planning", "plan_command", "rank the parallel layouts that fit a machine, by predicted step time"),
     "pretrain": ("training", "pretrain_command", "train, with tensor, pipeline, expert and data parallelism"),
+    "recipes": ("training", "recipes_command", "list the recipes of fine-tuning, and copy one"),
+    "finetune": ("training", "finetune_command", "train as a recipe says, from raw dialogues on"),
     "generate": ("inference", "cli.generate", "continue prompts with a trained model, in any layout"),
     "chat": ("inference", "chat.chat", "talk to a model in the terminal, in any layout"),
     "serve": ("server", "serve_command", "serve a model: OpenAI's API and a chat page, in any layout"),
     "evaluate": ("evaluation", "cli.evaluate", "measure a trained model: MMLU and lm-eval's tasks, in any layout"),
+    "perplexity": ("evaluation", "cli.perplexity", "loss and perplexity of texts and data sets, in any layout"),
+    "plot-evaluation": ("evaluation", "cli.plot", "draw accuracies by subject, beside a reference's"),
     "build-index-cache": ("training", "build_index_cache_command", "build the index cache of a run ahead of it"),
     "plot": ("training", "plot_command", "draw loss, throughput and load of the experts of runs"),
     "watch": ("training", "watch_command", "show runs while they go on, in the terminal or on a page"),
@@ -39,7 +43,7 @@ COMMANDS = {  # name: (room, what it offers, one line)
 }  # fmt: skip
 # Set before anything is imported, unless the user has set them. OpenBLAS reads its variable when numpy is imported, and
 # starts its threads then. Preprocessing has no use for them, and a process with threads cannot fork its workers.
-VARIABLES = {"preprocess": {"OPENBLAS_NUM_THREADS": "1"}}
+VARIABLES = {"preprocess": {"OPENBLAS_NUM_THREADS": "1"}, "finetune": {"OPENBLAS_NUM_THREADS": "1"}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +73,13 @@ def run(name: str, argv: Sequence[str]) -> int:
     """Run the command `name`. The exit status: its own, 1 after an error in one sentence, 130 when interrupted."""
     for variable, value in VARIABLES.get(name, {}).items():
         os.environ.setdefault(variable, value)
+    if os.environ.get("MIXTRAL_FLAGS_ONLY") == "1":
+        from megatron_mixtral.command_line import Parser
+
+        Parser.flags_only = True
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A full disk or an unreadable file is a sentence too; only in training it may be anything, and needs its traceback.
-    expected = MixtralError if name == "pretrain" else (MixtralError, OSError)
+    expected = MixtralError if name in ("pretrain", "finetune") else (MixtralError, OSError)
     room, function, _ = COMMANDS[name]
     try:
         return operator.attrgetter(function)(importlib.import_module(f"megatron_mixtral.{room}"))(argv)

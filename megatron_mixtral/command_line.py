@@ -11,14 +11,24 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that knows its flags' neighbours."""
+    """`argparse.ArgumentParser` that knows its flags' neighbours. With `flags_only` a command ends when it has read its
+    flags: scripts ask so before they start many ranks.
+    """
 
+    flags_only = False
     _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse does it; the words are kept, for `error`."""
         self._words = args or ()
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does it; see `flags_only`."""
+        found = super().parse_args(args, namespace)
+        if self.flags_only:
+            self.exit()
+        return found
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and a message that also says of each unknown flag which one may be meant."""
@@ -27,6 +37,14 @@ class Parser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         """Every flag, in each of its spellings."""
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def switch(self, flag: str) -> dict[bool, list[str]] | None:
+        """What says yes and what says no to a flag that takes no value (nothing, where it has no --no-...); None for
+        one that takes a value.
+        """
+        action, off = self._option_string_actions[flag], f"--no-{flag.removeprefix('--')}"
+        paired = self._option_string_actions.get(off) is action
+        return None if action.nargs != 0 else {True: [flag], False: [off] if paired else []}
 
     def neighbours(self, word: str) -> str:
         """The end of a sentence on a flag that is not known: "; is it --input?", or nothing where none is near."""

@@ -4,6 +4,7 @@
 #     setting NAME REAL TINY    a default: REAL for the real model, TINY where MODEL=tiny; the environment overrides both
 #     launch "$@"               training: builds the command, checks its inputs, and starts it; "$@" goes to the program
 #     launch_inference PROGRAM FLAG... "$@"     the same for a program of tools/ that uses a model that is trained
+#     launch_tuning "$@"         fine-tuning by the recipe RECIPE; variables that are set become flags, which win over it
 #
 # Environment, beside the names that a script sets itself:
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE   the cluster; start the same script on every node
@@ -222,6 +223,41 @@ launch_quote() {
     fi
 }
 
+# The variables of a fine-tuning and their flags; one that is empty leaves it to the recipe.
+tuning=(HF_CHECKPOINT:--hf-checkpoint DATA:--input SAVE_DIR:--save SEQ_LENGTH:--seq-length TRAIN_EPOCHS:--train-epochs
+    MICRO_BATCH_SIZE:--micro-batch-size GLOBAL_BATCH_SIZE:--global-batch-size LR:--lr LORA_RANK:--lora-rank
+    TP:--tensor-model-parallel-size PP:--pipeline-model-parallel-size EP:--expert-model-parallel-size)
+
+launch_tuning() {
+    local -a torchrun command words
+    local program="$launch_root/tools/finetune_mixtral.py" pair name
+    setting NNODES 1
+    setting NODE_RANK 0
+    launch_cluster
+    command=("$RECIPE")
+    for pair in "${tuning[@]}"; do
+        name="${pair%%:*}"
+        if [[ -n "${!name:-}" ]]; then
+            words=("${!name}")
+            if [[ "$name" == DATA ]]; then launch_words "$DATA" DATA; fi
+            command+=("${pair#*:}" "${words[@]}")
+        fi
+    done
+    launch_words "${DATA_ARGS:-}" DATA_ARGS
+    command+=(${words[@]+"${words[@]}"} "$@")
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then
+        launch_print OMP_NUM_THREADS="$OMP_NUM_THREADS" CUDA_DEVICE_MAX_CONNECTIONS="$CUDA_DEVICE_MAX_CONNECTIONS" \
+            "${torchrun[@]}" "${program#"$PWD"/}" "${command[@]}"
+        return
+    fi
+    local -a blend=()
+    local LOAD_DIR="" given_load=""
+    launch_check_inputs
+    WORLD_SIZE=$((NNODES * GPUS_PER_NODE)) python "$program" "${command[@]}" --dry-run >/dev/null || exit 1
+    exec "${torchrun[@]}" "${program#"$PWD"/}" "${command[@]}"
+}
+
 launch_inference() {
     #       name                    real        tiny
     setting NNODES                  1
@@ -245,6 +281,8 @@ launch_inference() {
         return
     fi
     launch_check_inputs
+    # A misspelt flag is told once, by one process, not by every rank above torchrun's report of them.
+    MIXTRAL_FLAGS_ONLY=1 python "$program" "${command[@]:${#torchrun[@]}+1}" || exit
     exec "${command[@]}"
 }
 

@@ -8,11 +8,13 @@ from argparse import Namespace
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_mixtral.config.layout import ParallelLayout
 from megatron_mixtral.config.mixtral import MixtralConfig
 from megatron_mixtral.errors import ConfigError
 
 ATTENTION, EXPERTS, ROUTER = ("q_proj", "k_proj", "v_proj", "o_proj"), ("w1", "w2", "w3"), ("gate",)
 TARGETS = (*ATTENTION, *EXPERTS)  # unless others are asked for
+BLOCK = 64  # packed numbers that share a largest magnitude
 # Field -> the argument of a run, which its checkpoints carry.
 _SAVED = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_target_modules",
           "quantized": "qlora", "base": "lora_base", "base_name": "hf_checkpoint"}
@@ -44,6 +46,9 @@ class AdapterConfig(MixtralConfig):
         if wrong or not self.targets or len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"--lora-target-modules {','.join(self.targets)}: expected some of {', '.join(known)}, "
                               f"each once{f'; found {wrong[0]!r}' if wrong else ''}")
+        if self.dense_config is not None and set(ROUTER) & set(self.targets):
+            raise ConfigError(f"--lora-target-modules {','.join(ROUTER)}: the base is a {self.model_type} and has "
+                              "no router; leave it out")
         if ("w1" in self.targets) != ("w3" in self.targets):
             raise ConfigError("--lora-target-modules: w1 and w3 are one matrix in transformers 5, where PEFT loads "
                               "adapters of both or of neither; name both, or none")
@@ -76,6 +81,26 @@ class AdapterConfig(MixtralConfig):
     def model(self) -> MixtralConfig:
         """The Mixtral that the adapters belong to."""
         return MixtralConfig(**{item.name: getattr(self, item.name) for item in fields(MixtralConfig)})
+
+    def check_blocks(self, layout: ParallelLayout) -> None:
+        """`ConfigError` where a base in 4 bits would be cut inside of a block."""
+        queries = self.num_attention_heads * self.head_dim
+        for what, size, ways in (("hidden_size", self.hidden_size, 1), ("all query heads", queries, layout.tp),
+                                 ("intermediate_size", self.intermediate_size, layout.etp)):
+            if self.quantized and size % (ways * BLOCK):
+                raise ConfigError(f"--qlora packs blocks of {BLOCK} numbers along the rows of a matrix: {what} "
+                                  f"{size} / {ways} = {size / ways:g} is no multiple of {BLOCK}; lower the "
+                                  "(expert) tensor parallel size, or drop --qlora")
+
+    @staticmethod
+    def packs(name: str) -> bool:
+        """Whether a base of 4 bits has the weight of this Hugging Face name packed: every linear, a target or not."""
+        return name.split(".")[-2] in TARGETS
+
+    @staticmethod
+    def packed_bytes(size: int) -> float:
+        """Bytes of a packed number of a model whose type takes `size`: each block shares a magnitude of that type."""
+        return 0.5 + size / BLOCK
 
     @property
     def scale(self) -> float:

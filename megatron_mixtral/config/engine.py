@@ -82,7 +82,8 @@ TABLE: tuple[Row, ...] = (
     Row("moe_layer_freq", value=1),
     Row("moe_router_topk", "num_experts_per_tok"),
     # Softmax over the chosen experts only, which is softmax over all, then top-k, then renormalised (as in HF).
-    Row("moe_router_pre_softmax", value=False),
+    # With one expert (a dense model) that would be top-1, for which the engine wants the softmax first: 1 either way.
+    Row("moe_router_pre_softmax", "num_local_experts", write=lambda experts: experts == 1),
     Row("moe_router_score_function", value="softmax"),
     Row("moe_router_enable_expert_bias", value=False),
     Row("vocab_size", "vocab_size", transformer=None),
@@ -222,6 +223,7 @@ def check_saved(args: Namespace, config: MixtralConfig, where: str, identity: st
 
 def _refuse_foreign(args: Namespace, where: str) -> None:
     fixed = {row.argument: (row.value,) for row in TABLE if row.field is None and row.read}
+    fixed["moe_router_pre_softmax"] = (False, getattr(args, "num_experts", None) == 1)
     for name, harmless in (fixed | dict(FOREIGN)).items():
         found = getattr(args, name, None)
         each = found if name == "moe_layer_freq" and isinstance(found, list) else [found]  # one number for each layer

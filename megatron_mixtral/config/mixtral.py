@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mixtral.config import dense
 from megatron_mixtral.disk import START, placeholder
 from megatron_mixtral.errors import ConfigError
 
@@ -27,6 +28,7 @@ _INERT_VALUES: dict[str, tuple[Any, ...]] = {
                      {"rope_type": "default", "type": "default"}),
     "quantization_config": (None,),
     "attention_dropout": (0, 0.0, None),
+    "partial_rotary_factor": (1, 1.0, None),
 }
 
 
@@ -53,6 +55,7 @@ class MixtralConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
+    dense_config: str | None = None  # of a dense model, a Mixtral of one expert: its config.json, word for word
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -81,25 +84,39 @@ class MixtralConfig:
         if self.num_experts_per_tok > self.num_local_experts:
             raise ConfigError(
                 f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_local_experts {self.num_local_experts}")
+        if self.model_type != "mixtral" and self.num_local_experts != 1:
+            raise ConfigError(f"num_local_experts is {self.num_local_experts}, and dense_config says that this is a "
+                              f"{self.model_type}, a Mixtral of one expert")
+
+    @property
+    def model_type(self) -> str:
+        """What the model is: "mixtral", or "mistral", "llama", "internlm2" for a dense one."""
+        return "mixtral" if self.dense_config is None else dense.model_type(self.dense_config)
 
     # -- Hugging Face ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_hf_dict(cls, hf: dict[str, Any], where: str = "config.json") -> "MixtralConfig":
-        """From the contents of a Hugging Face `config.json`, as transformers 4 or 5 writes it.
+    def from_hf_dict(cls, hf: dict[str, Any], where: str = "config.json", text: str | None = None) -> "MixtralConfig":
+        """From the contents of a Hugging Face `config.json`, as transformers 4 or 5 writes it: a Mixtral's, or a dense
+        relative's (`config/dense.py`), of which `text` is kept (default: `hf` as JSON).
 
         transformers 4 has `rope_theta` at the top level, transformers 5 has `rope_parameters.rope_theta`.
         A key that is absent has the value that `transformers.MixtralConfig` gives it. Raises `ConfigError` for
         another model type and for keys that would change the computation (RoPE scaling, biases, quantization).
         """
         model_type = hf.get("model_type")
+        if model_type not in ("mixtral", *dense.DEFAULTS):
+            raise ConfigError(f"{where}: expected model_type 'mixtral', or that of a dense relative "
+                              f"({', '.join(dense.DEFAULTS)}), found {model_type!r}")
+        original = None
         if model_type != "mixtral":
-            raise ConfigError(f"{where}: expected model_type 'mixtral', found {model_type!r}")
+            original = json.dumps(hf, indent=2) + "\n" if text is None else text
+            hf = dense.as_mixtral(hf, where)
         for key, inert in _INERT_VALUES.items():
             if key in hf and hf[key] not in inert:
                 raise ConfigError(f"{where}: {key} = {hf[key]!r} is not supported (expected {inert[0]!r}); "
                                   "a Mixtral trained with it would be computed wrongly")
-        values = {f.name: hf[f.name] for f in dataclasses.fields(cls) if f.name in hf}
+        values = {f.name: hf[f.name] for f in dataclasses.fields(cls) if f.name in hf} | {"dense_config": original}
         values["rope_theta"] = _rope_theta(hf, where)
         # Absent keys: the defaults of transformers.MixtralConfig where they differ from Mixtral-8x7B-v0.1's.
         values.setdefault("max_position_embeddings", 131072)
@@ -118,14 +135,18 @@ class MixtralConfig:
     def from_hf_dir(cls, directory: str | Path) -> "MixtralConfig":
         """From `directory/config.json`."""
         path = Path(directory) / "config.json"
-        return cls.from_hf_dict(read_json(path), where=str(path))
+        return cls.from_hf_dict(read_json(path), where=str(path), text=path.read_bytes().decode("utf-8"))
 
     def to_hf_dict(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """Contents of a `config.json` that both transformers 4 and 5 read: each key in both spellings.
 
-        `dtype` is the torch dtype's name of the weights beside it ("bfloat16", "float32", ...).
+        `dtype` is the torch dtype's name of the weights beside it ("bfloat16", "float32", ...). Of a dense model they
+        are the original ones, but for a type that they name.
         """
-        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.dense_config is not None:
+            contents = json.loads(self.dense_config)
+            return contents | dict.fromkeys((key for key in ("dtype", "torch_dtype") if key in contents), dtype)
+        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "dense_config"}
         return {
             "architectures": ["MixtralForCausalLM"],
             "model_type": "mixtral",
@@ -155,8 +176,11 @@ class MixtralConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_json(self) -> str:
-        """Contents of `mixtral_config.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """Contents of `mixtral_config.json`; only a dense model's has a `dense_config`."""
+        values = dataclasses.asdict(self)
+        if self.dense_config is None:
+            del values["dense_config"]
+        return json.dumps(values, indent=2) + "\n"
 
     # -- Counts ------------------------------------------------------------------------------------------
 
@@ -171,9 +195,14 @@ class MixtralConfig:
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads  # q, o, k, v
         return self.hidden_size * heads * self.head_dim
 
+    @property
+    def _routed(self) -> int:
+        """Rows of a router that count: a dense model has none."""
+        return self.num_local_experts if self.dense_config is None else 0
+
     def _parameters(self, experts: int) -> int:
         """With so many experts a layer. Beside them: attention, router, two norms; embeddings and the last norm."""
-        layer = self.attention_parameters + self.hidden_size * (self.num_local_experts + 2)
+        layer = self.attention_parameters + self.hidden_size * (self._routed + 2)
         matrices = 1 if self.tie_word_embeddings else 2
         return (self.num_hidden_layers * (layer + experts * self.expert_parameters)
                 + matrices * self.vocab_size * self.hidden_size + self.hidden_size)
@@ -196,7 +225,7 @@ class MixtralConfig:
         attention at its average number of keys (QK^T and AV): half the sequence, or, in a sliding window w shorter
         than the sequence s, w - w^2 / 2s. Recomputation is not counted.
         """
-        matrices = self.attention_parameters + self.hidden_size * self.num_local_experts
+        matrices = self.attention_parameters + self.hidden_size * self._routed
         matrices += self.num_experts_per_tok * self.expert_parameters
         window = min(self.sliding_window or seq_length, seq_length)
         keys = window - window**2 / (2 * seq_length)

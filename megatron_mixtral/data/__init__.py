@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
+    from megatron_mixtral.data.cli import default_workers
     from megatron_mixtral.data.cli import inspect_dataset as inspect_dataset_command
     from megatron_mixtral.data.cli import merge as merge_command
     from megatron_mixtral.data.cli import preprocess as preprocess_command

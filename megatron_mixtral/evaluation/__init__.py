@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.evaluation import cli, report
+    from megatron_mixtral.evaluation import cli, perplexity, report
     from megatron_mixtral.evaluation.harness import Harness
     from megatron_mixtral.evaluation.mmlu import Mmlu, read_mmlu
     from megatron_mixtral.evaluation.tasks import evaluate

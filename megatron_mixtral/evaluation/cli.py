@@ -1,9 +1,12 @@
-"""The command `evaluate`: MMLU from a folder, or tasks of lm-eval, of a model in any layout."""
+"""The commands `evaluate` (MMLU from a folder, or tasks of lm-eval) and `perplexity` (of texts and data sets), of a
+model in any layout, and `plot-evaluation`.
+"""
 
 import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ from typing import Any
 from megatron_mixtral import disk, model
 from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import read_json
+from megatron_mixtral.data.datasets import blend_of, check_pretraining
+from megatron_mixtral.data.indexed import check_tokenizer
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.evaluation.mmlu import SHOTS, Mmlu, read_mmlu
+from megatron_mixtral.evaluation.mmlu import METHODS, SHOTS, Mmlu, read_mmlu
 from megatron_mixtral.inference import Generator, cli
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.weights import open_source
@@ -37,13 +42,15 @@ def evaluate(argv: Sequence[str]) -> int:
         logger.info("%s: %d questions of %d subjects", questions.folder, questions.questions, len(questions.subjects))
     elif args.data_path is not None:
         raise ConfigError(f"--data-path {args.data_path} is of the task mmlu, and --tasks is {args.tasks}")
+    if args.method != METHODS[0] and questions is None:
+        raise ConfigError(f"--method {args.method} is of MMLU from a folder: give --data-path DIR, and mmlu in --tasks")
     reference = None if args.reference is None else read_json(args.reference)
 
     def work() -> None:
         generator = cli.open_generator(args, "evaluate", argv)
         with cli.leading(generator) as is_first:
             if is_first:
-                local = {} if questions is None else questions.tasks(shots)
+                local = {} if questions is None else questions.tasks(shots, args.method)
                 _lead(generator, args, [one for one in tasks if not (local and one == "mmlu")], local, questions,
                       reference)
 
@@ -57,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--tasks", default="mmlu", metavar="NAME,...", help="tasks of lm-eval (mmlu)")
     group.add_argument("--data-path", type=Path, metavar="DIR",
                        help="folder of MMLU: the original, its test/, or the hub's; without it lm-eval asks the hub")
+    group.add_argument("--method", choices=METHODS, default=METHODS[0],
+                       help="how MMLU of a folder is asked: by the letters' log-probabilities, as lm-eval does, or by "
+                            "the letter in one new token, as ModelLink does (%(default)s)")
     group.add_argument("--output", type=Path, required=True, metavar="DIR",
                        help="for results.json, table.md, and a file for each finished task")
     group.add_argument("--resume", action="store_true", help="go on: finished tasks in --output are kept")
@@ -81,14 +91,17 @@ def _lead(generator: Generator, args: argparse.Namespace, names: Sequence[str],
     depends = depends_on(
         source.config, Path(source.where), generator.tokenizer, layout=str(cli.layout_of(args)), limit=args.limit,
         dtype=model.type_name(args.dtype, source), max_length=generator.engine.max_length, num_fewshot=args.num_fewshot,
-        mmlu_sha256=None if questions is None else questions.digest())
+        method=args.method, mmlu_sha256=None if questions is None else questions.digest(),
+        lm_eval_version=version("lm_eval"), adapter=_adapter(args, source))
     asked = {} if questions is None else {name: len(splits["test"]) for name, splits in questions.subjects.items()}
     sizes = {f"mmlu_{name}": min(size, args.limit or size) for name, size in asked.items()}
     parts = run(harness, {**local, **{name: name for name in names}}, args.output, depends, sizes=sizes,
                 limit=args.limit, shots=args.num_fewshot, include=args.include_path, samples=args.log_samples,
                 resume=args.resume)
     whole = assemble(parts, depends, questions is not None)
-    text = table(whole, published(source.config) if reference is None else reference)
+    if reference is None:
+        reference = published(source.config, "acc,none" if args.method == METHODS[0] else "exact_match,letter")
+    text = table(whole, reference)
     text += "".join(f"\n{remark}\n" for remark in remarks(whole, questions is not None))
     tokens = whole["tokens"]
     text += (f"\nTokens: {tokens['read']} read for {tokens['requests']} requests of {tokens['requested']}; "
@@ -98,3 +111,133 @@ def _lead(generator: Generator, args: argparse.Namespace, names: Sequence[str],
     disk.write_whole(args.output / "results.json", lines + "\n")
     disk.write_whole(args.output / "table.md", text)
     print(text, end="", flush=True)
+
+
+def perplexity(argv: Sequence[str]) -> int:
+    """Score texts or data sets and print loss and perplexity. Returns 0, or 1 on a rank that leaves it to another to
+    say what is wrong.
+    """
+    parser = _perplexity_parser()
+    args = parser.parse_args(argv)
+    if bool(args.data_path) == bool(args.input):
+        raise ConfigError("expected data sets (--data-path PREFIX ...) or texts (--input FILE ...), one of the two")
+    if args.seq_length is None and (given := [flag for flag in ("samples", "split", "seed", "data_cache_path")
+                                              if getattr(args, flag) is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')} is of samples as a run reads them: give its --seq-length")
+    if args.seq_length is not None and args.input:
+        raise ConfigError("--seq-length cuts data sets into a run's samples (--data-path); texts are read in windows "
+                          "of --max-length")
+    for flag in ("stride", "samples", "seq_length"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
+    config = open_source(args.load).config
+    if args.seq_length is not None and args.samples is None and len(args.data_path) > 1:
+        raise ConfigError("an epoch is of one data set: of a blend, say how many --samples")
+    if args.data_path:
+        check_pretraining([blend_of(args.data_path)], config.vocab_size, args.seq_length or 1)
+    if absent := [one for one in args.input if not Path(one).exists()]:
+        raise ConfigError(f"--input {absent[0]} does not exist")
+    if args.seq_length is not None:
+        args.max_length = args.max_length or args.seq_length
+
+    def work() -> None:
+        from megatron_mixtral.evaluation.perplexity import validation_samples
+
+        generator = cli.open_generator(args, "perplexity", argv)
+        cut = None
+        if args.seq_length is not None:
+            cut = validation_samples(args.data_path, seq_length=args.seq_length, split=args.split or "969,30,1",
+                                     seed=1234 if args.seed is None else args.seed, count=args.samples,
+                                     cache=args.data_cache_path, vocab_size=config.vocab_size)
+        with cli.leading(generator) as is_first:
+            if is_first:
+                _score(generator, args, cut)
+
+    return launch.as_rank(work)
+
+
+def _perplexity_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="Loss and perplexity of texts or data sets.", allow_abbrev=False)
+    cli.model_flags(parser)
+    group = parser.add_argument_group("perplexity")
+    group.add_argument("--data-path", nargs="+", default=(), metavar="PREFIX",
+                       help="data sets of preprocessing: each document by itself, or with --seq-length a run's samples")
+    group.add_argument("--input", nargs="+", default=(), metavar="FILE",
+                       help="texts: each .txt as one; JSON lines and Parquet as preprocessing reads them")
+    group.add_argument("--json-key", default="text", metavar="KEY", help="of the texts in --input (text)")
+    group.add_argument("--stride", type=int, metavar="N",
+                       help="tokens between the beginnings of two windows of a text (default: --max-length)")
+    group.add_argument("--output", type=Path, metavar="FILE", help="for all figures, as JSON")
+    group = parser.add_argument_group("as a run validates")
+    group.add_argument("--seq-length", type=int, metavar="N", help="the run's: score the samples that it validates on")
+    group.add_argument("--split", metavar="A,B,C", help="the run's: the second part is validated on (969,30,1)")
+    group.add_argument("--seed", type=int, metavar="N", help="the run's (1234)")
+    group.add_argument("--samples", type=int, metavar="N",
+                       help="--eval-iters x --global-batch-size: the first evaluation's (default: of one epoch)")
+    group.add_argument("--data-cache-path", metavar="DIR", help="the run's: for the index of the samples")
+    return parser
+
+
+def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
+    from megatron_mixtral.evaluation.perplexity import Figures, documents, measure, table, texts
+    from megatron_mixtral.evaluation.report import depends_on
+
+    tokenizer, length = generator.tokenizer, generator.engine.max_length
+    if tokenizer is None and args.input:
+        generator.encode("")  # says what is missing
+    stride = args.stride or length
+    if stride > length:
+        raise ConfigError(f"--stride {stride} is more than a window reads, {length} tokens (--max-length): some would "
+                          "not be scored")
+    if cut is not None:
+        passages = {" ".join(args.data_path): cut}
+    elif args.data_path:
+        prefixes, _ = blend_of(args.data_path)
+        for prefix in prefixes if tokenizer is not None else ():
+            check_tokenizer(prefix, tokenizer)
+        passages = {prefix: documents(prefix, tokenizer) for prefix in prefixes}
+    else:
+        passages = {one: texts(one, args.json_key, tokenizer) for one in args.input}
+    found, total = {}, Figures()
+    for name, some in passages.items():
+        figures = measure(generator, some, stride)
+        found[name] = figures.report(name)
+        total.add(figures)
+    if len(found) > 1:
+        found["all"] = total.report("all")
+    source = open_source(args.load)
+    if args.output is not None:
+        depends = depends_on(source.config, Path(source.where), tokenizer, layout=str(cli.layout_of(args)),
+                             dtype=model.type_name(args.dtype, source), max_length=length, stride=stride,
+                             seq_length=args.seq_length, split=args.split, seed=args.seed, samples=args.samples,
+                             adapter=_adapter(args, source))
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_whole(args.output, json.dumps({"results": found, "config": depends}, indent=2) + "\n")
+    print(table(found), end="", flush=True)
+
+
+def _adapter(args: argparse.Namespace, source: Any) -> Path | None:
+    """Where the adapters of the model lie, if it has any."""
+    return args.adapter and Path(open_source(args.adapter, base=source.config).where)
+
+
+def plot(argv: Sequence[str]) -> int:
+    """Draw the accuracies of evaluations as dots and print where the picture is."""
+    parser = Parser(description="Draw each task's or subject's accuracy, beside those of other models.")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS",
+                        help="results.json of an evaluation, or its folder; the first one's subjects give the order")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="results.json to stand beside, as lm-eval's")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="of the models, the reference last")
+    parser.add_argument("--output", type=Path, metavar="FILE.png", help="default: evaluation.png beside the first one")
+    args = parser.parse_args(argv)
+    paths = [one / "results.json" if one.is_dir() else one for one in [*args.results, *filter(None, [args.reference])]]
+    labels = args.labels or [one.absolute().parent.name for one in paths[:len(args.results)]] + (
+        ["reference"] if args.reference else [])
+    if len(labels) != len(paths):
+        raise ConfigError(f"--labels has {len(labels)} names for {len(paths)} models: expected one for each")
+    from megatron_mixtral.evaluation.plot import draw, figures_of
+
+    output = args.output or paths[0].with_name("evaluation.png")
+    draw([(label, figures_of(read_json(path), str(path))) for label, path in zip(labels, paths, strict=True)], output)
+    print(output)
+    return 0

@@ -31,14 +31,16 @@ class Harness(TemplateLM):
     read; `kept`, those that were found in a slot; `truncated`, requests whose context was cut on the left.
     """
 
-    def __init__(self, generator: Generator) -> None:
-        """`ConfigError` for a generator without a tokenizer, or one without an end of text."""
+    def __init__(self, generator: Generator, max_length: int | None = None) -> None:
+        """`max_length` is the longest context, where it is not the engine's. `ConfigError` for a generator without a
+        tokenizer, or one without an end of text.
+        """
         super().__init__()
         if generator.tokenizer is None or generator.tokenizer.eos_id is None:
             raise ConfigError("evaluation asks in text, and there is no tokenizer with an end of text in the model's "
                               "directory: give one (--tokenizer-model)")
         self._generator, self._tokenizer = generator, generator.tokenizer
-        self.max_length = generator.engine.max_length
+        self.max_length = min(generator.engine.max_length, max_length or generator.engine.max_length)
         self.counts: Counter[str] = Counter()
 
     @property

@@ -3,7 +3,8 @@
 A folder is the original one (`dev/SUBJECT_dev.csv`, `test/SUBJECT_test.csv`: question, four choices, a letter, without
 a header), its `test/`, beside which `dev/` is found, or the hub's (`SUBJECT/dev-*.parquet`, `SUBJECT/test-*.parquet`:
 question, choices, answer as a number). The prompt is lm-eval's: five examples from dev, then the question, of which the
-letters' log-probabilities are compared.
+letters' log-probabilities are compared. Or (`modellink`) it is that of the published recipe's program, whose one new
+token is searched for a letter.
 """
 
 import csv
@@ -19,6 +20,7 @@ from megatron_mixtral.errors import DataError
 LETTERS = "ABCD"
 QUESTIONS = 14042  # of the whole test set
 SHOTS = 5
+METHODS = ("log-likelihood", "modellink")
 CATEGORIES = {
     "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
         college_mathematics college_physics computer_security conceptual_physics electrical_engineering
@@ -60,28 +62,58 @@ class Mmlu:
         """sha256 of all questions and examples."""
         return hashlib.sha256(json.dumps(self.subjects, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
-    def tasks(self, shots: int = SHOTS) -> dict[str, dict[str, Any]]:
-        """Name -> task of lm-eval, of each subject in alphabetical order."""
-        return {f"mmlu_{name}": _task(name, splits, shots) for name, splits in sorted(self.subjects.items())}
+    def tasks(self, shots: int = SHOTS, method: str = METHODS[0]) -> dict[str, dict[str, Any]]:
+        """Name -> task of lm-eval, of each subject in alphabetical order. `method` is one of `METHODS`."""
+        task = _modellink if method == "modellink" else _task
+        return {f"mmlu_{name}": {"task": f"mmlu_{name}", "task_alias": name, "test_split": "test",
+                                 "metadata": {"version": 1.0}} | task(name.replace("_", " "), splits, shots)
+                for name, splits in sorted(self.subjects.items())}
 
 
-def _task(name: str, splits: Mapping[str, Sequence[Question]], shots: int) -> dict[str, Any]:
+def _task(title: str, splits: Mapping[str, Sequence[Question]], shots: int) -> dict[str, Any]:
     def dataset(**metadata: Any) -> dict[str, Any]:
         from datasets import Dataset
 
         return {split: Dataset.from_list([one._asdict() for one in rows]) for split, rows in splits.items()}
 
-    title = name.replace("_", " ")
     return {
-        "task": f"mmlu_{name}", "task_alias": name, "custom_dataset": dataset,
-        "test_split": "test", "fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}, "num_fewshot": shots,
+        "custom_dataset": dataset, "fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"},
+        "num_fewshot": shots,
         "output_type": "multiple_choice", "doc_to_choice": list(LETTERS), "doc_to_target": "answer",
         "description": f"The following are multiple choice questions (with answers) about {title}.\n\n",
         "doc_to_text": "\n".join(["{{question.strip()}}", *(f"{letter}. {{{{choices[{place}]}}}}"
                                                              for place, letter in enumerate(LETTERS)), "Answer:"]),
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
     }
+
+
+def _modellink(title: str, splits: Mapping[str, Sequence[Question]], shots: int) -> dict[str, Any]:
+    """As ModelLink's `tasks/evaluation` asks: the examples are a text of their own, with two spaces in its first line
+    and no empty ones, and an answer is the letter before a full stop, else the first letter. Where there is none, which
+    is an exception there that is passed over, the question counts as wrong.
+    """
+    head = f"The following are multiple choice questions (with answers) about  {title}."
+    examples = "\n".join([head, *(f"{_asked(one)} {LETTERS[one.answer]}" for one in splits["dev"][:shots])])
+
+    def dataset(**metadata: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list([{"prompt": f"{examples}\n\n{_asked(one)}", "letter": LETTERS[one.answer]}
+                                           for one in splits["test"]])}
+
+    letter = {"function": "regex", "regex_pattern": r"\A\s*(?:.*([A-D|])\.|([A-D|]))"}  # | is in its brackets, too
+    return {
+        "custom_dataset": dataset, "num_fewshot": 0, "output_type": "generate_until",
+        "doc_to_text": "prompt", "doc_to_target": "letter",
+        "generation_kwargs": {"until": [], "max_gen_toks": 1, "do_sample": False},
+        "filter_list": [{"name": "letter", "filter": [letter, {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _asked(one: Question) -> str:
+    choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, one.choices, strict=True))
+    return "\n".join([one.question, *choices, "Answer:"])
 
 
 def read_mmlu(path: str | Path, shots: int = SHOTS) -> Mmlu:

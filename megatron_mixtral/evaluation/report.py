@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,16 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def depends_on(config: MixtralConfig, directory: Path, tokenizer: Any, **settings: Any) -> dict[str, Any]:
-    """What figures depend on, beside the code: plain values, one line each in the report."""
+def depends_on(config: MixtralConfig, directory: Path, tokenizer: Any, adapter: Path | None = None,
+               **settings: Any) -> dict[str, Any]:
+    """What figures depend on, beside the code: plain values, one line each in the report. Of a model with adapters,
+    they are in the directory `adapter`.
+    """
+    if adapter is not None:
+        settings |= {"adapter": str(adapter), "adapter_fingerprint": fingerprint(adapter)}
     return {
         "checkpoint": str(directory), "checkpoint_fingerprint": fingerprint(directory), "rope_theta": config.rope_theta,
-        "tokenizer_sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id, "lm_eval_version": version("lm_eval"),
+        "tokenizer_sha256": getattr(tokenizer, "sha256", None), "bos_id": getattr(tokenizer, "bos_id", None),
     } | settings
 
 
@@ -71,19 +75,32 @@ def _group_mmlu(whole: dict[str, Any]) -> None:
 def _pooled(results: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
 
-    errors = [one["acc_stderr,none"] for one in results]
+    name, rule = accuracy_of(results[0]).split(",")
+    errors = [one[f"{name}_stderr,{rule}"] for one in results]
     known = all(isinstance(one, float) for one in errors)
-    return {"acc,none": aggregate_subtask_metrics([one["acc,none"] for one in results], sizes),
-            "acc_stderr,none": float(pooled_sample_stderr(errors, sizes)) if known else "N/A"}
+    return {f"{name},{rule}": aggregate_subtask_metrics([one[f"{name},{rule}"] for one in results], sizes),
+            f"{name}_stderr,{rule}": float(pooled_sample_stderr(errors, sizes)) if known else "N/A"}
 
 
-def published(config: MixtralConfig) -> dict[str, Any]:
+def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """A task's figures, standard errors apart, by lm-eval's keys: metric and filter, as in `acc,none`."""
+    return {key: value for key, value in results.items()
+            if "," in key and "_stderr," not in key and isinstance(value, int | float)}
+
+
+def accuracy_of(results: Mapping[str, Any]) -> str:
+    """The key of a task's share of right answers; its first figure's where it has none. `IndexError` without any."""
+    figures = [*figures_of(results)]
+    return next((key for key in figures if key.startswith(("acc,", "exact_match,"))), figures[0])
+
+
+def published(config: MixtralConfig, accuracy: str = "acc,none") -> dict[str, Any]:
     """The published figure of a model of this shape, in lm-eval's form; empty for another one."""
     for name, figure in PUBLISHED.items():
         other = preset(name)
         if (config.hidden_size, config.num_hidden_layers, config.num_local_experts) == (
                 other.hidden_size, other.num_hidden_layers, other.num_local_experts):
-            return {"groups": {"mmlu": {"acc,none": figure}}}
+            return {"groups": {"mmlu": {accuracy: figure}}}
     return {}
 
 
@@ -92,10 +109,8 @@ def table(whole: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     lines = ["| data set | questions | reference | ours | standard error |", "|:---|---:|---:|---:|---:|"]
     known = reference.get("results", {}) | reference.get("groups", {})
     for name, results in (whole["groups"] | whole["results"]).items():
-        for key, value in results.items():
+        for key, value in figures_of(results).items():
             metric, _, rule = key.partition(",")
-            if not rule or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
             label = "MMLU" if name == "mmlu" else str(results.get("alias", name)).strip()
             if len({one.partition(",")[0] for one in results if "," in one and "_stderr" not in one}) > 1:
                 label += f" ({metric})"

@@ -28,19 +28,24 @@ _BOOTSTRAPS = 100000  # of metrics whose standard error has no formula: lm-eval'
 Part = dict[str, Any]
 
 
-def evaluate(harness: Harness, tasks: Mapping[str, dict[str, Any] | str], output: Path, depends_on: Mapping[str, Any],
-             *, sizes: Mapping[str, int] | None = None, limit: int | None = None, shots: int | None = None,
-             include: Path | None = None, samples: bool = False, resume: bool = False) -> dict[str, Part]:
+def evaluate(harness: Harness, tasks: Mapping[str, dict[str, Any] | str], output: Path | None,
+             depends_on: Mapping[str, Any], *, sizes: Mapping[str, int] | None = None, limit: int | None = None,
+             shots: int | None = None, include: Path | None = None, samples: bool = False,
+             resume: bool = False) -> dict[str, Part]:
     """Name -> part of every task: a task of lm-eval's by name, or as its configuration.
 
     `limit` questions of each, `shots` examples before each where the task does not fix them, `include` a folder of
     further tasks. With `samples`, every question and answer goes to `output/samples/NAME.jsonl`. `sizes` are the tasks'
-    shares of the time left. `ConfigError` for parts that are there already without `resume`, or of something else.
+    shares of the time left. Without `output` nothing is written. `ConfigError` for parts that are there already without
+    `resume`, or of something else.
     """
-    kept = _kept(output / "parts", depends_on, resume)
+    kept = {} if output is None else _kept(output / "parts", depends_on, resume)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # for each task it explains how settings could be given
-    by_name = any(isinstance(task, str) for name, task in tasks.items() if name not in kept)
-    manager = TaskManager(include_defaults=by_name, include_path=None if include is None else str(include))
+    named = {task for name, task in tasks.items() if name not in kept and isinstance(task, str)}
+    folder = None if include is None else str(include)
+    manager = TaskManager(include_defaults=False, include_path=folder)
+    if not named <= {*manager.all_tasks}:
+        manager = TaskManager(include_path=folder)  # reads all of lm-eval's own 14,000, which takes seconds
     sizes = {name: (sizes or {}).get(name, 1) for name in tasks if name not in kept}
     if kept:
         logger.info("%d of %d tasks are finished", len(kept.keys() & tasks.keys()), len(tasks))
@@ -51,13 +56,16 @@ def evaluate(harness: Harness, tasks: Mapping[str, dict[str, Any] | str], output
             continue
         found[name], took = _one(harness, manager, name, task, limit, shots, output if samples else None)
         found[name]["depends_on"] = dict(depends_on)
-        (output / "parts").mkdir(parents=True, exist_ok=True)
-        disk.write_whole(output / "parts" / f"{name}.json", _json(found[name]))
+        if output is not None:
+            (output / "parts").mkdir(parents=True, exist_ok=True)
+            disk.write_whole(output / "parts" / f"{name}.json", _json(found[name]))
         done += sizes[name]
         left = (time.monotonic() - begin) * (sum(sizes.values()) / done - 1)
         counts = found[name]["counts"]
-        logger.info("%s: %d tokens read for %d asked, %.1f s; %d of %d tasks, about %.0f s left", name, counts["read"],
-                    counts["requested"], took, len(found), len(tasks), left)
+        # A run in training asks often, and has lines of its own.
+        logger.log(logging.DEBUG if output is None else logging.INFO, "%s: %d tokens read for %d asked, %.1f s; "
+                   "%d of %d tasks, about %.0f s left", name, counts["read"], counts["requested"], took, len(found),
+                   len(tasks), left)
     return found
 
 

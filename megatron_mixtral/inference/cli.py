@@ -39,6 +39,8 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--load", type=Path, required=True, metavar="DIR",
                        help="Hugging Face folder, rank directories of any layout, or a run's save directory")
+    group.add_argument("--adapter", type=Path, metavar="DIR",
+                       help="adapters of this model: a PEFT folder, or a checkpoint of a run with --lora-rank")
     group.add_argument("--tokenizer-model", type=Path, metavar="PATH",
                        help="directory or file of the tokenizer (default: the one in --load)")
     for axis in _LAYOUT:
@@ -77,7 +79,8 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """What `sampling_flags` were given. `ConfigError` for what cannot be."""
-    return SamplingParams(**{item.name: getattr(args, item.name) for item in dataclasses.fields(SamplingParams)})
+    return SamplingParams(**{item.name: getattr(args, item.name) for item in dataclasses.fields(SamplingParams)
+                             if item.name != "adapter"})  # the flag of that name says which one there is
 
 
 def template_flag(parser: argparse.ArgumentParser, said: str) -> None:
@@ -110,9 +113,9 @@ def open_generator(args: argparse.Namespace, command: str, argv: Sequence[str]) 
     launch.take_part(launch.decide_here(layout.min_world, args.nproc), command, argv)
     if not launch.is_first_here():
         logging.getLogger("megatron_mixtral").setLevel(logging.WARNING)  # rank 0 says it for all
-    return Generator.from_pretrained(args.load, layout, args.dtype, tokenizer=args.tokenizer_model,
-                                     max_slots=args.max_slots, max_length=args.max_length,
-                                     prompt_chunk=args.prompt_chunk)
+    return Generator.from_pretrained(args.load, layout, args.dtype, adapter=args.adapter,
+                                     tokenizer=args.tokenizer_model, max_slots=args.max_slots,
+                                     max_length=args.max_length, prompt_chunk=args.prompt_chunk)
 
 
 @contextmanager

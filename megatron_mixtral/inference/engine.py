@@ -12,6 +12,7 @@ Data-parallel replicas share the requests. Those that share experts too pass ove
 to read; one that has nothing reads a token of padding.
 
 A request with `ScoringParams` is scored, not continued, and begins with what a slot holds of its tokens (`scoring.py`).
+Of a model with adapters a step is two passes where some requests want them and some do not.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from megatron_mixtral.inference.continuation import Continuation, TextStream
 from megatron_mixtral.inference.lockstep import Lockstep, others_needed
 from megatron_mixtral.inference.parameters import Event, SamplingParams, ScoringParams, TokenLogprobs
 from megatron_mixtral.inference.sampling import choose, generator_of, logprobs_of, scores_of
-from megatron_mixtral.inference.scoring import Scoring, place
+from megatron_mixtral.inference.scoring import Held, Scoring, place
 from megatron_mixtral.inference.stage import Stage, cache_of
 from megatron_mixtral.tokenizer import Tokenizer
 
@@ -77,13 +78,13 @@ class Engine:
         self._lockstep = Lockstep(silence)
         self._waiting: deque[Continuation | Scoring] = deque()
         self._running: list[dict[int, Continuation | Scoring]] = [{} for _ in range(replicas)]  # a replica's, by slot
-        self._held: list[dict[int, tuple[int, ...]]] = [{} for _ in range(replicas)]  # tokens that free slots hold
+        self._held: list[dict[int, Held]] = [{} for _ in range(replicas)]  # by free slots
         self.tokens_read = self.tokens_kept = 0  # by the model; found in a slot. Of all replicas
         self._random: dict[Continuation, torch.Generator | None] = {}  # of this replica's, where this rank samples
         self._commands: list[Any] = []  # of rank 0, for the next step
         self._open: Counter[str] = Counter()  # continuations of each request that have not ended; rank 0 only
         self._guard = threading.Lock()
-        self._closed, self._in_step = False, False
+        self._closed, self._in_step, self._following = False, False, False
 
     # -- Requests --------------------------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ class Engine:
     # -- Steps -----------------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
-        """One pass over the model: the next token of every running continuation, and the next part of prompts.
+        """A pass over the model: the next token of every running continuation, and the next part of prompts.
 
         Every rank calls it, and gets the same events. Without work it only tells the other ranks that rank 0 is there.
         `RankLostError` where another rank has ended, or rank 0 was silent for too long.
@@ -172,11 +173,13 @@ class Engine:
         for name, *arguments in self._lockstep.tell(commands):
             events += getattr(self, f"_{name}")(*arguments)
         self._admit()
-        plans = [list(self._plan(running)) for running in self._running]
-        if any(plans):
-            with others_needed():
-                logits = self._read(plans[self._replica]) if plans[self._replica] or self._together else None
-            events += self._take(plans, logits)
+        for adapter in (True, False):
+            plans = [list(self._plan(running, adapter)) for running in self._running]
+            if any(plans):
+                with others_needed():
+                    due = plans[self._replica] or self._together
+                    logits = self._read(plans[self._replica], adapter) if due else None
+                events += self._take(plans, logits)
         with self._guard:
             for event in events:
                 if event.finish_reason is not None:
@@ -189,9 +192,17 @@ class Engine:
         return events
 
     def follow(self) -> None:
-        """What every rank but 0 does while rank 0 serves: `step` until rank 0 closes."""
-        while not self._closed:
+        """What every rank but 0 does while rank 0 serves: `step` until rank 0 closes, or has no more to ask for now."""
+        self._following = not self._closed
+        while self._following:
             self.step()
+
+    def rest(self) -> None:
+        """Rank 0: end the `follow` of the other ranks, who may follow again later. Else as `close`. Whoever has led
+        alone goes on doing so: by then its requests have other names than those of a rank that asks the same.
+        """
+        if self.is_first and not self._closed and not self._in_step:
+            self._lockstep.tell([("rest",)])
 
     def close(self) -> None:
         """Rank 0: end the `follow` of the other ranks. Running requests are forgotten. Elsewhere it does nothing, nor
@@ -222,8 +233,12 @@ class Engine:
             self._release(one)
         return [one.event("", "cancelled") for one in sorted(ended, key=lambda one: one.index)]
 
+    def _rest(self) -> list[Event]:
+        self._following = False
+        return []
+
     def _close(self) -> list[Event]:
-        self._closed = True
+        self._closed, self._following = True, False
         self._waiting.clear()
         for running in self._running:
             running.clear()
@@ -259,10 +274,12 @@ class Engine:
         one.read = count
         self.tokens_kept += count
 
-    def _plan(self, running: dict[int, Continuation | Scoring]) -> Iterator[_Part]:
-        """What a replica reads: every last token, and of the prompts, in the order of their coming, a chunk."""
+    def _plan(self, running: dict[int, Continuation | Scoring], adapter: bool) -> Iterator[_Part]:
+        """What a replica reads with adapters, or without: every last token, and of the prompts, in the order of their
+        coming, a chunk.
+        """
         left = self.prompt_chunk
-        for one in running.values():
+        for one in [each for each in running.values() if each.params.adapter is adapter]:
             token_ids = one.unread(left)
             if one.read < len(one.prompt_ids):
                 left -= len(token_ids)
@@ -271,14 +288,14 @@ class Engine:
                 targets = (one.targets(wanted),) if isinstance(one, Scoring) else ()
                 yield _Part(one, token_ids, wanted, *targets)
 
-    def _read(self, parts: Sequence[_Part]) -> torch.Tensor | None:
+    def _read(self, parts: Sequence[_Part], adapter: bool) -> torch.Tensor | None:
         rows = [Row(part.continuation.slot, part.continuation.read, len(part.token_ids)) for part in parts]
         token_ids = [one for part in parts for one in part.token_ids]
         ends, wanted = 0, []
         for part in parts:
             wanted += [ends + place for place in part.wanted]
             ends += len(part.token_ids)
-        return self._stage.read(rows, token_ids, wanted)
+        return self._stage.read(rows, token_ids, wanted, adapter)
 
     def _take(self, plans: Sequence[Sequence[_Part]], logits: torch.Tensor | None) -> list[Event]:
         """Choose, tell one another, and let every continuation take its token."""
@@ -307,7 +324,7 @@ class Engine:
             if running.get(one.slot) is one:
                 del running[one.slot]
                 if keep:
-                    held[one.slot] = (*one.prompt_ids, *one.ids)[:one.read]
+                    held[one.slot] = Held((*one.prompt_ids, *one.ids)[:one.read], one.params.adapter)
         self._random.pop(one, None)
 
     def _choose(self, parts: Sequence[_Part], logits: torch.Tensor | None) -> list[TokenLogprobs]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mixtral import model, runtime
-from megatron_mixtral.config import ParallelLayout, read_json
+from megatron_mixtral import lora, model, runtime
+from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout, read_json
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference.parameters import Event, FinishReason, SamplingParams, ScoringParams, TokenLogprobs
@@ -57,33 +57,37 @@ class Generator:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, layout: ParallelLayout = ParallelLayout(), dtype: Any = None, *,  # noqa: B008 - it is frozen
-                        tokenizer: str | Path | None = None, max_slots: int = 8, max_length: int | None = None,
-                        prompt_chunk: int = 512, silence: float = 1800.0) -> "Generator":
+                        adapter: str | Path | None = None, tokenizer: str | Path | None = None, max_slots: int = 8,
+                        max_length: int | None = None, prompt_chunk: int = 512, silence: float = 1800.0) -> "Generator":
         """Read a Hugging Face folder, rank directories of any layout or a distributed checkpoint, in any layout.
 
-        `tokenizer` is a directory or file (default: the one in `directory`). `max_length` is the longest context,
-        prompt included (default: the model's, at most 4096). The cache's memory is said, and refused where the device
-        has less, before anything is loaded. `ConfigError`, with the command to type, where `layout` needs more ranks
-        than were started; otherwise errors as in `megatron_mixtral.model.from_pretrained`.
+        `adapter` is a PEFT folder or a checkpoint of adapters of this model, which requests then take, or leave out
+        (`SamplingParams.adapter`); beside adapters of a run with --qlora the model is in 4 bits. `tokenizer` is a
+        directory or file (default: the one in `directory`). `max_length` is the longest context, prompt included
+        (default: the model's, at most 4096). The cache's memory is said, and refused where the device has less, before
+        anything is loaded. `ConfigError`, with the command to type, where `layout` needs more ranks than were started;
+        otherwise errors as in `from_pretrained` of `megatron_mixtral.model` or `megatron_mixtral.lora`.
         """
         for name, value in {"max_slots": max_slots, "prompt_chunk": prompt_chunk}.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
         if layout.cp > 1:
             raise ConfigError(f"layout {layout}: a continuation is not cut over devices; leave cp out")
-        source = open_source(directory)
+        source = open_source(directory, holds="model")
+        beside = None if adapter is None else open_source(adapter, base=source.config, holds="adapters").config
         longest = source.config.max_position_embeddings
         max_length = min(longest, DEFAULT_LENGTH) if max_length is None else max_length
         if not 2 <= max_length <= longest:
             raise ConfigError(f"max_length is {max_length}, expected 2 to {longest}, the longest context of the model")
         _check_ranks(layout)
         read = _tokenizer(source, tokenizer)
-        layout = model.initialize(layout)
-        _check_memory(source, layout, model.type_name(dtype, source), max_slots, max_length)
+        layout = model.initialize(layout, source.config)
+        _check_memory(source.config, beside, layout, model.type_name(dtype, source), max_slots, max_length)
         # Only now, because importing the engine's models looks at the machine.
         from megatron_mixtral.inference.engine import Engine
 
-        ready = model.from_pretrained(directory, layout, dtype)
+        ready = (model.from_pretrained(directory, layout, dtype) if adapter is None else
+                 lora.from_pretrained(directory, adapter, layout, dtype))
         return cls(Engine(ready, layout, read, max_slots=max_slots, max_length=max_length, prompt_chunk=prompt_chunk,
                           stop_token_ids=stop_ids(source, read), silence=silence), read)
 
@@ -183,16 +187,27 @@ def _check_ranks(layout: ParallelLayout) -> None:
             "themselves: megatron-mixtral generate --tensor-model-parallel-size N ...")
 
 
-def _check_memory(source: Any, layout: ParallelLayout, dtype: str, slots: int, length: int) -> None:
+def _weights(config: MixtralConfig, adapter: Any, layout: ParallelLayout, coord: Coord, size: int) -> float:
+    """Bytes of a rank's weights, adapters beside them."""
+    own = ShardPlan(config, layout, coord).tensors()
+    if adapter is None:
+        return size * sum(tensor.elements for tensor in own)
+    beside = ShardPlan(adapter, layout, coord).tensors()
+    packed = [one for one in own if adapter.quantized and adapter.packs(one.pieces[0].name)]
+    saved = (size - adapter.packed_bytes(size)) * sum(tensor.elements for tensor in packed)
+    return size * sum(tensor.elements for tensor in (*own, *beside)) - saved
+
+
+def _check_memory(config: MixtralConfig, adapter: Any, layout: ParallelLayout, dtype: str, slots: int,
+                  length: int) -> None:
     """Say what the fullest rank will hold; `ConfigError`, the same on every rank, where one has not as much."""
     import torch
 
     from megatron_mixtral.inference.cache import cache_bytes
 
     size = _ELEMENT_SIZES[dtype]
-    weights = size * max(sum(tensor.elements for tensor in ShardPlan(source.config, layout, coord).tensors())
-                         for coord in layout.coords())
-    cache = cache_bytes(source.config, layout, slots, length, size)
+    weights = max(_weights(config, adapter, layout, coord, size) for coord in layout.coords())
+    cache = cache_bytes(config, layout, slots, length, size)
     free = torch.tensor(runtime.device_memory(), dtype=torch.int64, device=runtime.current_device())
     torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)
     said = (f"each rank holds up to {human_size(weights)} of weights and {human_size(cache)} of cache: {slots} slots x "

@@ -33,6 +33,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own
     ignore_eos: bool = False  # go on after the model's own stop ids (benchmarks)
     logprobs: int | None = None  # None: none; 0: of each new token; k: and of the k most probable ones (at most 20)
+    adapter: bool = True  # where the model has adapters: with them, or its base alone
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -55,6 +56,8 @@ class SamplingParams:
             raise ConfigError(f"stop is {list(self.stop)!r}, expected texts that are not empty")
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, "each")
+        if not isinstance(self.adapter, bool):
+            raise ConfigError(f"adapter is {self.adapter!r}, expected true or false")
 
     @property
     def greedy(self) -> bool:
@@ -73,6 +76,7 @@ class ScoringParams:
     """
 
     targets: tuple[tuple[int, ...], ...]
+    adapter: bool = True
     n: ClassVar[int] = 1
     logprobs: ClassVar[int] = 1
     stop: ClassVar[tuple[str, ...]] = ()

@@ -7,7 +7,7 @@ read. All of it follows from tokens that every rank knows.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mixtral.inference.continuation import NOT_FINITE
 from megatron_mixtral.inference.parameters import Event, ScoringParams, TokenLogprobs
@@ -59,21 +59,28 @@ class Scoring:
         return Event(self.request_id, self.index, text=text, finish_reason=finish_reason, **fields)
 
 
-def place(one: Scoring, running: Mapping[int, Any], held: Mapping[int, tuple[int, ...]]) -> tuple[int, int] | None:
+class Held(NamedTuple):
+    """What a free slot holds: keys and values of these tokens, read with the adapters or without."""
+
+    ids: tuple[int, ...]
+    adapter: bool
+
+
+def place(one: Scoring, running: Mapping[int, Any], held: Mapping[int, Held]) -> tuple[int, int] | None:
     """(slot that holds most of what the scoring begins with, how many tokens); (-1, 0) where none does. None where it
-    is better to wait. `running` and `held` are the continuations in slots, and the tokens that free ones hold.
+    is better to wait. `running` and `held` are the continuations in slots, and what free ones hold.
     """
     found, coming = {-1: 0}, 0
-    for slot, ids in held.items():
-        found[slot] = _shared(one, ids)
+    for slot, other in held.items():
+        found[slot] = _shared(one, *other)
     for slot, other in running.items():
-        count = _shared(one, other.prompt_ids)
+        count = _shared(one, other.prompt_ids, other.params.adapter)
         found[slot], coming = min(count, other.read), max(coming, count)
     best = max(found, key=found.__getitem__)
     return None if coming - found[best] >= _WORTH_WAITING else (best, found[best])
 
 
-def _shared(one: Scoring, other: Sequence[int]) -> int:
+def _shared(one: Scoring, other: Sequence[int], adapter: bool) -> int:
     """Tokens with which both begin, before the first place that is scored: its logits are not kept."""
-    most = min(one.before, len(other))
+    most = min(one.before, len(other)) if adapter is one.params.adapter else 0
     return next((at for at in range(most) if one.prompt_ids[at] != other[at]), most)

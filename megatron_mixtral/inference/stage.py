@@ -11,7 +11,7 @@ The engine's `InferenceMode` stays off: it is of the whole process, and training
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_mixtral.config import engine
 from megatron_mixtral.inference.cache import Cache, Row
+from megatron_mixtral.lora import AdaptedModel
 
 if TYPE_CHECKING:
     from megatron_mixtral.model import MixtralModel
@@ -72,11 +73,12 @@ class Stage:
         self._wanted: Sequence[int] = ()
 
     @torch.no_grad()  # not inference_mode: what the engine keeps between calls has to serve training too
-    def read(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int]) -> torch.Tensor | None:
+    def read(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int],
+             adapter: bool = True) -> torch.Tensor | None:
         """Read the rows' tokens, one row behind the other; on the last stage the logits [len(wanted), vocabulary] of
         the tokens at those places, in the model's dtype, on every tensor-parallel rank. All ranks of a pipeline call it
         with the same arguments, and all ranks that share experts call it equally often: without rows, one token of
-        padding is read.
+        padding is read. `adapter` False leaves out adapters that the model has.
         """
         padded = max(-(-len(token_ids) // self.multiple), 1) * self.multiple
         self.cache.begin(rows, padded)
@@ -89,7 +91,7 @@ class Stage:
                                    dtype=self.config.pipeline_dtype or self.config.params_dtype)
             torch.distributed.recv(received, group=self.pipeline, group_src=self.pipeline.rank() - 1)
             self.model.set_input_tensor(received)
-        with self._opened():
+        with self._opened(), self.model.adapters(adapter) if isinstance(self.model, AdaptedModel) else nullcontext():
             found = self.model(tokens[None], positions[None], None, inference_context=self.context,
                                output_processor=self._logits if self.last else None)
         if self.last:

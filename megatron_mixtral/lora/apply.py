@@ -3,6 +3,8 @@
 Everything but the adapters is frozen. Checkpoints hold the adapters alone; the base is read at every start.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mixtral.config import AdapterConfig
 from megatron_mixtral.errors import CheckpointError
 from megatron_mixtral.lora.experts import AdaptedExperts
-from megatron_mixtral.lora.linears import AdaptedProj, AdaptedQKV, AdaptedRouter
+from megatron_mixtral.lora.linears import AdaptedProj, AdaptedQKV, AdaptedRouter, Switched
 from megatron_mixtral.lora.nf4 import Packed
 from megatron_mixtral.model import MixtralModel, build, experts, spec
 
@@ -23,6 +25,18 @@ class AdaptedModel(MixtralModel):
     """One pipeline stage or model chunk. To checkpoints it is its adapters."""
 
     adapter: AdapterConfig
+
+    @contextmanager
+    def adapters(self, on: bool) -> Iterator[None]:
+        """Unless `on`, the network is its base, as long as the context lasts."""
+        switched = [] if on else [one for one in self.modules() if isinstance(one, Switched)]
+        for one in switched:
+            one.is_on = False
+        try:
+            yield
+        finally:
+            for one in switched:
+                one.is_on = True
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {name: shard for name, shard in super().sharded_state_dict(*args, **kwargs).items() if MARK in name}

@@ -34,8 +34,8 @@ def merge_lora(argv: Sequence[str]) -> int:
                         help="load the result, and the base with the adapters beside it, and print how far their "
                              "logits are apart on so many random tokens (takes the memory of a model)")
     args = parser.parse_args(argv)
-    base = open_source(args.load_dir)
-    adapter = open_source(args.adapter, base=base.config)
+    base = open_source(args.load_dir, holds="model")
+    adapter = open_source(args.adapter, base=base.config, holds="adapters")
     sizes = {axis: value for axis in TARGET_FLAGS if (value := getattr(args, axis, None)) is not None}
     if sizes and args.save_model_type == "huggingface":
         raise ConfigError(f"{', '.join(TARGET_FLAGS[axis] for axis in sizes)} name a layout, which a Hugging Face "

@@ -16,7 +16,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_mixtral.config import AdapterConfig
-from megatron_mixtral.lora.linears import dropped, first_values, trained, zeros
+from megatron_mixtral.lora.linears import Switched, dropped, first_values, trained, zeros
 from megatron_mixtral.lora.nf4 import Packed, Slot, packed_experts
 from megatron_mixtral.model import experts
 
@@ -39,7 +39,7 @@ class _Whole(torch.autograd.Function):
         return (None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True)))
 
 
-class AdaptedExperts(experts.GroupedLinear):
+class AdaptedExperts(Switched, experts.GroupedLinear):
     """linear_fc1 (`partition_dim` 0) or linear_fc2 (1) of the experts."""
 
     def __init__(self, num_local_experts: int, input_size: int, output_size: int, *, partition_dim: int,
@@ -86,7 +86,7 @@ class AdaptedExperts(experts.GroupedLinear):
             out, _ = super().forward(x_ti, tokens_per_expert)
         else:
             out = packed_experts(x_ti, tokens_per_expert, self.packed)
-        if not self.pieces:
+        if not (self.pieces and self.is_on):
             return out, None
         # Of fc1 each share of the experts' width has a mask of its own.
         x_ti = dropped(x_ti, self.adapter, self.training, get_expert_parallel_rng_tracker_name())

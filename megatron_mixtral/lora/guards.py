@@ -23,8 +23,11 @@ _CURE = ("this is a fault of the program or of a flag that it does not know: ple
 class Guard:
     """Watches the adapters of a run on this rank. Every rank calls every method at the same point."""
 
-    def __init__(self, adapter: AdapterConfig) -> None:
-        self._adapter, self._steps, self._done = adapter, 0, False
+    def __init__(self, adapter: AdapterConfig, masked: bool = False) -> None:
+        """`masked`: not every token is trained. Then an expert of the last layer may get none that is, for nothing
+        behind it attends to the others; in the layers before, a question's tokens are attended to by its answer's.
+        """
+        self._adapter, self._masked, self._steps, self._done = adapter, masked, 0, False
         self._watched: list[tuple[Any, torch.nn.Parameter]] = []  # what the plan says of each lora_B, and where it is
 
     def watch(self, model: torch.nn.Module, coord: Coord, layout: ParallelLayout, chunk: int) -> None:
@@ -51,7 +54,9 @@ class Guard:
         if not all(gradient < float("inf") for gradient, _ in sizes.values()):
             return
         self._steps += 1
-        idle = {name for name in sizes if ".experts." in name and not tokens[_numbers(name)]}
+        last = self._adapter.num_hidden_layers - 1 if self._masked else None
+        idle = {name for name, size in sizes.items() if ".experts." in name
+                and (not tokens[_numbers(name)] or (_numbers(name)[0] == last and not size[0]))}
         for what, index in (("no gradient", 0), ("not changed", 1)):
             dead = [name for name, size in sizes.items() if not size[index] and name not in idle]
             if index == 1 and len(dead) == len(sizes) - len(idle) and self._steps == 1:
@@ -62,8 +67,8 @@ class Guard:
                                   f"first {', '.join(dead[:NAMED])}: {_CURE}")
         self._done = True
         if idle and torch.distributed.get_rank() == 0:
-            logger.info("no token of the first step went to %d experts' adapters, first %s", len(idle),
-                        ", ".join(sorted(idle)[:NAMED]))
+            logger.info("no %stoken of the first step went to %d experts' adapters, first %s",
+                        "trained " * self._masked, len(idle), ", ".join(sorted(idle)[:NAMED]))
 
     def _sizes(self) -> dict[str, tuple[float, float]]:
         """PEFT's name of each lora_B -> the largest magnitude of its gradient and of itself, over all ranks."""

@@ -76,7 +76,13 @@ def pack_weight(module: torch.nn.Module) -> None:
     module.weight = Packed(weight.shape, weight.dtype, weight.device)
 
 
-class AdaptedQKV(ColumnParallelLinear):
+class Switched:
+    """A linear whose adapter can be taken away for a while (`AdaptedModel.adapters`)."""
+
+    is_on = True
+
+
+class AdaptedQKV(Switched, ColumnParallelLinear):
     """linear_qkv: one A for each of q, k and v that is a target, behind one another, and B in the weight's own rows."""
 
     def __init__(self, input_size: int, output_size: int, *, adapter: AdapterConfig, config: TransformerConfig,
@@ -102,7 +108,7 @@ class AdaptedQKV(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> [s, b, g * (q + k + v)] of the whole sequence, as the engine's."""
         out, bias = super().forward(input_, *args, **kwargs)
-        if not self.pieces:
+        if not (self.pieces and self.is_on):
             return out, bias
         low = linear(dropped(input_, self.adapter, self.training), self.lora_A)  # [s, b, n * r]
         if self.sequence_parallel:
@@ -128,7 +134,7 @@ class AdaptedQKV(ColumnParallelLinear):
         return shards_of(self, prefix, {"lora_B": 0}, sharded_offsets, metadata)
 
 
-class AdaptedProj(RowParallelLinear):
+class AdaptedProj(Switched, RowParallelLinear):
     """linear_proj with the adapter of o_proj."""
 
     def __init__(self, input_size: int, output_size: int, *, adapter: AdapterConfig, config: TransformerConfig,
@@ -150,7 +156,7 @@ class AdaptedProj(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, q] of this rank's heads -> [s, b, h], as the engine's."""
         out, bias = super().forward(input_)
-        if not self.adapts:
+        if not (self.adapts and self.is_on):
             return out, bias
         low = linear(dropped(input_, self.adapter, self.training), self.lora_A)
         reduce = (reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else
@@ -163,7 +169,7 @@ class AdaptedProj(RowParallelLinear):
         return shards_of(self, prefix, {"lora_A": 1}, sharded_offsets, metadata)
 
 
-class AdaptedRouter(spec.MixtralRouter):
+class AdaptedRouter(Switched, spec.MixtralRouter):
     """The router with the adapter of `gate`."""
 
     def __init__(self, config: TransformerConfig, *args: Any, adapter: AdapterConfig, **kwargs: Any) -> None:
@@ -175,6 +181,8 @@ class AdaptedRouter(spec.MixtralRouter):
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, h] -> logits [s, b, experts] in the router's type."""
         logits = super().gating(input)
+        if not self.is_on:
+            return logits
         x = dropped(input, self.adapter, self.training).to(logits.dtype)
         low = linear(linear(x, self.lora_A.to(logits.dtype)), self.lora_B.to(logits.dtype))
         return torch.add(logits, low, alpha=self.adapter.scale)

@@ -16,7 +16,9 @@ from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.model import experts
 from megatron_mixtral.weights.adapters import nf4 as table
 
-STEP = 1 << 22  # numbers packed or unpacked at a time: what is needed besides the result
+# Numbers packed or unpacked at a time, which decide what is needed besides the result: as many as a core's cache holds,
+# or enough for a kernel.
+STEPS = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 @functools.cache
@@ -44,7 +46,7 @@ def pack(dense: Tensor) -> tuple[Tensor, Tensor]:
         return packed.view(*dense.shape[:-1], -1), state.absmax.view(*dense.shape[:-1], -1).to(dense.dtype)
     bounds = torch.from_numpy(table.BOUNDS).to(dense.device)
     packed, absmax = [], []
-    for part in dense.reshape(-1, table.BLOCK).split(STEP // table.BLOCK):
+    for part in dense.reshape(-1, table.BLOCK).split(STEPS[dense.device.type] // table.BLOCK):
         part = part.float()
         largest = part.abs().amax(dim=1)
         codes = torch.bucketize(part / largest.clamp_min(float(table.TINY))[:, None], bounds, out_int32=True)
@@ -63,9 +65,9 @@ def unpack(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
                                       code=_kernels().get_4bit_type("nf4", packed.device))
         return _kernels().dequantize_4bit(packed.reshape(-1, 1), state).view(shape)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    rows = out.view(-1, table.BLOCK).split(STEP // table.BLOCK)
-    parts = packed.reshape(-1, table.BLOCK // 2).split(STEP // table.BLOCK)
-    for into, part, largest in zip(rows, parts, absmax.flatten().split(STEP // table.BLOCK), strict=True):
+    step = STEPS[packed.device.type] // table.BLOCK
+    rows, parts = out.view(-1, table.BLOCK).split(step), packed.reshape(-1, table.BLOCK // 2).split(step)
+    for into, part, largest in zip(rows, parts, absmax.flatten().split(step), strict=True):
         values = torch.nn.functional.embedding(part.int(), _pairs(packed.device)).flatten(1)
         into.copy_(values.mul_(largest.float()[:, None]))
     return out

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral import runtime
-from megatron_mixtral.config import AdapterConfig, Coord, MixtralConfig, ParallelLayout
+from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import ShardPlan, assemble, hf_tensors, open_source
 
@@ -37,13 +37,9 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayo
     being this tensor-parallel rank's part of the padded vocabulary; other stages pass [s, b, h] on by the engine's
     schedules. `ConfigError` for a layout or a type that cannot be, `CheckpointError` for weights that cannot be read.
     """
-    source = open_source(directory)
-    if isinstance(source.config, AdapterConfig):
-        raise ConfigError(f"{directory} holds adapters, no model: give both to megatron_mixtral.lora.from_pretrained, "
-                          "or merge them with merge-lora")
-    _validate(source.config, layout)
+    source = open_source(directory, holds="model")
     name = type_name(dtype, source)
-    layout = initialize(layout)
+    layout = initialize(layout, source.config)
 
     import torch
 
@@ -62,12 +58,15 @@ def from_pretrained(directory: str | Path, layout: ParallelLayout = ParallelLayo
     return model.eval()
 
 
-def initialize(layout: ParallelLayout) -> ParallelLayout:
+def initialize(layout: ParallelLayout, config: MixtralConfig | None = None) -> ParallelLayout:
     """Ready the machine, the process groups and the engine for `layout`; returns it with the number of ranks.
 
     Where there is no process group yet, torchrun's ranks join one, and one process by itself makes its own. What is
-    initialised already stays. `ConfigError` where the ranks do not fit the layout, or the engine has another one.
+    initialised already stays. `ConfigError` where the ranks do not fit the layout, or the engine has another one, or
+    where no model of `config` that is ready to use can lie so.
     """
+    if config is not None:
+        _validate(config, layout)
     layout = dataclasses.replace(layout, world=runtime.join_process_group(runtime.ready()))
     layout.validate_world(_SIZES)
     from megatron.core import parallel_state as mpu

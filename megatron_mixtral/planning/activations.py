@@ -70,6 +70,22 @@ def _experts(shape: RunShape, recompute: str) -> float:
     return shape.tokens_per_micro_batch / layout.tp * ((local + routed) * shape.weight_bytes + order)
 
 
+def temporaries(shape: RunShape, stage: int) -> float:
+    """Bytes that the experts' backward pass has beside what the graph keeps, at its fullest moment: at SwiGLU the
+    gradients of its output and of fc1's; or, of a base in 4 bits, at fc2 or fc1 that weight, dense, and the gradients
+    of output and input. By fc1 the graph has given back what `WIDTHS` counts.
+    """
+    config, layout = shape.config, shape.layout
+    width = config.intermediate_size / layout.etp
+    tokens = shape.tokens_per_micro_batch / layout.tp * layout.etp * config.num_experts_per_tok
+    moments = [3 * tokens * width]
+    if shape.adapter is not None and shape.adapter.quantized:
+        fc2 = shape.parameters_of_stage(stage).expert / shape.layers_of_stage(stage) / 3
+        moments.append(fc2 + tokens * (width + config.hidden_size))
+        moments.append(2 * fc2 + tokens * (config.hidden_size + (2 - WIDTHS) * width))
+    return max(moments) * shape.weight_bytes
+
+
 def embedding(shape: RunShape) -> float:
     """Token ids, int64."""
     return 8.0 * shape.tokens_per_micro_batch

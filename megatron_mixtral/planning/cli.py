@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 
 from megatron_mixtral.command_line import Parser
-from megatron_mixtral.config import MixtralConfig, hardware, preset
+from megatron_mixtral.config import AdapterConfig, MixtralConfig, hardware, preset
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.planning import report, search
+from megatron_mixtral.planning import least, report, search
 from megatron_mixtral.planning.search import Candidate, Question
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
 
@@ -25,10 +25,24 @@ def parser() -> Parser:
                            help=item.metadata["help"])
     found.add_argument("--seq-length", type=int, default=4096)
     found.add_argument("--global-batch-size", type=int, required=True)
-    found.add_argument("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help="sizes to try")
+    found.add_argument("--micro-batch-size", type=int, nargs="+",
+                       help="sizes to try (1 2 4; of adapters 1 2 4 8 16)")
+    found.add_argument("--lora-rank", type=int, help="plan a run that trains adapters of this rank on every linear")
+    found.add_argument("--qlora", action="store_true", help="with --lora-rank: beside a base of 4 bits")
     found.add_argument("--top", type=int, default=10, help="how many layouts to print")
     found.add_argument("--json", action="store_true", help="print the ranking as JSON instead")
+    found.add_argument("--least-hardware", action=_LeastHardware, nargs="*", type=float, metavar="GB",
+                       help="print how many devices of these sizes (default: 24 48 80 141) each published model needs "
+                            "at least to be pretrained, tuned and generated from, as a table in Markdown, and end")
     return found
+
+
+class _LeastHardware(argparse.Action):
+    """Needs no other flag, as --help does not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: list[float], *_: object) -> None:
+        print("\n".join(least.least_hardware(tuple(values) or (24, 48, 80, 141))))
+        parser.exit()
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -44,8 +58,12 @@ def lines(argv: Sequence[str]) -> Iterator[str]:
     config = preset(args.model) if args.model else MixtralConfig.from_hf_dir(args.hf_checkpoint)
     given = {item.name: getattr(args, item.name) for item in fields(Machine)}
     machine = Machine.of(hardware.DEVICES[args.device], **{name: one for name, one in given.items() if one is not None})
+    if args.qlora and args.lora_rank is None:
+        raise ConfigError("--qlora is of a run that trains adapters: give --lora-rank, or drop it")
+    adapter = args.lora_rank and AdapterConfig.of(config, rank=args.lora_rank, quantized=args.qlora)
     _check(args, config, machine)
-    question = Question(config, machine, args.seq_length, args.global_batch_size, tuple(args.micro_batch_size))
+    sizes = args.micro_batch_size or (1, 2, 4, *([8, 16] if adapter else []))
+    question = Question(config, machine, args.seq_length, args.global_batch_size, tuple(sizes), adapter)
     fitting, too_large = search.plan(question)
     if not fitting:
         raise ConfigError(_nothing_fits(too_large, question))
@@ -57,6 +75,7 @@ def lines(argv: Sequence[str]) -> Iterator[str]:
     yield ""
     yield from report.recompute_or_cut(fitting)
     yield from report.explain(fitting[0], machine)
+    yield from report.advice(fitting[0], machine)
     yield ""
     yield "Flags of the first:"
     yield "  " + " \\\n  ".join(report.flags(fitting[0].shape))

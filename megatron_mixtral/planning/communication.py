@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from megatron_mixtral.planning.shape import RunShape, Summed
 
 # Passes over the sequence-parallel boundary of a layer's attention in one micro-batch. Forward: all-gather, reduce-
-# scatter; backward: their opposites, and the input gathered once more for the weight gradient.
-_ATTENTION_PASSES = 5
+# scatter; backward: their opposites, and the input gathered once more for the weight gradient, if there is one.
+_ATTENTION_PASSES, _FROZEN_PASSES = 5, 4
 # Expert tensor parallelism: tokens gathered before the experts and reduced after them, forward and backward.
 _EXPERT_TENSOR_PASSES = 4
 # Dispatch and combine, forward and backward.
@@ -38,7 +38,7 @@ def communication_volume(shape: RunShape, stage: int) -> Volume:
     rounds = shape.layers_of_stage(stage) * shape.micro_batches
     again = 1.5 if shape.recompute == "full" else 1.0  # the forward half is done twice
     routed = hidden / layout.tp * config.num_experts_per_tok  # copies of tokens that leave one device's router
-    tensor = _ATTENTION_PASSES * rounds * again * hidden * (layout.tp - 1) / layout.tp
+    tensor = _attention_passes(shape) * rounds * again * hidden * (layout.tp - 1) / layout.tp
     tensor += _outer_tensor(shape, stage, hidden)
     return Volume(
         tensor=tensor,
@@ -50,10 +50,20 @@ def communication_volume(shape: RunShape, stage: int) -> Volume:
         expert_gradients=_replicas(shape, parameters.expert, shape.expert_data_parallel))
 
 
+def _attention_passes(shape: RunShape) -> float:
+    """In activations. What the As of q, k, v and o make is gathered or reduced too, forward and backward."""
+    if shape.adapter is None:
+        return _ATTENTION_PASSES
+    adapted = sum(name in shape.adapter.targets for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    return _FROZEN_PASSES + 2 * adapted * shape.adapter.rank / shape.config.hidden_size
+
+
 def _outer_tensor(shape: RunShape, stage: int, hidden: float) -> float:
-    """Embedding (reduce-scatter forward, all-gather backward) and output layer (all-gather, reduce-scatter)."""
+    """Embedding (reduce-scatter forward, all-gather backward unless it is frozen) and output layer (all-gather,
+    reduce-scatter).
+    """
     layout = shape.layout
-    passes = 2 * (stage == 0) + 2 * (stage == layout.pp - 1)
+    passes = (2 if shape.adapter is None else 1) * (stage == 0) + 2 * (stage == layout.pp - 1)
     return passes * shape.micro_batches * hidden * (layout.tp - 1) / layout.tp
 
 

@@ -1,8 +1,8 @@
 """Memory of one device, by kind, at the fullest moment of a step. Bytes.
 
 Weights, gradients and optimizer state are counted exactly as the engine allocates them. Activations are what the
-autograd graph keeps, counted tensor by tensor in `activations.py`. Not counted: the device's context, communication
-buffers, fragmentation; the planner leaves room for them.
+autograd graph keeps, counted tensor by tensor in `activations.py`; so are temporaries of the experts' backward pass.
+Not counted: the device's context, communication buffers, fragmentation; the planner leaves room for them.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ class Memory(Summed):
     optimizer: float
     activations: float
     logits: float
+    temporaries: float  # of the experts' backward pass, as far as they are not there beside the logits
 
 
 def stage_memory(shape: RunShape, stage: int) -> Memory:
@@ -29,14 +30,11 @@ def stage_memory(shape: RunShape, stage: int) -> Memory:
         weights=_weights(shape, stage),
         gradients=trained.total * 4,  # fp32 whatever the weights are: small gradients add up over micro-batches
         optimizer=_optimizer(shape, trained),
-        activations=_activations(shape, stage),
-        logits=activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0)
+        **_within_a_pass(shape, stage))
 
 
 def _weights(shape: RunShape, stage: int) -> float:
-    """The model and, beside it, adapters. In 4 bits a number of a linear takes half a byte, and each 64 share one of
-    the weights' type; the experts of one layer are made dense at a time, fc1 being the larger part.
-    """
+    """The model, its linears in 4 bits if they are, and adapters beside it."""
     model, adapter = shape.parameters_of_stage(stage), shape.adapter
     if adapter is None:
         return model.total * shape.weight_bytes
@@ -44,8 +42,7 @@ def _weights(shape: RunShape, stage: int) -> float:
     if adapter.quantized:
         layers = shape.layers_of_stage(stage)
         linears = layers * (shape.config.attention_parameters // shape.layout.tp) + model.expert
-        size += linears * (0.5 + shape.weight_bytes / 64 - shape.weight_bytes)
-        size += model.expert / layers * 2 / 3 * shape.weight_bytes
+        size += linears * (adapter.packed_bytes(shape.weight_bytes) - shape.weight_bytes)
     return size
 
 
@@ -62,13 +59,19 @@ def _optimizer(shape: RunShape, parameters: StageParameters) -> float:
     return size * (parameters.dense / shape.dense_replicas + parameters.expert / shape.expert_data_parallel)
 
 
-def _activations(shape: RunShape, stage: int) -> float:
+def _within_a_pass(shape: RunShape, stage: int) -> dict[str, float]:
+    """What a micro-batch needs. When the backward pass of a layer begins, the logits are gone; one layer at a time has
+    what is computed again.
+    """
     chunks, vpp = shape.chunks_in_flight(stage), shape.layout.vpp
     kept = chunks * shape.layers_of_stage(stage) / vpp * activations.layer(shape)
-    if shape.recompute != "none":  # one layer at a time has what is computed again; there are no logits by then
-        again = activations.layer(shape, recompute="none")
-        again -= activations.layer(shape) if shape.recompute == "selective" else 0.0
-        kept += max(0.0, again - (activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0))
     if stage == 0:
         kept += chunks / vpp * activations.embedding(shape)
-    return kept
+    again = 0.0
+    if shape.recompute != "none":
+        again = activations.layer(shape, recompute="none")
+        again -= activations.layer(shape) if shape.recompute == "selective" else 0.0
+    logits = activations.logits(shape) if stage == shape.layout.pp - 1 else 0.0
+    beyond = max(0.0, logits - again)
+    return {"activations": kept + max(0.0, again - logits), "logits": logits,
+            "temporaries": max(0.0, activations.temporaries(shape, stage) - beyond)}

@@ -1,5 +1,6 @@
 """Plans as text: what a run needs, the ranking of layouts, and the flags of one. For the log and the terminal."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -9,6 +10,8 @@ from megatron_mixtral.planning.memory import Memory, fullest_stage, stage_memory
 from megatron_mixtral.planning.search import Candidate
 from megatron_mixtral.planning.shape import RunShape
 from megatron_mixtral.planning.step_time import Machine, model_flops_rate
+
+UNPACKING_AT_MOST = 0.2  # of a micro-batch's time
 
 
 def describe(shape: RunShape) -> list[str]:
@@ -26,9 +29,25 @@ def describe(shape: RunShape) -> list[str]:
         f"memory per device: {human_size(memory.total)} = {kinds}"
         + (f"; activations of {shape.chunks_in_flight(stage)} model chunk(s) in flight" if layout.pp > 1 else "")
         + (f"; recompute {shape.recompute}" if shape.recompute != "none" else ""),
+        f"training state per device: {_state(shape, stage)}",
         f"sent per device and step: {human_size(volume.total)}" + (f" = {sent}" if sent else ""),
         f"pipeline bubble: {100 * shape.bubble:.1f} % of the time at work",
     ]
+
+
+def _state(shape: RunShape, stage: int) -> str:
+    """Where gradients and optimizer lie: whole on each replica, or cut over the replicas."""
+    trained, bytes_each = shape.trained_of_stage(stage), 8 if shape.weight_bytes == 4 else 12
+    shares = [f"{f'1/{ways}' if ways > 1 else 'all'} of {count / 1e6:.2f} M {what}" for what, count, ways in (
+        ("dense", trained.dense, shape.dense_replicas), ("in experts", trained.expert, shape.expert_data_parallel))
+        if count]
+    held = ("Adam's moments" + (" and fp32 weights" if bytes_each == 12 else "")
+            + f", {bytes_each} bytes a parameter, of ")
+    if shape.distributed_optimizer:
+        held += " and ".join(shares) + ", as in ZeRO-1"
+    else:
+        held += f"all {trained.total / 1e6:.2f} M, as on every replica (--use-distributed-optimizer cuts them)"
+    return f"fp32 gradients of all {trained.total / 1e6:.2f} M, summed over the replicas; {held}"
 
 
 def _by_kind(found: Memory | Volume, leave_out: float | None = None) -> str:
@@ -77,6 +96,19 @@ def explain(candidate: Candidate, machine: Machine) -> list[str]:
                     + _by_kind(candidate.memory)]
 
 
+def advice(candidate: Candidate, machine: Machine) -> list[str]:
+    """Of a base in 4 bits, which is unpacked for each micro-batch: how many tokens one should have."""
+    shape, micro_batches = candidate.shape, candidate.shape.micro_batches
+    unpacking = candidate.step.unpacking / micro_batches
+    if not unpacking:
+        return []
+    rest = (candidate.step.total - candidate.step.unpacking) / micro_batches / shape.tokens_per_micro_batch
+    tokens = unpacking * (1 - UNPACKING_AT_MOST) / UNPACKING_AT_MOST / rest
+    rounded = 2 ** math.ceil(math.log2(tokens))
+    return [f"  weights of 4 bits are unpacked for {unpacking:.2f} s of each micro-batch of "
+            f"{shape.tokens_per_micro_batch} tokens: from about {rounded} tokens on it is a fifth of the time or less"]
+
+
 def flags(shape: RunShape) -> list[str]:
     """The flags of `tools/pretrain_mixtral.py` for this run."""
     layout = shape.layout
@@ -91,6 +123,8 @@ def flags(shape: RunShape) -> list[str]:
     words += [f"--micro-batch-size {shape.micro_batch_size}", f"--global-batch-size {shape.global_batch_size}",
               f"--seq-length {shape.seq_length}", "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce",
               "--overlap-param-gather"]
+    if shape.adapter is not None:
+        words += ["--hf-checkpoint DIR", f"--lora-rank {shape.adapter.rank}", *["--qlora"] * shape.adapter.quantized]
     if shape.recompute == "full":
         words.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     elif shape.recompute == "selective":

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning.memory import Memory, fullest_stage, stage_memory
 from megatron_mixtral.planning.shape import RECOMPUTE, RunShape
@@ -37,6 +37,7 @@ class Question:
     seq_length: int
     global_batch_size: int
     micro_batch_sizes: tuple[int, ...] = (1, 2, 4)
+    adapter: AdapterConfig | None = None
 
 
 def plan(question: Question) -> tuple[list[Candidate], list[Candidate]]:
@@ -67,9 +68,9 @@ def shapes(question: Question) -> Iterator[RunShape]:
             for recompute in RECOMPUTE:
                 try:
                     yield RunShape(question.config, layout, question.seq_length, micro_batch,
-                                   question.global_batch_size, recompute)
+                                   question.global_batch_size, recompute, adapter=question.adapter)
                 except ConfigError:
-                    break  # the batch does not divide
+                    break  # the batch does not divide, nor the blocks of 4 bits
 
 
 def _layouts(config: MixtralConfig, machine: Machine) -> Iterator[ParallelLayout]:

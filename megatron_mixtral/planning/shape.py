@@ -54,6 +54,8 @@ class RunShape:
                             ("--global-batch-size", self.global_batch_size)):
             if value < 1:
                 raise ConfigError(f"{flag} must be a positive integer, found {value}")
+        if self.adapter is not None:
+            self.adapter.check_blocks(layout)
         step = self.micro_batch_size * data_parallel
         if self.global_batch_size % step:
             raise ConfigError(

@@ -20,6 +20,7 @@ LINK_SHARE = 0.7  # of a link's rate that a collective reaches
 PASSES_OVER_ACTIVATIONS = 6.0  # reads and writes of what a layer keeps, by everything that is not a matrix product
 LAUNCH_SECONDS = 4e-4  # a layer's forward and backward on a micro-batch, on the host, where it is not covered
 IMBALANCE = 1.12  # the fullest expert's device against the mean, with a balancing loss
+UNPACK_SHARE = 0.5  # of the memory's bandwidth, at which a base of 4 bits is made dense
 UNCOVERED_REPLICAS = 0.35  # of the reduction over replicas that does not hide behind the backward pass
 UNCOVERED_PIPELINE = 0.25  # of the transfers between stages; interleaved stages overlap them
 
@@ -63,6 +64,8 @@ class StepTime(Summed):
     dense: float = field(metadata={"is": "matrix products of attention, router and output layer"})
     attention: float = field(metadata={"is": "scores and values"})
     experts: float = field(metadata={"is": "matrix products of the experts"})
+    adapters: float = field(metadata={"is": "matrix products of adapters"})
+    unpacking: float = field(metadata={"is": "weights of 4 bits made dense"})
     memory_bound: float = field(metadata={"is": "norms, rotary, permutation, SwiGLU"})
     launches: float = field(metadata={"is": "kernel launches"})
     tensor: float = field(metadata={"is": "tensor parallelism"})
@@ -76,8 +79,11 @@ class StepTime(Summed):
 
 
 def model_flops_rate(shape: RunShape, seconds: float) -> float:
-    """Model FLOP/s of each device when a step takes `seconds` (recomputation is not counted)."""
-    return shape.config.training_flops_per_token(shape.seq_length) * shape.tokens / seconds / shape.layout.world
+    """Model FLOP/s of each device when a step takes `seconds` (recomputation is not counted, nor adapters' own; beside
+    adapters the model's weights have no gradients).
+    """
+    flops = shape.config.training_flops_per_token(shape.seq_length) * (1 if shape.adapter is None else 2 / 3)
+    return flops * shape.tokens / seconds / shape.layout.world
 
 
 def predicted_step(shape: RunShape, machine: Machine) -> StepTime:
@@ -89,6 +95,8 @@ def predicted_step(shape: RunShape, machine: Machine) -> StepTime:
         "dense": rounds * _dense(shape, machine) + shape.micro_batches * _output_layer(shape, machine),
         "attention": rounds * _attention(shape, machine),
         "experts": rounds * _experts(shape, machine),
+        "adapters": shape.micro_batches * _adapters(shape, machine, stage),
+        "unpacking": shape.micro_batches * unpacking(shape, machine, stage),
         "memory_bound": rounds * activations.layer(shape, recompute="none") * PASSES_OVER_ACTIVATIONS
         / (machine.device_bandwidth * 1e9),
         "launches": rounds * LAUNCH_SECONDS,
@@ -100,8 +108,10 @@ def predicted_step(shape: RunShape, machine: Machine) -> StepTime:
 
 
 def _passes(shape: RunShape) -> float:
-    """Forward passes' worth of matrix products: backward is two, full recomputation one more."""
-    return 4.0 if shape.recompute == "full" else 3.0
+    """Forward passes' worth of matrix products: backward is two, or one of frozen weights; full recomputation one
+    more.
+    """
+    return (3.0 if shape.adapter is None else 2.0) + (shape.recompute == "full")
 
 
 def _product_seconds(flops: float, machine: Machine, rows: float, columns: float) -> float:
@@ -119,14 +129,15 @@ def _dense(shape: RunShape, machine: Machine) -> float:
 def _output_layer(shape: RunShape, machine: Machine) -> float:
     config, tokens, tp = shape.config, shape.tokens_per_micro_batch, shape.layout.tp
     flops = 2 * tokens * config.vocab_size * config.hidden_size / tp
-    return 3 * _product_seconds(flops, machine, tokens, config.vocab_size / tp)
+    return (3 if shape.adapter is None else 2) * _product_seconds(flops, machine, tokens, config.vocab_size / tp)
 
 
 def _attention(shape: RunShape, machine: Machine) -> float:
     config = shape.config
     keys = shape.seq_length / 2 if config.sliding_window is None else min(shape.seq_length / 2, config.sliding_window)
     flops = 4 * shape.tokens_per_micro_batch * keys * config.num_attention_heads * config.head_dim / shape.layout.tp
-    return (_passes(shape) + 0.5) * flops / (machine.device_tflops * 1e12 * ATTENTION_SHARE)  # backward is 2.5 forwards
+    passes = 4.5 if shape.recompute == "full" else 3.5  # backward is 2.5 forwards
+    return passes * flops / (machine.device_tflops * 1e12 * ATTENTION_SHARE)
 
 
 def _experts(shape: RunShape, machine: Machine) -> float:
@@ -134,7 +145,29 @@ def _experts(shape: RunShape, machine: Machine) -> float:
     arriving = shape.tokens_per_micro_batch / layout.tp * layout.etp * config.num_experts_per_tok
     rows = arriving / (config.num_local_experts / layout.ep)
     flops = 2 * arriving * config.expert_parameters / layout.etp
-    return IMBALANCE * _passes(shape) * _product_seconds(flops, machine, rows, config.intermediate_size / layout.etp)
+    uneven = IMBALANCE if config.num_local_experts > 1 else 1.0  # a dense model's one expert gets all tokens
+    return uneven * _passes(shape) * _product_seconds(flops, machine, rows, config.intermediate_size / layout.etp)
+
+
+def _adapters(shape: RunShape, machine: Machine, stage: int) -> float:
+    """Thin products, forward and twice backward, for each micro-batch."""
+    if shape.adapter is None:
+        return 0.0
+    config, layout, found = shape.config, shape.layout, shape.trained_of_stage(stage)
+    met = config.num_experts_per_tok / config.num_local_experts * layout.ep  # of this rank's experts, by a token
+    flops = 2 * shape.tokens_per_micro_batch * (found.dense + found.expert * met * layout.etp / layout.tp)
+    passes = 4.0 if shape.recompute == "full" else 3.0
+    return passes * _product_seconds(flops, machine, shape.tokens_per_micro_batch, shape.adapter.rank)
+
+
+def unpacking(shape: RunShape, machine: Machine, stage: int) -> float:
+    """Seconds of one micro-batch in which a base of 4 bits is read, and written dense: in each pass over it."""
+    if shape.adapter is None or not shape.adapter.quantized:
+        return 0.0
+    numbers = shape.layers_of_stage(stage) * (shape.config.attention_parameters // shape.layout.tp)
+    numbers += shape.parameters_of_stage(stage).expert
+    moved = numbers * (shape.adapter.packed_bytes(shape.weight_bytes) + shape.weight_bytes)
+    return _passes(shape) * moved / (machine.device_bandwidth * 1e9 * UNPACK_SHARE)
 
 
 def _within_layers(shape: RunShape, machine: Machine, volume: Volume) -> dict[str, float]:

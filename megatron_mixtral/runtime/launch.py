@@ -150,6 +150,11 @@ def is_first_here() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
+def only_prints() -> bool:
+    """Whether a command is to print what it would start, as the shell scripts in examples/ do: DRY_RUN=1."""
+    return os.environ.get("DRY_RUN") == "1"
+
+
 def as_rank(work: Callable[[], None]) -> int:
     """Do what a command does on each of its ranks. Returns 0, or 1 where this rank leaves it to another one of its node
     to say what is wrong; else its `MixtralError` goes on, with the rank's number where that is not 0.

@@ -58,14 +58,14 @@ class Answer:
     the beginning of an answer (a completion goes on from its prompt, and keeps its first space).
     """
 
-    def __init__(self, kind: str, model: str, asked: Asked, prompt_tokens: Iterable[int], texts: TokenTexts,
+    def __init__(self, kind: str, asked: Asked, prompt_tokens: Iterable[int], texts: TokenTexts,
                  begin: Callable[[str], str]) -> None:
         self._chat, self._asked, self._texts = kind == "chat", asked, texts
         self._begin = begin if self._chat else str
         self._prompt_tokens = list(prompt_tokens)
         self.choices = [Choice() for _ in range(len(self._prompt_tokens) * asked.params.n)]
         self._head = {"id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
-                      "model": model}
+                      "model": asked.model}
 
     def take(self, prompt: int, event: Event) -> Mapping[str, Any] | None:
         """Take an event of the request's prompt number `prompt`; the chunk that says it, or None if it says nothing."""

@@ -4,6 +4,7 @@ Every error is OpenAI's object with a sentence. A client that goes away frees it
 """
 
 import asyncio
+import dataclasses
 import hmac
 import json
 import time
@@ -22,7 +23,7 @@ from megatron_mixtral.inference import cli as inference
 from megatron_mixtral.server.answers import Answer, TokenTexts
 from megatron_mixtral.server.desk import Closed, Desk, Full, Ticket
 from megatron_mixtral.server.metrics import TYPE, Metrics
-from megatron_mixtral.server.requests import Asked, Refused, parse
+from megatron_mixtral.server.requests import Asked, Refused, parse, unknown
 from megatron_mixtral.server.settings import Settings
 
 PAGE = Path(__file__).with_name("page.html")
@@ -48,28 +49,27 @@ class Api:
     async def answer(self, kind: str, request: Request) -> Response:
         """Answer a chat or a completion."""
         since = time.monotonic()
-        asked = parse(kind, await self._body(request), self.settings.model)
+        asked = parse(kind, await self._body(request), self.settings.names)
         prompts = await asyncio.get_running_loop().run_in_executor(self._encoder, self._ids, asked)
-        params = asked.params
+        params = dataclasses.replace(asked.params, adapter=asked.model == self.settings.adapter)
         if kind == "chat":
             params = inference.with_ends(params, self._prompts)
         ticket = self.desk.submit(prompts, params)
         self.metrics.add("prompt_tokens_total", sum(map(len, prompts)))
-        answer = Answer(kind, self.settings.model, asked, map(len, prompts), self._texts, self._prompts.begin)
+        answer = Answer(kind, asked, map(len, prompts), self._texts, self._prompts.begin)
         writing = _Writing(self, ticket, answer, since)
         if asked.stream:
             return _EventStream(writing, asked.usage)
         return await _unless_gone(request.receive, writing.whole(), ticket)
 
     def models(self) -> Mapping[str, Any]:
-        """OpenAI's list of the one model."""
-        return {"object": "list", "data": [self.model(self.settings.model)]}
+        """OpenAI's list of the model and, where it has adapters, of the model with them."""
+        return {"object": "list", "data": [self.model(name) for name in self.settings.names]}
 
     def model(self, name: str) -> Mapping[str, Any]:
-        """OpenAI's object of the model."""
-        if name != self.settings.model:
-            raise Refused(404, f"the model {name[:80]!r} is not here; this server has {self.settings.model!r} alone",
-                          "model", "model_not_found")
+        """OpenAI's object of a model."""
+        if name not in self.settings.names:
+            raise unknown(name, self.settings.names)
         return {"id": name, "object": "model", "created": self.started, "owned_by": "megatron-mixtral"}
 
     def check(self, request: Request) -> None:

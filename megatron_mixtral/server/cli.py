@@ -18,9 +18,12 @@ def serve(argv: Sequence[str]) -> int:
     Raises `ConfigError` for a port that is in use, before the model is read.
     """
     args = _parser().parse_args(argv)
-    settings = Settings(model=args.served_model_name or args.load.resolve().name, host=args.host, port=args.port,
-                        api_key=_key(args.api_key), max_queue=args.max_queue, max_body=args.max_body,
-                        request_timeout=args.request_timeout)
+    if args.served_adapter_name and not args.adapter:
+        raise ConfigError("--served-adapter-name is of the model with adapters: give them (--adapter), or leave it out")
+    adapter = args.adapter and (args.served_adapter_name or args.adapter.resolve().name)
+    settings = Settings(model=args.served_model_name or args.load.resolve().name, adapter=adapter, host=args.host,
+                        port=args.port, api_key=_key(args.api_key), max_queue=args.max_queue,
+                        max_body=args.max_body, request_timeout=args.request_timeout)
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the server needs {' and '.join(missing)}: pip install 'megatron-mixtral[serve]'")
@@ -49,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
                        help="what clients have to send; @FILE reads it from a file, so that the list of processes does "
                             "not show it (default: none)")
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name (default: that of --load)")
+    group.add_argument("--served-adapter-name", metavar="NAME",
+                       help="the name by which the model is asked for with its adapters (default: that of --adapter)")
     inference.template_flag(group, "of chats, one of training's (mixtral, chatml, ...); default: the model's own "
                                    "chat_template.jinja, else mixtral")
     group.add_argument("--max-queue", type=int, default=default.max_queue, metavar="N",

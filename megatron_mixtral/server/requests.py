@@ -50,6 +50,7 @@ class Refused(MixtralError):
 class Asked:
     """What a body asks for. A chat has `messages`, a completion `prompts`, each a text or ids."""
 
+    model: str
     params: SamplingParams
     stream: bool
     usage: bool  # whether a stream ends with the counts of tokens
@@ -57,9 +58,9 @@ class Asked:
     messages: Sequence[Mapping[str, str]] = ()
 
 
-def parse(kind: str, body: bytes, model: str) -> Asked:
-    """`kind` is "chat" or "completion", `model` the only name that may be asked for. Raises `Refused`, and the
-    `ConfigError` of `SamplingParams`.
+def parse(kind: str, body: bytes, models: Sequence[str]) -> Asked:
+    """`kind` is "chat" or "completion", `models` are the names that may be asked for, the first where none is. Raises
+    `Refused`, and the `ConfigError` of `SamplingParams`.
     """
     try:
         fields = msgspec.json.decode(body)
@@ -69,17 +70,23 @@ def parse(kind: str, body: bytes, model: str) -> Asked:
         raise Refused(400, f"the body is {_said(fields)}, expected an object with {', '.join(_FIELDS[kind][:2])}, ...")
     fields = {name: value for name, value in fields.items() if value is not None}
     _check_names(kind, fields)
-    if fields.get("model", model) != model:
-        raise Refused(404, f"the model {_said(fields['model'])} is not here; this server has {model!r} alone",
-                      "model", "model_not_found")
+    model = fields.get("model", models[0])
+    if model not in models:
+        raise unknown(model, models)
     options = _of_type(fields, "stream_options", dict, {})
     if set(options) - {"include_usage", "include_obfuscation"}:
         raise Refused(400, f"stream_options is {_said(options)}, expected an object with include_usage: true",
                       "stream_options")
     content = ({"messages": _messages(fields.get("messages"))} if kind == "chat"
                else {"prompts": _prompts(fields.get("prompt"))})
-    return Asked(SamplingParams(**_sampling(kind, fields)), _of_type(fields, "stream", bool, False),
+    return Asked(model, SamplingParams(**_sampling(kind, fields)), _of_type(fields, "stream", bool, False),
                  options.get("include_usage") is True, **content)
+
+
+def unknown(model: Any, models: Sequence[str]) -> Refused:
+    """The answer for a model that is not here."""
+    there = f"{models[0]!r} alone" if len(models) == 1 else " and ".join(map(repr, models))
+    return Refused(404, f"the model {_said(model)} is not here; this server has {there}", "model", "model_not_found")
 
 
 def _said(value: Any) -> str:

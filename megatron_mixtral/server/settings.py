@@ -11,6 +11,7 @@ class Settings:
     """One server's settings. `ConfigError` for a limit that cannot be."""
 
     model: str  # the name under which the model is asked for
+    adapter: str | None = None  # and the name with its adapters, where it has some
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
@@ -18,7 +19,15 @@ class Settings:
     max_body: int = 2**20  # bytes
     request_timeout: float = 600.0  # seconds
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that may be asked for; the first is meant where none is given."""
+        return (self.model,) if self.adapter is None else (self.model, self.adapter)
+
     def __post_init__(self) -> None:
+        if self.adapter == self.model:
+            raise ConfigError(f"the model and its adapters are both called {self.model!r}: give another "
+                              "--served-adapter-name, or --served-model-name")
         for flag, value, least in (("--max-queue", self.max_queue, 0), ("--max-body", self.max_body, 1)):
             if value < least:
                 raise ConfigError(f"{flag} {value}: expected at least {least}")

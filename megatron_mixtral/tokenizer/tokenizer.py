@@ -58,14 +58,16 @@ class _TokenizerFile:
 
 
 class SentencePieceTokenizer(_TokenizerFile):
-    """A sentencepiece `tokenizer.model`."""
+    """A sentencepiece `tokenizer.model`, with the control tokens that `tokenizer_config.json` beside it adds: in the
+    place of an unused piece (InternLM2's `<|im_end|>`), or behind the last one.
+    """
 
     kind = "sentencepiece"
 
     def __init__(self, path: str | Path) -> None:
         """Raises `DataError` when the file is no sentencepiece model."""
         super().__init__(path)
-        self.vocab_size: int = self._model.get_piece_size()
+        self.vocab_size: int = max([self._model.get_piece_size() - 1, *self._added.values()]) + 1
         self.bos_id = _id_or_none(self._model.bos_id())
         self.eos_id = _id_or_none(self._model.eos_id())
 
@@ -82,7 +84,8 @@ class SentencePieceTokenizer(_TokenizerFile):
         return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
+        added = set(self._added.values())  # control pieces of the file itself are left out by sentencepiece
+        return self._model.decode([int(i) for i in ids if int(i) not in added])
 
     def encode_with_controls(self, text: str) -> list[int]:
         """As `encode`, but control strings in the text become control ids, and what is between two is encoded alone."""
@@ -96,8 +99,22 @@ class SentencePieceTokenizer(_TokenizerFile):
 
     @cached_property
     def _controls(self) -> dict[str, int]:
-        ids = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
-        return {self._model.id_to_piece(i): i for i in ids}
+        ids = [i for i in range(self._model.get_piece_size()) if self._model.is_control(i) or self._model.is_unknown(i)]
+        return {self._model.id_to_piece(i): i for i in ids} | self._added
+
+    @cached_property
+    def _added(self) -> dict[str, int]:
+        """Name -> id of the control tokens that `tokenizer_config.json` adds. Raises `DataError`."""
+        path, found = self.path.parent / "tokenizer_config.json", {}
+        for number, token in (read_settings(path).get("added_tokens_decoder") or {}).items():
+            try:
+                token_id, name, special = int(number), str(token["content"]), bool(token.get("special"))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise DataError(f"{path}: added_tokens_decoder has {number!r}: {token!r}, expected an id and an object "
+                                "with content and special") from error
+            if special and token_id >= 0 and self._model.piece_to_id(name) != token_id:
+                found[name] = token_id
+        return found
 
     def serialized(self) -> bytes:
         """The model as sentencepiece's own protocol buffer."""
@@ -105,8 +122,8 @@ class SentencePieceTokenizer(_TokenizerFile):
 
     def control_id(self, token: str) -> int | None:
         """The id of a control token (which text never becomes); None where there is none of this name."""
-        token_id = self._model.piece_to_id(token)
-        return token_id if self._model.is_control(token_id) else None
+        token_id = self._added.get(token, self._model.piece_to_id(token))
+        return token_id if token in self._added or self._model.is_control(token_id) else None
 
 
 class JsonTokenizer(_TokenizerFile):

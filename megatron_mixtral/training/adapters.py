@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
-from megatron_mixtral.weights import HFSource, open_source
-from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint, nf4
+from megatron_mixtral.weights import hf_tensors, open_source
+from megatron_mixtral.weights.adapters import FreshAdapters, fingerprint, names_in
 
 if TYPE_CHECKING:
     from megatron_mixtral.training.flags import Flags
@@ -35,15 +35,12 @@ def of_flags(flags: "Flags", config: MixtralConfig, layout: ParallelLayout) -> A
                           "adapters alone: give the base with --hf-checkpoint DIR, at every start")
     if flags.no_moe_grouped_gemm:
         raise ConfigError("--no-moe-grouped-gemm: adapters of experts are computed in grouped products; drop it")
-    if flags.qlora:
-        queries = config.num_attention_heads * config.head_dim
-        for what, size, ways in (("hidden_size", config.hidden_size, 1), ("all query heads", queries, layout.tp),
-                                 ("intermediate_size", config.intermediate_size, layout.etp)):
-            if size % (ways * nf4.BLOCK):
-                raise ConfigError(f"--qlora packs blocks of {nf4.BLOCK} numbers along the rows of a matrix: {what} "
-                                  f"{size} / {ways} = {size / ways:g} is no multiple of {nf4.BLOCK}; lower the "
-                                  "(expert) tensor parallel size, or drop --qlora")
-    return AdapterConfig.from_args(config, flags)
+    adapter = AdapterConfig.from_args(config, flags)
+    adapter.check_blocks(layout)
+    if flags.export_hf_interval is not None:
+        for tensor in hf_tensors(adapter).values():
+            names_in(adapter, tensor)  # raises where an export would fail
+    return adapter
 
 
 def described(adapter: AdapterConfig) -> str:
@@ -94,12 +91,12 @@ class AdapterRun:
         if args.ckpt_format != "torch_dist":
             raise ConfigError(f"--ckpt-format {args.ckpt_format}: adapters are saved as distributed checkpoints; drop "
                               "the flag")
-        args.lora_base = fingerprint(HFSource(flags.hf_checkpoint, adapter.model))
+        args.lora_base = fingerprint(open_source(flags.hf_checkpoint))
         self.adapter, self._args = dataclasses.replace(adapter, base=args.lora_base), args
         self._start = flags.adapter
         from megatron_mixtral.lora import Guard
 
-        self._guard = Guard(self.adapter)
+        self._guard = Guard(self.adapter, masked=flags.is_instruction_dataset)
 
     def build(self, engine: Any, **options: Any) -> Any:
         """One pipeline stage or model chunk."""
@@ -127,9 +124,7 @@ class AdapterRun:
     def _source(self) -> Any:
         if self._start is None:
             return FreshAdapters(self.adapter, self._args.seed)
-        source = open_source(self._start, base=self.adapter.model)
-        if not isinstance(source.config, AdapterConfig):
-            raise CheckpointError(f"--adapter {self._start} holds a whole model, expected adapters")
+        source = open_source(self._start, base=self.adapter.model, holds="adapters")
         for name in ("rank", "alpha", "targets"):
             ours, theirs = getattr(self.adapter, name), getattr(source.config, name)
             if ours != theirs:

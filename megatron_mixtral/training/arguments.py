@@ -32,16 +32,25 @@ class Run:
     load_hf: bool  # whether --hf-checkpoint is to be read, i.e. no checkpoint of the run itself is there, or adapters
     adapter: AdapterConfig | None = None  # what is trained, if not the whole model
 
+    @property
+    def model(self) -> str:
+        """What is trained, in words."""
+        total, active = (f"{count / 1e6:.1f} M" for count in (
+            self.config.total_parameters, self.config.active_parameters))
+        if self.config.dense_config is not None:
+            return f"{self.config.model_type} of {total} parameters, as a Mixtral of one expert"
+        return f"Mixtral of {total} parameters ({active} active)"
+
     def __str__(self) -> str:
-        millions = [count / 1e6 for count in (self.config.total_parameters, self.config.active_parameters)]
-        return (f"Mixtral of {millions[0]:.1f} M parameters ({millions[1]:.1f} M active) on {self.layout}, "
-                f"{self.layout.world} device(s), data parallel {self.layout.data_parallel}; start: {self.start}")
+        return (f"{self.model} on {self.layout}, {self.layout.world} device(s), data parallel "
+                f"{self.layout.data_parallel}; start: {self.start}")
 
 
 def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     """Resolve model, layout and ranks. Raises `ConfigError` for anything that cannot work."""
     flags, given = parse(argv)
     _check_saving(flags, given)
+    _check_epochs(flags, given)
     config = _one_config(flags, given)
     engine_flags.check_model(given.named, config)
     layout = _layout(given, config).validate(config)
@@ -117,7 +126,25 @@ def _check_saving(flags: Flags, given: EngineFlags) -> None:
                           "made of a checkpoint that is saved at the same step")
 
 
-_NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id")
+def _check_epochs(flags: Flags, given: EngineFlags) -> None:
+    if flags.train_epochs is None:
+        return
+    said = f"--train-epochs {flags.train_epochs}"
+    if flags.train_epochs < 1:
+        raise ConfigError(f"{said} trains nothing; give 1 or more")
+    for other in ("--train-iters", "--train-samples"):
+        if other in given.named:
+            raise ConfigError(f"{said} and {other} {given.named[other]} both say how long to train; drop one of them")
+    if not flags.is_instruction_dataset:
+        raise ConfigError(f"{said} counts the rows of instruction data; plain text has none, for samples are cut out "
+                          "of it at any place: give --train-iters (tokens x epochs / (--global-batch-size x "
+                          "--seq-length)), or --is-instruction-dataset")
+    if given.seq_length is None or given.micro_batch_size is None:
+        raise ConfigError(f"{said} needs --seq-length and --micro-batch-size, as every run does")
+
+
+_NOT_COMPUTED = ("max_position_embeddings", "router_aux_loss_coef", "initializer_range", "bos_token_id", "eos_token_id",
+                 "dense_config")  # of which the model's type is compared
 
 
 def _one_config(flags: Flags, given: EngineFlags) -> MixtralConfig:
@@ -136,10 +163,10 @@ def _one_config(flags: Flags, given: EngineFlags) -> MixtralConfig:
                           f"holds {CONFIG_FILE}")
     (first_name, first), *others = found
     for other_name, other in others:
-        for item in dataclasses.fields(MixtralConfig):
-            ours, theirs = getattr(first, item.name), getattr(other, item.name)
-            if item.name not in _NOT_COMPUTED and ours != theirs:
-                raise ConfigError(f"{first_name} has {item.name} {ours}, {other_name} has {theirs}: "
+        for name in ("model_type", *(item.name for item in dataclasses.fields(MixtralConfig))):
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if name not in _NOT_COMPUTED and ours != theirs:
+                raise ConfigError(f"{first_name} has {name} {ours}, {other_name} has {theirs}: "
                                   "they are different models; drop the flag that names the wrong one")
     return first
 

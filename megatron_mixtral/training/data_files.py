@@ -40,9 +40,14 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 def require(argv: Sequence[str]) -> None:
     """`ConfigError` where nothing says what to train on."""
-    if not _given(argv)[0]:
+    if not are_given(argv):
         raise ConfigError("no data are given: expected --data-path PREFIX (or --train-data-path ..., --data-args-path "
                           "FILE, --per-split-data-args-path FILE), or --mock-data for made-up tokens, to try a machine")
+
+
+def are_given(argv: Sequence[str]) -> bool:
+    """Whether a flag says what to train on."""
+    return bool(_given(argv)[0])
 
 
 def _given(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

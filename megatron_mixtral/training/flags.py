@@ -65,6 +65,10 @@ class Flags:
     max_nan_steps: int = field(default=5, metadata={
         "task": "steps",
         "help": "end the run when so many steps in a row had a loss or gradient that is not finite; each is skipped"})
+    train_epochs: int | None = field(default=None, metadata={
+        "task": "steps",
+        "help": "in place of --train-iters: as many steps as read every row of instruction data so many times, rounded "
+                "up; --lr-warmup-fraction gives the warm-up as a share of them"})
     dry_run: bool = field(default=False, metadata={
         "task": "what it says",
         "help": "resolve model and layout, say what would run, and start nothing (WORLD_SIZE gives the devices)"})
@@ -89,8 +93,19 @@ class Flags:
                 "evaluation_prompts.jsonl beside the metrics file, and TensorBoard"})
     evaluation_interval: int | None = field(default=None, metadata={
         "task": "what it says",
-        "help": "continue --evaluation-prompts every so many steps (default: before the first and after the last only)"
-        })
+        "help": "continue --evaluation-prompts and ask --eval-tasks every so many steps (default: before the first and "
+                "after the last only)"})
+    eval_tasks: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "NAMES",
+        "help": "tasks of lm-eval, with commas, that the model in training is asked when --evaluation-prompts would be "
+                "continued: into evaluation_tasks.jsonl beside the metrics file, the step's metrics, and TensorBoard"})
+    eval_data_path: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "DIR",
+        "help": "folder of MMLU, where mmlu is in --eval-tasks (docs/evaluation.md)"})
+    eval_include_path: str | None = field(default=None, metadata={
+        "task": "what it says", "value": "DIR", "help": "further tasks for --eval-tasks, as lm-eval's YAML files"})
+    eval_limit: int | None = field(default=None, metadata={
+        "task": "what it says", "help": "only the first so many questions of each of --eval-tasks"})
     is_instruction_dataset: bool = field(default=False, metadata={
         "task": "data",
         "help": "--data-path names instruction data: train the answers only (docs/instruction_data.md)"})
@@ -178,11 +193,7 @@ def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
     """Every word of a command line, read once. `ConfigError` for a flag that neither we nor the engine has, for a value
     that is missing or of another type, for a flag that is cut short, and for one that cannot work here.
     """
-    parser = _Parser(prog="pretrain", allow_abbrev=False, add_help=False)
-    group = parser.add_argument_group(engine_flags.engine())
-    for flag in engine_flags.flags().values():
-        flag.add_to(group)
-    add_flags(parser)
+    parser = every_flag()
     found, unknown = parser.parse_known_args(without(argv, "--tokenizer-type"))  # see pretrain._engine_args
     for word in unknown:
         raise ConfigError(f"{word} is neither a flag of {engine_flags.engine()} nor one of ours, nor a value of the "
@@ -193,6 +204,16 @@ def parse(argv: Sequence[str]) -> tuple[Flags, EngineFlags]:
     early = {item.name: named["--" + item.name.replace("_", "-")] for item in dataclasses.fields(EngineFlags)
              if "--" + item.name.replace("_", "-") in named}
     return Flags(**{item.name: given[item.name] for item in dataclasses.fields(Flags)}), EngineFlags(named, **early)
+
+
+def every_flag() -> Parser:
+    """A parser of our flags and the engine's, which raises `ConfigError` where argparse would end the program."""
+    parser = _Parser(prog="pretrain", allow_abbrev=False, add_help=False)
+    group = parser.add_argument_group(engine_flags.engine())
+    for flag in engine_flags.flags().values():
+        flag.add_to(group)
+    add_flags(parser)
+    return parser
 
 
 def help_of(argv: Sequence[str], program: str) -> str | None:

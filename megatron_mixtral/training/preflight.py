@@ -4,10 +4,18 @@ Nothing here imports torch or the engine, so the answer comes within a second or
 """
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 
-from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, identities, instruction_blend
+from megatron_mixtral.data.datasets import (
+    InstructionFiles,
+    blend_of,
+    check_instruction,
+    check_pretraining,
+    identities,
+    instruction_blend,
+)
 from megatron_mixtral.data.indexed import tokenizer_of
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import ConfigError
@@ -52,6 +60,43 @@ def check_data(run: Run) -> None:
         raise ConfigError("--is-instruction-dataset needs --data-path PREFIX, as tools/preprocess_data.py wrote it")
     rows = max(given.micro_batch_size or 1, given.eval_micro_batch_size or 1)
     check_instruction([instruction_blend(words) for words in data], vocabulary, length, rows, run.layout.chunks)
+
+
+def steps_of_epochs(run: Run, shape: RunShape) -> tuple[int, str]:
+    """The steps of `--train-epochs`, and a sentence on them: as many as read every row of the training split so many
+    times. The last batch is filled up from the next epoch. `DataError` for files that are missing, `ConfigError` for
+    sets with weights, which end their epochs at different steps.
+    """
+    given, epochs = run.engine, run.flags.train_epochs
+    words = given.data_path or given.train_data_path
+    blend = instruction_blend(words)
+    if blend is None:
+        raise ConfigError(f"--train-epochs {epochs}: no data are given whose rows could be counted; give --data-path")
+    prefixes, weights = blend
+    if weights is not None and len(prefixes) > 1:
+        raise ConfigError(f"--train-epochs {epochs} with weights ({' '.join(words)}): each set ends its epoch at "
+                          "another step; give the sets without weights, each row of which is read once an epoch, or "
+                          "--train-iters")
+    rows = sum(rows_trained_on(prefix, given.named.get("--split") if given.data_path else "1,0,0")
+               for prefix in prefixes)
+    if not rows:
+        raise ConfigError(f"--train-epochs {epochs}: the training split of {', '.join(prefixes)} has no row; give "
+                          "--split 100,0,0")
+    steps = -(-rows * epochs // shape.global_batch_size)
+    said = f"{epochs} epoch(s) of {rows:,} rows / --global-batch-size {shape.global_batch_size} = {steps:,} step(s)"
+    share = given.named.get("--lr-warmup-fraction")
+    return steps, said + (f", the first {share * steps:.3g} of them warm-up" if share else "")
+
+
+def rows_trained_on(prefix: str, split: str | None) -> int:
+    """Rows of an instruction set in the training part of `--split`, as the engine rounds it."""
+    return round(training_share(split) * len(InstructionFiles(prefix)))
+
+
+def training_share(split: str | None) -> float:
+    """The training set's part of `--split 98,1,1`; the engine's default is 969, 30, 1."""
+    sizes = [float(word) for word in re.findall(r"[.0-9]+", split or "969,30,1")]  # as the engine finds them
+    return sizes[0] / sum(sizes)
 
 
 def identify_data(run: Run) -> dict[str, str]:

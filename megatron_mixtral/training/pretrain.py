@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import Coord, engine
-from megatron_mixtral.errors import ConfigError, RankLostError
+from megatron_mixtral.errors import ConfigError, DataError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight, screen
@@ -36,6 +36,11 @@ def run(argv: Sequence[str]) -> int:
     return launch.as_rank(partial(_run, list(argv)))
 
 
+def check(argv: Sequence[str]) -> None:
+    """`MixtralError` for a command line that cannot run, as far as it is known without its data."""
+    arguments.resolve(list(argv), os.environ)
+
+
 def _run(argv: list[str]) -> None:
     typed, argv = argv, data_files.expand(argv)
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
@@ -44,13 +49,20 @@ def _run(argv: list[str]) -> None:
         logger.info("%s", resolved)
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
+        if resolved.flags.train_epochs is not None:
+            logger.info("steps: %s", _epochs_or_why_not(resolved, shape))
         return
     data_files.require(argv)
     launch.set_variables(resolved.ranks.to_train())
     rank = None if resolved.ranks.starts else int(os.environ["RANK"])
     preflight.check_data(resolved)
+    if resolved.flags.train_epochs is not None:
+        steps, said = preflight.steps_of_epochs(resolved, shape)
+        argv = [*argv, "--train-iters", str(steps)]
+        if rank == 0:
+            logger.info("steps   %s", said)
     preflight.check_places(resolved, rank)
-    prompts = evaluation.read(resolved)
+    asked = evaluation.read(resolved)
     if shape is not None:
         preflight.check_disk(resolved, shape)
     save = Path(resolved.engine.save) if resolved.engine.save else None
@@ -60,16 +72,24 @@ def _run(argv: list[str]) -> None:
     held = lease.acquire(save, lease.this_process(os.environ)) if save is not None and rank == 0 else None
     try:
         with screen.Output(save, rank, resolved.flags.log_level) as output:
-            _train(resolved, argv, shape, held, prompts, output)
+            _train(resolved, argv, shape, held, asked, output)
     finally:
         if held is not None:
             held.release()
 
 
+def _epochs_or_why_not(run: Run, shape: RunShape) -> str:
+    """What a dry run says of `--train-epochs`; the data need not be there yet."""
+    try:
+        return preflight.steps_of_epochs(run, shape)[1]
+    except DataError as error:
+        return f"{run.flags.train_epochs} epoch(s), counted once the data are there: {error}"
+
+
 def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease | None,
-           prompts: evaluation.Prompts | None, output: screen.Output) -> None:
-    """Be a rank. `held` is the lease of --save, on rank 0; `prompts` are to be continued; `output` is to be named once
-    the ranks are connected.
+           asked: evaluation.Plan | None, output: screen.Output) -> None:
+    """Be a rank. `held` is the lease of --save, on rank 0; `asked` is what the model is asked as it learns; `output` is
+    to be named once the ranks are connected.
     """
     from megatron_mixtral import runtime
 
@@ -102,7 +122,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     seconds = RankSeconds(resolved.flags.rank_seconds_interval, backend.waits(), backend.device)
     life = SignsOfLife(args.rank, args.world_size, resolved.flags.rank_timeout_seconds)
     waiting = Waiting(seconds.begin)
-    writes_text = None if prompts is None else evaluation.Evaluation(prompts, resolved)
+    asks = None if asked is None else evaluation.Evaluation(asked, resolved)
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
     saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
 
@@ -112,15 +132,15 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
         if tuned is not None:
             tuned.look(tokens)
 
-    load = install(resolved, args, backend.device, waiting, seconds, after_step, writes_text)
+    load = install(resolved, args, backend.device, waiting, seconds, after_step, asks)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
-    datasets = partial(_datasets, args, writes_text)
+    datasets = partial(_datasets, args, asks)
     datasets.is_distributed = True  # every rank that needs data reads its own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
     try:
-        watchers, connected = (load, writes_text), functools.cache(output.settle)
+        watchers, connected = (load, asks), functools.cache(output.settle)
         with life:
             pretrain(container, datasets, ModelType.encoder_or_decoder, waiting.timed(forward_step),
                      model_provider=partial(_model, resolved, args, watchers, tuned, connected),
@@ -201,14 +221,14 @@ def _engine_args(resolved: Run, argv: Sequence[str], backend: Any) -> Namespace:
     return args
 
 
-def _datasets(args: Namespace, writes_text: Any, *arguments: Any, vp_stage: int | None = None) -> Any:
+def _datasets(args: Namespace, asks: Any, *arguments: Any, vp_stage: int | None = None) -> Any:
     """The engine's datasets provider. It is called on every rank when the model is loaded, before the first step; with
     virtual stages the engine looks for a parameter `vp_stage`.
     """
     from megatron_mixtral.training import micro_batch
 
-    if writes_text is not None:
-        writes_text.after(args.iteration)
+    if asks is not None:
+        asks.after(args.iteration)
     return micro_batch.datasets(args, *arguments, vp_stage=vp_stage)
 
 
@@ -238,7 +258,7 @@ def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, connected:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_mixtral.model import build, fill
-    from megatron_mixtral.weights import HFSource
+    from megatron_mixtral.weights import open_source
 
     connected(_from_first_rank)
     make = partial(build, resolved.config) if tuned is None else tuned.build
@@ -252,8 +272,7 @@ def _model(resolved: Run, args: Namespace, watchers: Any, tuned: Any, connected:
     into = partial(fill, model, coord=coord, layout=resolved.layout, chunk=vp_stage or 0,
                    padded_vocab=args.padded_vocab_size)
     if resolved.load_hf:
-        base = HFSource(resolved.flags.hf_checkpoint, resolved.config)
-        into(base, places=None if tuned is None else tuned.base_places(model))
+        into(open_source(resolved.flags.hf_checkpoint), places=None if tuned is None else tuned.base_places(model))
     if tuned is not None:
         tuned.fill(model, into)
     for watcher in filter(None, watchers):

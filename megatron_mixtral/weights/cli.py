@@ -19,7 +19,7 @@ from megatron_mixtral.weights.adapters import FORMS
 from megatron_mixtral.weights.dtypes import FLOATS, SHORT, type_name
 from megatron_mixtral.weights.edits import SelectedExperts, UpcycledSource, busiest
 from megatron_mixtral.weights.files import atomic
-from megatron_mixtral.weights.formats import HFSource, directory
+from megatron_mixtral.weights.formats import directory
 from megatron_mixtral.weights.opening import open_megatron, open_sink, open_source
 from megatron_mixtral.weights.plan import all_plans, describe, padded_vocabulary
 from megatron_mixtral.weights.protocols import TensorSink, TensorSource
@@ -38,8 +38,9 @@ def convert(argv: Sequence[str]) -> int:
                     "Hugging Face. Nothing is written under its final name before it is whole.")
     parser.add_argument("--model-type", choices=["GPT"], default="GPT", help="Mixtral is a GPT; kept for old scripts")
     parser.add_argument("--loader", choices=["mixtral_hf", "mixtral_mg", "peft"], required=True,
-                        help="what --load-dir is: a Hugging Face directory, a Megatron checkpoint of either format, or "
-                             "adapters in PEFT's form")
+                        help="what --load-dir is: a Hugging Face directory (of a Mixtral, or of a Mistral, Llama or "
+                             "InternLM2, which is a Mixtral of one expert and is given back as what it was), a "
+                             "Megatron checkpoint of either format, or adapters in PEFT's form")
     parser.add_argument("--saver", choices=["mixtral"], default="mixtral")
     parser.add_argument("--save-model-type", choices=["megatron", "huggingface", "peft"], default="megatron",
                         help="peft: of adapters, which a checkpoint of a --lora-rank run holds")
@@ -78,7 +79,8 @@ def convert(argv: Sequence[str]) -> int:
     if to_megatron and config is not None:
         _layout(args, None).validate(config, TARGET_FLAGS)
     tokenizer = _tokenizer(args.tokenizer_model, config)
-    source = HFSource(args.load_dir) if from_hf else open_megatron(args.load_dir, compare_copies=not args.no_checking)
+    source = (open_source(args.load_dir) if from_hf else
+              open_megatron(args.load_dir, compare_copies=not args.no_checking))
     if not to_megatron:
         template = args.save_dir if (args.save_dir / "config.json").exists() else None
         return _run(source, open_sink(args.save_dir / EXPORT_FOLDER, template=template, replace=True,
@@ -150,7 +152,7 @@ def select_experts(argv: Sequence[str]) -> int:
 
 def upcycle(argv: Sequence[str]) -> int:
     """`tools/checkpoint/upcycle.py`: a dense model's MLP becomes every expert, the router is new."""
-    parser = Parser(description="Make a Mixtral out of a dense Mistral or Llama.")
+    parser = Parser(description="Make a Mixtral out of a dense Mistral, Llama or InternLM2.")
     _add_edit(parser, "Hugging Face directory of the dense model", "Hugging Face directory of the Mixtral")
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--moe-router-topk", type=int, default=2, help="experts that a token meets")
@@ -274,7 +276,9 @@ def _tokenizer(path: Path | None, config: MixtralConfig | None) -> list[Path]:
     if path.is_dir():
         path = path / "tokenizer.model"
     if not path.is_file():
-        raise ConfigError(f"--tokenizer-model {path} does not exist")
+        beside = path.with_name("tokenizer.json")
+        raise ConfigError(f"--tokenizer-model {path} does not exist" + (
+            f"; the folder's {beside.name} comes along by itself: leave the flag out" if beside.is_file() else ""))
     if path.suffix != ".model" or config is None:
         return [path]
     try:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from megatron_mixtral.config import MixtralConfig, ParallelLayout
+from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.adapters import PeftSink, PeftSource
+from megatron_mixtral.weights.edits import DenseSource
 from megatron_mixtral.weights.formats import (
     DistSink,
     DistSource,
@@ -19,19 +20,40 @@ from megatron_mixtral.weights.protocols import TensorSink, TensorSource
 FORMATS = ("huggingface", "torch", "torch_dist", "peft")
 
 
-def open_source(path: str | Path, *, compare_copies: bool = True, base: MixtralConfig | None = None) -> TensorSource:
-    """The source for any directory this library reads, by what is in it: a model, or adapters.
+def open_source(path: str | Path, *, compare_copies: bool = True, base: MixtralConfig | None = None,
+                holds: str | None = None) -> TensorSource:
+    """The source for any directory this library reads, by what is in it: a model, or adapters. A dense model is one of
+    one expert.
 
     `base` is the Mixtral that a PEFT folder's adapters are of, where it does not say so itself. `compare_copies`
-    compares the copies that several ranks of rank directories hold of the same weights.
-    Raises `CheckpointError` or `ConfigError` for a directory that is none, or cannot be read.
+    compares the copies that several ranks of rank directories hold of the same weights. `holds` is what is expected,
+    "model" or "adapters", as sinks name it.
+    Raises `CheckpointError` or `ConfigError` for a directory that is none, cannot be read, or holds the other.
     """
     path = _directory(path)
+    if holds == "model" and _has_signs(path, PeftSource):
+        raise ConfigError(_ADAPTERS.format(path))  # its base need not be known for that
+    source = _open(path, compare_copies, base)
+    has_adapters = isinstance(source.config, AdapterConfig)
+    if holds == "model" and has_adapters:
+        raise ConfigError(_ADAPTERS.format(path))
+    if holds == "adapters" and not has_adapters:
+        raise ConfigError(f"{path} holds a whole model, expected adapters: a PEFT folder, or a checkpoint of a run "
+                          "with --lora-rank")
+    return source
+
+
+_ADAPTERS = ("{} holds adapters, and no model: give the model that they were trained on in its place, and this as the "
+             "adapter (--adapter), or merge the two first (merge-lora)")
+
+
+def _open(path: Path, compare_copies: bool, base: MixtralConfig | None) -> TensorSource:
     if _has_signs(path, PeftSource):
         return PeftSource(path, base)
     # A config.json without weights is a Hugging Face folder that lacks something: its source says what.
     if _has_signs(path, HFSource) or ((path / "config.json").is_file() and not directory.is_checkpoint(path)):
-        return HFSource(path)
+        config = MixtralConfig.from_hf_dir(path)
+        return HFSource(path, config) if config.dense_config is None else DenseSource(path)
     return open_megatron(path, compare_copies=compare_copies)
 
 

@@ -5,13 +5,26 @@ up in it, `--dry-run` prints it, and tests compare it with the engine's own mode
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import CheckpointError
-from megatron_mixtral.weights.rules import EMBEDDING, OUTPUT, HFTensor, Shape, WeightRule, collapse, hf_tensors, walk
+from megatron_mixtral.weights.rules import (
+    EMBEDDING,
+    OUTPUT,
+    PACKED_QKV,
+    QKV,
+    ROUTER,
+    HFTensor,
+    Shape,
+    WeightRule,
+    collapse,
+    dense_name,
+    hf_tensors,
+    walk,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,24 @@ class TensorSlice:
 def whole(tensor: HFTensor) -> TensorSlice:
     """The slice that is one Hugging Face tensor, whole, under its own name."""
     return TensorSlice(tensor.name, tensor.rule, (tensor,), 0, tensor.view[tensor.rule.shard_dim], tensor.view)
+
+
+def hf_slices(config: MixtralConfig) -> list[TensorSlice]:
+    """What a Hugging Face directory of the model stores, in the model's order: of a dense model its own tensors."""
+    tensors = hf_tensors(config)
+    if config.dense_config is None:
+        return [whole(tensor) for tensor in tensors.values()]
+    kind, found = config.model_type, list[TensorSlice]()
+    for tensor in tensors.values():
+        if tensor.rule is ROUTER:
+            continue
+        if tensor.rule is not QKV or kind not in PACKED_QKV:
+            found.append(replace(whole(tensor), name=dense_name(tensor.name, kind)))
+        elif tensor.piece == 0:
+            view = QKV.joined_view(config)
+            pieces = tuple(tensors[name] for name in QKV.hf_names(tensor.layer, 0))
+            found.append(TensorSlice(PACKED_QKV[kind].format(layer=tensor.layer), QKV, pieces, 0, view[0], view))
+    return found
 
 
 def padded_vocabulary(config: MixtralConfig, layout: ParallelLayout, divisible_by: int = 1) -> int:

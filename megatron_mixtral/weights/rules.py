@@ -253,6 +253,34 @@ def rules_of(config: MixtralConfig) -> tuple[WeightRule, ...]:
     return _adapter_rules(config.targets, config.rank) if isinstance(config, AdapterConfig) else RULES
 
 
+# -- Dense relatives ---------------------------------------------------------------------------------------
+
+_LLAMA = {"block_sparse_moe.experts.0.w1": "mlp.gate_proj", "block_sparse_moe.experts.0.w3": "mlp.up_proj",
+          "block_sparse_moe.experts.0.w2": "mlp.down_proj"}
+# Of each dense model: parts of the names in its Mixtral of one expert -> what stands there in its own.
+_DENSE: dict[str, dict[str, str]] = {
+    "mistral": _LLAMA, "llama": _LLAMA,
+    "internlm2": {"model.embed_tokens": "model.tok_embeddings", "lm_head": "output",
+                  "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+                  "self_attn.o_proj": "attention.wo", "block_sparse_moe.experts.0": "feed_forward"},
+}
+# Where q, k and v are one matrix: group after group its queries, its key, its value, which is the engine's order too.
+PACKED_QKV = {"internlm2": _LAYER + "attention.wqkv.weight"}
+
+
+def dense_name(name: str, model_type: str) -> str:
+    """The name that a dense model has for a tensor of its Mixtral of one expert."""
+    for ours, theirs in _DENSE[model_type].items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def dense_target(linear: str, model_type: str) -> str:
+    """The name that a linear (`target`) has in a dense model."""
+    place = "block_sparse_moe.experts.0" if linear in ("w1", "w2", "w3") else "self_attn"
+    return dense_name(f"{place}.{linear}", model_type).rpartition(".")[2]
+
+
 # Tensors that some checkpoints carry and no Mixtral needs: recomputed from the config.
 IGNORABLE_HF_SUFFIXES: tuple[str, ...] = ("rotary_emb.inv_freq",)
 

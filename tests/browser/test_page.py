@@ -86,6 +86,25 @@ def test_a_question_is_answered_as_it_is_written_and_stopped(server, page, shots
     assert all(address.startswith((server.address, "data:")) for address in page.requests), page.requests
 
 
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_with_adapters_there_are_two_models_to_choose(parts, page, shots, size):
+    with serving(fake_generator(parts[0], max_length=1000), parts[1], adapter="tuned-on-sixty-dialogues") as both:
+        asked, add = [], both.engine.add
+        both.engine.add = lambda name, ids, params: (asked.append(params.adapter), add(name, ids, params))
+        page.open(both.address + "/", *size)
+        page.until("document.title === 'tuned-on-sixty-dialogues'")
+        ask(page, "Who are you?")
+        page.until(f"{IDLE} && document.querySelectorAll('.foot').length === 1")
+        page.screenshot(shots / f"models-{size[0]}.png")
+        page.run("document.querySelector('#models').value = 'tiny'; "
+                 "document.querySelector('#models').dispatchEvent(new Event('change'))")
+        page.until("document.title === 'tiny'")
+        ask(page, "And you?")
+        page.until(f"{IDLE} && document.querySelectorAll('.turn.assistant .foot').length === 2")
+        assert asked == [True, False] and page.run("document.documentElement.scrollWidth") <= size[0]
+        assert page.run("getComputedStyle(document.querySelector('#model')).display") == "none"
+
+
 def test_keys_the_switch_and_what_is_kept(server, page):
     page.open(server.address + "/")
     page.until("document.title === 'tiny'")

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.mmlu import write_mmlu
+import yaml
+from helpers.mmlu import SUBJECTS, shipped_questions, write_mmlu, write_shipped
 from helpers.models import tiny_hf_mixtral
 from helpers.ranks import run_ranks
 
@@ -32,19 +33,48 @@ GENERATED = [("Once upon", {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": 
 
 def answers(lm: Any, folder: str) -> dict[str, Any]:
     """What a model of lm-eval's says to everything."""
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
-
     from megatron_mixtral.evaluation import read_mmlu
 
     def ask(name: str, arguments: list[Any]) -> list[Any]:
         return getattr(lm, name)([SimpleNamespace(args=one) for one in arguments])
 
-    tasks = TaskManager(include_defaults=False).load([*read_mmlu(f"{folder}/mmlu/test").tasks().values()])
-    found = evaluate(lm, tasks, bootstrap_iters=1000)
     return {"scored": ask("loglikelihood", SCORED), "generated": ask("generate_until", GENERATED),
-            "rolling": ask("loglikelihood_rolling", [(LONG,), ("Once upon a time",)]), "results": found["results"],
-            "samples": {name: [one["filtered_resps"] for one in samples] for name, samples in found["samples"].items()}}
+            "rolling": ask("loglikelihood_rolling", [(LONG,), ("Once upon a time",)]),
+            **measured(lm, [*read_mmlu(f"{folder}/mmlu/test").tasks().values()])}
+
+
+def referee(lm: Any, folder: str) -> dict[str, Any]:
+    """The questions that lm-eval ships: as MMLU, as ModelLink asks it, and as lm-eval has them continued."""
+    from megatron_mixtral.evaluation import read_mmlu
+
+    shipped = read_mmlu(f"{folder}/shipped", shots=1)
+    modellinks = [*shipped.tasks(1, "modellink").values()][:4]
+    return {"chosen": measured(lm, [*shipped.tasks(1).values()]),
+            "written": measured(lm, [*modellinks, flan("anatomy"), flan("virology")])}
+
+
+def measured(lm: Any, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = evaluate(lm, TaskManager(include_defaults=False).load(tasks), bootstrap_iters=1000)
+    return {"results": found["results"], "samples": {
+        name: [one["resps" if "exact_match" in one else "filtered_resps"] for one in samples]
+        for name, samples in found["samples"].items()}}
+
+
+def flan(subject: str) -> dict[str, Any]:
+    """lm-eval's task of continuing a question step by step, of the questions themselves, and shorter."""
+    import lm_eval
+    from datasets import Dataset
+
+    template = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/mmlu/flan_cot_fewshot" /
+                               "_mmlu_flan_cot_fewshot_template_yaml").read_text())
+    del template["dataset_path"], template["validation_split"], template["fewshot_config"]
+    template["generation_kwargs"]["max_gen_toks"] = 8
+    rows = shipped_questions(subject)
+    return template | {"task": f"flan_{subject}", "num_fewshot": 0,
+                       "custom_dataset": lambda **metadata: {"test": Dataset.from_list(rows)}}
 
 
 def many_questions(generator: Any, folder: str) -> dict[str, int]:
@@ -73,6 +103,7 @@ def work_off(rank: int, folder: str, layouts: dict[str, Any]) -> dict[str, Any]:
 
                 harness = Harness(generator)
                 found[name] = answers(harness, folder) | {"counts": dict(harness.counts)}
+                found[name]["referee"] = referee(harness, folder)
                 if name == "tp1":
                     found[name]["many"] = many_questions(generator, folder)
     return found
@@ -84,6 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_hf_mixtral(found / "hf", vocab_size=32000, max_position_embeddings=384)
     write_hf_tokenizer(found / "hf")
     write_mmlu(found / "mmlu")
+    write_shipped(found / "shipped", SUBJECTS)
     write_mmlu(found / "many", ["anatomy"], questions=100)
     return found
 
@@ -95,7 +127,7 @@ def expected(folder) -> dict[str, Any]:
     lm = HFLM(pretrained=str(folder / "hf"), dtype="float32", batch_size=1, device="cpu")
     forwarded, call = [], lm._model_call
     lm._model_call = lambda inps, **kwargs: forwarded.append(inps.numel()) or call(inps, **kwargs)
-    return answers(lm, str(folder)) | {"forwarded": sum(forwarded)}
+    return answers(lm, str(folder)) | {"forwarded": sum(forwarded), "referee": referee(lm, str(folder))}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +147,10 @@ def test_figures_are_those_of_lm_evals_own_backend(name, found, expected) -> Non
     for mine, theirs in zip(ours["rolling"], expected["rolling"], strict=True):
         assert abs(mine - theirs) < 1e-6 * abs(theirs)
     assert ours["generated"] == expected["generated"] and all(ours["generated"])
+    assert_same_choices(ours, expected)
+
+
+def assert_same_choices(ours: dict[str, Any], expected: dict[str, Any]) -> None:
     assert len(ours["samples"]) == 10
     for task, samples in ours["samples"].items():
         for mine, theirs in zip(samples, expected["samples"][task], strict=True):
@@ -122,6 +158,15 @@ def test_figures_are_those_of_lm_evals_own_backend(name, found, expected) -> Non
             assert [one[1] for one in mine] == [other[1] for other in theirs]
     assert ours["results"] == expected["results"]  # accuracies and standard errors
     assert len({one["acc,none"] for one in ours["results"].values()}) > 1
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_lm_evals_own_questions_are_answered_alike(name, found, expected) -> None:
+    ours, theirs = found[name]["referee"], expected["referee"]
+    assert_same_choices(ours["chosen"], theirs["chosen"])
+    assert ours["written"] == theirs["written"]  # texts token for token, accuracies and standard errors
+    assert sum(map(len, ours["written"]["samples"].values())) == 4 * 4 + 2 * 5
+    assert len({str(one) for one in ours["written"]["samples"]["flan_anatomy"]}) > 1
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

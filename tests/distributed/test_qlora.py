@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import adapters
-from helpers.models import tensors_of, tiny_hf_mixtral
+from helpers.models import nf4_rounded, tiny_hf_mixtral
 from helpers.ranks import run_ranks
-from safetensors.torch import save_file
 
 LAYOUTS = {"tp1": ({}, 1), "tp2": ({"tp": 2}, 2), "ep2": ({"ep": 2}, 2), "tp2-ep2": ({"tp": 2, "ep": 2, "etp": 1}, 2),
            "tp2-ep2-etp2": ({"tp": 2, "ep": 2, "etp": 2}, 4)}
@@ -24,18 +23,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rounded(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with every linear rounded by bitsandbytes."""
-    import shutil
-
-    from bitsandbytes import functional
-
-    place, tensors = tmp_path_factory.mktemp("rounded"), tensors_of(hf)
-    for name, tensor in tensors.items():
-        if "_proj." in name or ".experts." in name:
-            packed, state = functional.quantize_4bit(tensor, blocksize=64, compress_statistics=False, quant_type="nf4")
-            tensors[name] = functional.dequantize_4bit(packed, state)
-    save_file(tensors, place / "model.safetensors", {"format": "pt"})
-    shutil.copy(hf / "config.json", place)
-    return place
+    return nf4_rounded(hf, tmp_path_factory.mktemp("rounded") / "hf")
 
 
 @pytest.fixture(scope="module")

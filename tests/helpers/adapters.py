@@ -194,6 +194,16 @@ def peft_model(hf: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> A
     return model
 
 
+@torch.no_grad()
+def greedy(model: Any, prompt: list[int], new: int) -> tuple[list[int], torch.Tensor]:
+    """So many tokens, and the log-probabilities [new, vocabulary] at their places, the whole text read for each."""
+    ids, rows = torch.tensor([prompt]), []
+    for _ in range(new):
+        rows.append(model(ids, use_cache=False).logits[0, -1].log_softmax(-1))
+        ids = torch.cat([ids, rows[-1].argmax().view(1, 1)], dim=1)
+    return ids[0, len(prompt):].tolist(), torch.stack(rows)
+
+
 def inside(name: str) -> str:
     """Where a tensor of a PEFT folder is in `peft_model`."""
     name = name.removeprefix("base_model.model.").replace("block_sparse_moe.experts.", "mlp.experts.experts.")

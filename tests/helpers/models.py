@@ -1,6 +1,7 @@
 """Small Hugging Face Mixtrals with every parameter random, norms included, so that a forgotten tensor shows."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def random_hf_directory(directory: Path, config: Any, dtype: torch.dtype = torch
     save_file({name: torch.randn(tensor.shape, generator=generator).to(dtype)
                for name, tensor in hf_tensors(config).items()}, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config.to_hf_dict(str(dtype).removeprefix("torch."))))
+    return directory
+
+
+def nf4_rounded(hf: Path, directory: Path) -> Path:
+    """The model of a directory with every linear rounded to 4 bits by bitsandbytes."""
+    from bitsandbytes import functional
+    from safetensors.torch import save_file
+
+    tensors = tensors_of(hf)
+    for name, tensor in tensors.items():
+        if "_proj." in name or ".experts." in name:
+            packed, state = functional.quantize_4bit(tensor, blocksize=64, compress_statistics=False, quant_type="nf4")
+            tensors[name] = functional.dequantize_4bit(packed, state)
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    shutil.copy(hf / "config.json", directory)
     return directory
 
 

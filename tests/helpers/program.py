@@ -61,9 +61,9 @@ class Running:
     """A run that goes on in the background: its rank processes, and its end."""
 
     def __init__(self, world: int, argv: list[str], folder: Path, prepare: Callable[[], None] | None = None,
-                 module: str = "", halt: Halt | None = None) -> None:
-        """Start `module.main(ARGV)`, or else the training program, on `world` ranks; each first calls `prepare`, which
-        can be pickled.
+                 module: str = "", halt: Halt | None = None, command: str = "pretrain") -> None:
+        """Start `module.main(ARGV)`, or else a command, on `world` ranks; each first calls `prepare`, which can be
+        pickled.
         """
         folder.mkdir(parents=True, exist_ok=True)
         context = prepare_fork_server()
@@ -78,7 +78,8 @@ class Running:
         argv = [*argv, "--metrics-file", str(self.metrics)]
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self.ranks = [context.Process(target=_rank, args=(rank, world, port, module, argv, str(self.logs[rank]),
-                                                           prepare, halt), daemon=False) for rank in range(world)]
+                                                           prepare, halt, command), daemon=False)
+                      for rank in range(world)]
         for process in self.ranks:
             process.start()
 
@@ -148,11 +149,11 @@ def _state(pid: int) -> tuple[bool, float]:
 
 
 def pretrain(world: int, argv: list[str], folder: Path,
-             prepare: Callable[[], None] | None = None) -> Outcome:
-    """Run `tools/pretrain_mixtral.py ARGV` on `world` ranks to its end; logs, metrics and the samples that each rank
-    read go below `folder`.
+             prepare: Callable[[], None] | None = None, command: str = "pretrain") -> Outcome:
+    """Run `megatron-mixtral pretrain ARGV`, or another command of training, on `world` ranks to its end; logs, metrics
+    and the samples that each rank read go below `folder`.
     """
-    return Running(world, argv, folder, prepare).finish()
+    return Running(world, argv, folder, prepare, command=command).finish()
 
 
 def _record_samples(folder: Path, halt_at: int | None) -> None:
@@ -208,7 +209,7 @@ def _lives(pid: int) -> bool:
 
 
 def _rank(rank: int, world: int, port: int, module: str, argv: list[str], log: str,
-          prepare: Callable[[], None] | None, halt: Halt | None) -> None:
+          prepare: Callable[[], None] | None, halt: Halt | None, command: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -224,7 +225,7 @@ def _rank(rank: int, world: int, port: int, module: str, argv: list[str], log: s
     if prepare is not None:
         prepare()
     try:
-        code = importlib.import_module(module).main(argv) if module else commands.run("pretrain", argv)
+        code = importlib.import_module(module).main(argv) if module else commands.run(command, argv)
     except SystemExit as end:  # the engine's way out at --exit-interval
         code = int(end.code or 0)
     except BaseException:  # noqa: BLE001 - as the interpreter would: print it, end with 1

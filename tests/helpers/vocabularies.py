@@ -2,6 +2,7 @@
 
 import io
 import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,23 @@ def edit_json(source: Path, target: Path, change: Callable[[dict[str, Any]], Non
     change(content)
     target.write_text(json.dumps(content), "utf-8")
     return target
+
+
+def write_letters(directory: Path, size: int = 96) -> Path:
+    """A `tokenizer.json` with a token for each of some characters, which transformers reads, for the smallest models.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    characters = "\n " + string.ascii_letters + string.digits + string.punctuation
+    vocab = {token: number for number, token in enumerate([*specials.values(), *characters][:size])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], pair=["<s>", "$A", "$B"],
+                                                             special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in specials.values()])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **specials}))
+    return directory

@@ -25,7 +25,8 @@ THEIRS = {
         tasks/inference/generate_mixtral_8x7b_ptd.sh tasks/inference/inference_mixtral.py DISTRIBUTED_ARGS CHECKPOINT
         tasks/evaluation/evaluate_mixtral_8x7b_ptd.sh TOKENIZER_PATH TASK git wget""",
     "from_xtuner.md": """train convert chat list-cfg copy-cfg pth_to_hf merge --work-dir --deepspeed deepspeed_zero1
-        deepspeed_zero2 deepspeed_zero3 --launcher slurm --resume --fp32 --prompt-template streamlit ssh tmux calc.py
+        deepspeed_zero2 deepspeed_zero3 --launcher slurm mixtral_8x7b_qlora_oasst1_e3
+        mixtral_8x7b_instruct_full_oasst1_e3 --resume --fp32 --prompt-template streamlit ssh tmux calc.py
         throughput_hook.py srun pretrained_model_name_or_path alpaca_en_path data_files dataset_map_fn openai_map_fn
         alpaca_map_fn prompt_template internlm2_chat max_length pack_to_max_length sequence_parallel_size batch_size
         accumulative_counts dataloader_num_workers max_epochs optim_type lr betas weight_decay max_norm warmup_ratio

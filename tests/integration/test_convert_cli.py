@@ -233,6 +233,7 @@ def test_refusals_say_what_to_do(hf, tmp_path, capsys):
     shutil.copyfile(str(files("mistral_common") / "data" / "tokenizer.model.v1"), large)
     (tmp_path / "junk.model").write_text("junk")
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").touch()
     other = json.loads((hf / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     (tmp_path / "other" / "config.json").write_text(json.dumps(other))
     capsys.readouterr()
@@ -243,7 +244,9 @@ def test_refusals_say_what_to_do(hf, tmp_path, capsys):
         (lambda: convert(hf, tmp_path / "mg"), "is not empty"),
         (lambda: convert(tmp_path / "absent", tmp_path / "x"), "--load-dir"),
         (lambda: convert(tmp_path / "mg", tmp_path / "x"), "config.json does not exist"),
-        (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(tmp_path / "no.model")), "does not exist"),
+        (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(tmp_path / "no.model")), "does not exist\n"),
+        (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(tmp_path / "other" / "tokenizer.model")),
+         "the folder's tokenizer.json comes along by itself: leave the flag out"),
         (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(tmp_path / "junk.model")), "sentencepiece model"),
         (lambda: convert(hf, tmp_path / "x", "--tokenizer-model", str(large)), "has 32000 tokens, more than"),
         (lambda: convert(hf, tmp_path / "x", "--make-vocab-size-divisible-by", "0"), "must be positive"),

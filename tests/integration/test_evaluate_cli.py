@@ -2,14 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from helpers.mmlu import write_mmlu
+import pytest
+from helpers.adapters import write_adapter
+from helpers.mmlu import write_mmlu, write_task
 from helpers.models import tiny_hf_mixtral
+from helpers.ranks import RankError, run_ranks
+from helpers.vocabularies import write_letters
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
+from megatron_mixtral.weights import convert, open_sink, open_source
+from megatron_mixtral.weights.edits import MergedSource
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +44,31 @@ def test_a_report_from_two_ranks(tmp_path: Path) -> None:
     assert len((tmp_path / "out/samples/mmlu_anatomy.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
+def test_with_adapters_it_is_the_merged_model(tmp_path: Path) -> None:
+    """The same figures, and not the base's; finished tasks of the base are not taken for those with adapters."""
+    tiny_hf_mixtral(tmp_path / "hf", vocab_size=32000, max_position_embeddings=512)
+    write_hf_tokenizer(tmp_path / "hf")
+    write_mmlu(tmp_path / "mmlu", ["anatomy", "sociology"])
+    write_adapter(tmp_path / "adapter", tmp_path / "hf")
+    merged = MergedSource(open_source(tmp_path / "hf"), open_source(tmp_path / "adapter"))
+    convert(merged, open_sink(tmp_path / "merged", template=tmp_path / "hf"))
+    common = ["--data-path", "mmlu/test/", "--limit", "3", "--log-samples"]
+    for name, more in {"base": [], "adapted": ["--adapter", "adapter"], "merged": ["--load", "merged"]}.items():
+        done = run(tmp_path, *common, "--output", name, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    base, adapted, whole = (scores(tmp_path / name) for name in ("base", "adapted", "merged"))
+    assert adapted == pytest.approx(whole, abs=1e-4) and adapted != pytest.approx(base, abs=1e-2)
+    done = run(tmp_path, *common, "--output", "base", "--adapter", "adapter", "--resume")
+    assert done.returncode == 1 and "adapter: None then, 'adapter' now" in done.stderr
+
+
+def scores(output: Path) -> list[float]:
+    """Log-probabilities of all answers."""
+    return [float(one[0][0]) for file in sorted((output / "samples").glob("*.jsonl"))
+            for line in file.read_text().splitlines() for one in json.loads(line)["resps"]]
+
+
 def test_damaged_questions_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     write_mmlu(tmp_path / "mmlu", ["anatomy"])
     (tmp_path / "mmlu/test/anatomy_test.csv").write_text("q,a,b,c,d,A\nq,a,b\n")
@@ -44,3 +76,44 @@ def test_damaged_questions_are_named_and_nothing_is_written(tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "out").exists()
     assert done.stderr == ("error: mmlu/test/anatomy_test.csv, line 2: 3 fields, expected 6: a question, four choices "
                            "and the letter of the right one\n")
+
+
+def evaluate(rank: int, folder: str, words: str, dies_at: str) -> int:
+    """The command in one process, which is killed when it is to give a file its name."""
+    from megatron_mixtral import __main__ as commands
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and dies_at and str(arguments[1]).endswith(dies_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.chdir(folder)
+    sys.addaudithook(watch)
+    return commands.run("evaluate", ["--load", "hf", "--tasks", "mmlu,after", "--data-path", "mmlu", "--include-path",
+                                     "tasks", "--reference", "reference.json", "--limit", "3", *words.split()])
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_files(tmp_path: Path) -> None:
+    write_letters(tiny_hf_mixtral(tmp_path / "hf"))
+    write_mmlu(tmp_path / "mmlu", ["anatomy", "sociology"])
+    write_task(tmp_path / "tasks")
+    known = {"results": {"after": {"acc,none": 0.1234}}, "groups": {"mmlu": {"acc,none": 0.5678}}}
+    (tmp_path / "reference.json").write_text(json.dumps(known))
+    assert run_ranks(1, evaluate, str(tmp_path), "--output whole", "") == [0]
+    with pytest.raises(RankError, match="rank 0 died"):
+        run_ranks(1, evaluate, str(tmp_path), "--output killed", "mmlu_sociology.json")
+    assert [path.name for path in (tmp_path / "killed/parts").glob("*.json")] == ["mmlu_anatomy.json"]
+    assert not [*(tmp_path / "killed").glob("*.*")], "no report of one half"
+    first = (tmp_path / "killed/parts/mmlu_anatomy.json").stat().st_mtime_ns
+    assert run_ranks(1, evaluate, str(tmp_path), "--output killed --resume", "") == [0]
+    assert (tmp_path / "killed/parts/mmlu_anatomy.json").stat().st_mtime_ns == first, "kept, not asked again"
+    parts = [f"parts/{name}.json" for name in ("mmlu_anatomy", "mmlu_sociology", "after")]
+    for name in ("results.json", "table.md", *parts):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    whole, table = json.loads((tmp_path / "whole/results.json").read_text()), (tmp_path / "whole/table.md").read_text()
+    assert {name: one["effective"] for name, one in whole["n-samples"].items()}.items() >= {
+        "mmlu": 6, "mmlu_anatomy": 3, "mmlu_sociology": 3, "after": 3}.items()
+    assert "| MMLU | 6 | 0.5678 | " in table and "| after (acc) | 3 | 0.1234 | " in table
+    assert "Only the first 3 questions of each task were asked (--limit)." in table
+    assert run_ranks(1, evaluate, str(tmp_path), "--output other --resume --limit 2 --tasks after", "") == [1], \
+        "MMLU's folder, and mmlu is not among the tasks"
+    assert not (tmp_path / "other").exists()

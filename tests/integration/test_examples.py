@@ -136,6 +136,28 @@ def test_dry_run_of_evaluation() -> None:
             "--data-path", "./mmlu/test/", "--output", "out", "--resume", "--limit", "5"]
 
 
+@pytest.mark.parametrize(("method", "devices"), [("lora", "8"), ("qlora", "1"), ("full", "8")])
+def test_dry_run_of_fine_tuning(method, devices) -> None:
+    """A recipe, and what the variables change in it, each under its flag; a recipe of the name is there."""
+    from megatron_mixtral.training import recipes_command
+
+    script = f"examples/mixtral/tune_mixtral_8x7b_{method}.sh"
+    done = run(script, "--seed", "5", DRY_RUN="1", MASTER_ADDR="n0", DATA="a.json 'b c.json'", HF_CHECKPOINT="the base",
+               SAVE_DIR="out", TRAIN_EPOCHS="2", LR="1e-4", EP="4", DATA_ARGS="--bf16")
+    words = shlex.split(done.stdout.replace("\\\n", " "))
+    place = words.index("tools/finetune_mixtral.py")
+    assert words[place + 2:] == [
+        "--hf-checkpoint", "the base", "--input", "a.json", "b c.json", "--save", "out", "--train-epochs", "2", "--lr",
+        "1e-4", "--expert-model-parallel-size", "4", "--bf16", "--seed", "5"]
+    assert words[words.index("--nproc-per-node") + 1] == devices and ("--nnodes" in words) == (method == "full")
+    tiny = shlex.split(run(script, DRY_RUN="1", MODEL="tiny").stdout.replace("\\\n", " "))
+    assert "--standalone" in tiny and tiny[tiny.index("--nproc-per-node") + 1] == "1"
+    for name in (words[place + 1], tiny[-1]):
+        assert f"_{method}_" in name and recipes_command(["list", "-p", name]) == 0
+    missing = run(script, MODEL="tiny", HF_CHECKPOINT="absent")
+    assert missing.returncode == 1 and "absent does not exist" in missing.stderr
+
+
 def test_flags_of_a_dry_run_are_accepted_for_a_world_that_fits():
     """The training program resolves every recipe: model, layout and world size fit each other."""
     from megatron_mixtral.training import arguments
@@ -233,6 +255,15 @@ def test_missing_inputs_are_refused_before_anything_starts(tmp_path):
     done = run(FOUR, BLENDED_DATA="d", TRAIN_ITERS="100", cwd=tmp_path)
     assert done.returncode == 1 and "LR_WARMUP_ITERS=512 must be less than TRAIN_ITERS=100" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.idx"]
+
+
+@pytest.mark.parametrize("program", ["generate", "chat", "serve", "evaluate"])
+def test_a_misspelt_flag_is_told_once_before_anything_starts(program, tmp_path):
+    script = f"examples/mixtral/{program}_mixtral_8x7b_ptd.sh"
+    there = dict.fromkeys(("CHECKPOINT", "TOKENIZER_MODEL", "TOKENIZER_PATH", "DATA_PATH"), str(tmp_path))
+    done = run(script, "--tokenizer-modle", "x", cwd=tmp_path, **there)
+    assert done.returncode == 2 and "there is no --tokenizer-modle; is it --tokenizer-model" in done.stderr
+    assert done.stderr.count("error") == 1 and "torchrun" not in done.stderr and "Root Cause" not in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,8 @@ def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     assert "they are different models" in refused([*TINY, "--load", str(tmp_path)])
     hf = tmp_path / "hf"
     hf.mkdir()
-    (hf / "config.json").write_text(json.dumps({**preset("tiny").to_hf_dict(), "model_type": "llama"}))
-    assert "expected model_type 'mixtral', found 'llama'" in refused([*TINY, "--hf-checkpoint", str(hf)])
+    (hf / "config.json").write_text(json.dumps({**preset("tiny").to_hf_dict(), "model_type": "qwen2"}))
+    assert "(mistral, llama, internlm2), found 'qwen2'" in refused([*TINY, "--hf-checkpoint", str(hf)])
 
 
 def shape(argv: list[str]) -> RunShape:

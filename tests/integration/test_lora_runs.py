@@ -7,16 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import datasets
-from helpers.adapters import write_adapter
+from helpers.adapters import greedy, peft_model, write_adapter
 from helpers.events import until
 from helpers.models import tiny_hf_mixtral
 from helpers.program import Halt, Outcome, Running, pretrain
+from helpers.ranks import run_ranks
 from safetensors.torch import load_file
+from transformers import MixtralForCausalLM
 
+from megatron_mixtral import __main__ as commands
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 from megatron_mixtral.weights import convert, open_sink, open_source
 from megatron_mixtral.weights.adapters import fingerprint
 
 STEPS, SAVED, RANK = 6, 3, 4
+PROMPTS = [[5, 9, 13], [7] * 11, [80, 3, 44, 21], [61], [33, 34, 35, 36, 37]]
 RECIPE = ["--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "4", "--lr", "3e-3",
           "--lr-decay-style", "cosine", "--min-lr", "1e-4", "--lr-warmup-iters", "2", "--weight-decay", "0",
           "--clip-grad", "1.0", "--eval-iters", "0", "--train-iters", str(STEPS), "--lora-rank", str(RANK),
@@ -58,6 +63,14 @@ def run(layout: str, argv: list[str], folder: Path, distributed: bool = True) ->
     return pretrain(world, [*argv, *words, *(["--use-distributed-optimizer"] if distributed else [])], folder)
 
 
+def _prompts(folder: Path) -> Path:
+    """Each of PROMPTS, with adapters and without."""
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "adapter": adapter, "max_tokens": 12, "ignore_eos": True})
+                            + "\n" for prompt in PROMPTS for adapter in (True, False)))
+    return file
+
+
 @pytest.fixture(scope="module")
 def whole(start: list[str], folder: Path) -> Callable[[str], tuple[Outcome, Path]]:
     """Six steps at a layout, saved after the third on the way; made once for a layout."""
@@ -67,8 +80,9 @@ def whole(start: list[str], folder: Path) -> Callable[[str], tuple[Outcome, Path
         if layout not in made:
             place = folder / f"whole-{layout}"
             more = ["--save", str(place / "save"), "--save-interval", str(SAVED)]
-            if layout == "one":
-                more += ["--export-hf-interval", str(STEPS)]
+            if "vpp" not in LAYOUTS[layout][0]:
+                more += ["--export-hf-interval", str(STEPS), "--evaluation-prompts", str(_prompts(folder)),
+                         "--evaluation-interval", str(SAVED), "--tokenizer-model", str(mixtral_tokenizer_path())]
             made[layout] = (run(layout, [*start, *more], place), place / "save")
             assert not any(made[layout][0].codes), made[layout][0].logs[-1][-3000:]
         return made[layout]
@@ -105,6 +119,33 @@ def test_the_checkpoint_and_the_export_of_a_run(whole: Callable, hf: Path, tmp_p
     moved = [name for name, one in load_file(exported / "adapter_model.safetensors").items()
              if ".lora_B." in name and not one.any()]
     assert not moved, "every B has been trained"
+
+
+@pytest.mark.parametrize("layout", ["one", pytest.param("tp2-ep2", marks=pytest.mark.slow),
+                                    pytest.param("three", marks=pytest.mark.slow)])
+def test_prompts_are_continued_as_adapters_are_trained(layout: str, whole: Callable, hf: Path, tmp_path: Path) -> None:
+    """With them, as PEFT continues with what the run exports; without them, as the base does, before and after. And
+    `generate` gives the same of the checkpoint.
+    """
+    outcome, save = whole(layout)
+    file = next(iter(save.parent.rglob("evaluation_prompts.jsonl")))
+    answers = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [one["iteration"] for one in answers] == sorted([0, SAVED, STEPS] * 2 * len(PROMPTS))
+    found = {step: [one["token_ids"] for one in answers if one["iteration"] == step] for step in (0, SAVED, STEPS)}
+    models = (peft_model(hf, save / "hf" / "iter_0000006"), MixtralForCausalLM.from_pretrained(hf, dtype=torch.float32))
+    trained, base = ([greedy(model, prompt, 12)[0] for prompt in PROMPTS] for model in models)
+    assert found[0][::2] == base and all(found[step][1::2] == base for step in found)
+    assert found[STEPS][::2] == trained != base
+
+    argv = ["--load", str(hf), "--adapter", str(save), "--prompts-file", str(_prompts(tmp_path)), "--output",
+            str(tmp_path / "answers.jsonl"), "--max-slots", "2"]
+    assert run_ranks(1, _generate, argv) == [0]
+    again = [json.loads(line)["token_ids"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert again == found[STEPS]
+
+
+def _generate(rank: int, argv: list[str]) -> int:
+    return commands.run("generate", argv)
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -3,14 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from helpers import datasets
+from helpers.mmlu import write_mmlu, write_task
 from helpers.models import tiny_hf_mixtral
 from helpers.program import Outcome, pretrain
 from helpers.ranks import run_ranks
+from helpers.vocabularies import write_letters
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.weights import convert, open_sink, open_source
@@ -82,18 +85,40 @@ def stopped(folder: Path, hf: Path, data: list[str]) -> Outcome:
     return pretrain(4, [*argv, "--exit-interval", "5"], folder / "first")
 
 
-def test_prompts_are_continued_and_leave_no_trace(whole: Outcome, folder: Path, hf: Path, data: list[str]) -> None:
-    """Before the first step as transformers would; then as the model learns, with the same losses, bit for bit."""
-    from transformers import MixtralForCausalLM
+def tasks_of_letters(folder: Path) -> list[str]:
+    """Tasks that a model with a token for each letter can be asked; the flags that ask it."""
+    write_letters(folder / "letters")
+    write_mmlu(folder / "mmlu", ["anatomy"])
+    write_task(folder / "tasks")
+    return ["--eval-tasks", "mmlu,after", "--eval-data-path", str(folder / "mmlu" / "test"), "--eval-include-path",
+            str(folder / "tasks"), "--eval-limit", "6", "--tokenizer-model", str(folder / "letters")]
 
-    from megatron_mixtral.tokenizer import mixtral_tokenizer_path
+
+def of_lm_eval(folder: Path, model: Path) -> dict[str, Any]:
+    """What lm-eval's own backend for transformers makes of the same tasks."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from megatron_mixtral.evaluation import read_mmlu
+
+    lm = HFLM(pretrained=str(model), tokenizer=str(folder / "letters"), dtype="float32", batch_size=1, device="cpu")
+    tasks = TaskManager(include_defaults=False, include_path=str(folder / "tasks")).load(
+        [*read_mmlu(folder / "mmlu").tasks().values(), "after"])
+    return evaluate(lm, tasks, limit=6)["results"]
+
+
+def test_prompts_and_tasks_leave_no_trace(whole: Outcome, folder: Path, hf: Path, data: list[str]) -> None:
+    """Before the first step as transformers would; then as the model learns, with the same losses, bit for bit."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import MixtralForCausalLM
 
     prompts = [[5, 9, 13], [7] * 11]
     lines = "".join(json.dumps({"prompt": prompt, "max_tokens": 8, "ignore_eos": True}) + "\n" for prompt in prompts)
     (folder / "prompts.jsonl").write_text(lines)
     found = pretrain(4, [*LAYOUT, *RECIPE, *data, "--train-iters", str(STEPS), "--hf-checkpoint", str(hf),
                          "--evaluation-prompts", str(folder / "prompts.jsonl"), "--evaluation-interval", "4",
-                         "--tokenizer-model", str(mixtral_tokenizer_path())], folder / "prompts")
+                         *tasks_of_letters(folder), "--tensorboard-dir", str(folder / "board")], folder / "prompts")
     assert ended_well(found), found.logs[-1][-3000:]
     steps = range(1, STEPS + 1)
     assert found.losses(*steps) == whole.losses(*steps) and found.norms(*steps) == whole.norms(*steps)
@@ -107,6 +132,19 @@ def test_prompts_are_continued_and_leave_no_trace(whole: Outcome, folder: Path, 
         out = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0,
                              eos_token_id=None)
         assert answer["token_ids"] == out[0, len(prompt):].tolist()
+    tasks = [json.loads(line) for line in (folder / "prompts" / "evaluation_tasks.jsonl").read_text().splitlines()]
+    assert [one["iteration"] for one in tasks] == [0, 4, 8, 10]
+    assert tasks[0]["results"] == of_lm_eval(folder, hf), "accuracies and standard errors"
+    names = {"eval/mmlu/acc": lambda one: one["groups"]["mmlu"]["acc,none"],
+             "eval/after/acc": lambda one: one["results"]["after"]["acc,none"],
+             "eval/after/acc_norm": lambda one: one["results"]["after"]["acc_norm,none"]}
+    board = EventAccumulator(str(folder / "board"))
+    board.Reload()
+    for name, value in names.items():
+        assert {step: figures[name] for step, figures in found.steps.items() if name in figures} == {
+            one["iteration"]: value(one) for one in tasks[1:]}
+        assert [(one.step, one.value) for one in board.Scalars(name)] == [
+            (one["iteration"], pytest.approx(value(one))) for one in tasks]
 
 
 def test_resumed_run_equals_uninterrupted(whole: Outcome, stopped: Outcome, folder: Path, hf: Path,

@@ -12,7 +12,8 @@ from helpers.events import HANG, until
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"STEPS": "4", "STOP_AT": "2", "MEGABYTES": "1", "SEQ_LENGTH": "64", "GLOBAL_BATCH_SIZE": "4",
-         "MICRO_BATCH_SIZE": "1", "WORKERS": "1", "BELOW": "10.6", "MIXTRAL_VENV": "active"}  # fmt: skip
+         "MICRO_BATCH_SIZE": "1", "WORKERS": "1", "BELOW": "10.6", "TUNE_EPOCHS": "1", "KNOWN": "0",
+         "MIXTRAL_VENV": "active"}  # fmt: skip
 
 
 def start(work: Path, **more: str) -> subprocess.Popen:
@@ -60,7 +61,7 @@ def test_stopped_and_started_again(work):
     steps = [json.loads(line)["iteration"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
     for row in ("train", "resume", "check", "nothing missing, nothing unexpected", "tokens equal transformers'",
-                "All checks passed"):
+                "asked who it is", "PEFT answers as taught", "All checks passed"):
         assert row in output
     assert (work / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (work / "exported" / "mg2hg" / "model.safetensors").is_file()
@@ -70,7 +71,7 @@ def test_third_start_has_nothing_to_do_and_a_failed_check_fails(work):
     before = made(work)
     third = start(work)
     output, _ = third.communicate(timeout=HANG)
-    assert third.returncode == 0 and output.count("done before") == 10, output
+    assert third.returncode == 0 and output.count("done before") == 12, output
     assert made(work) == before
     # A loss that the training program never logged: the comparison must notice.
     log = work / "logs" / "resume.log"

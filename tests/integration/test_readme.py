@@ -29,7 +29,8 @@ SETTINGS = {  # in place of the README's block of settings, under the same names
     "MIXTRAL_MEGATRON_PATH": "megatron", "TP": "2", "PP": "2",
 }  # fmt: skip
 VARIABLES = {  # what a page's commands are run with, besides the settings
-    "README.md": {"MODEL": "tiny", "TRAIN_ITERS": "2", "GLOBAL_BATCH_SIZE": "2", "SEQ_LENGTH": "64"},
+    "README.md": {"GPUS_PER_NODE": "4", "SEQ_LENGTH": "64", "GLOBAL_BATCH_SIZE": "2", "TRAIN_ITERS": "2",
+                  "LR_WARMUP_ITERS": "1"},  # the five of a laptop, and no others
     "docs/data.md": {"ENCODED_DATA_ROOT_DIR": "encoded"},
     "docs/instruction_data.md": {"DRY_RUN": "1"},
 }
@@ -119,6 +120,8 @@ def test_the_commands_of_a_page(document, world):
     for comment, code in blocks(document):
         if comment.startswith("settings:"):
             assert re.findall(r"^export (\w+)=", code, re.MULTILINE) == list(SETTINGS)
+        elif comment.startswith("settings of a laptop:"):
+            assert re.findall(r"^export (\w+)=", code, re.MULTILINE) == list(VARIABLES[document])
         elif comment:
             assert re.match(r"not run by \S+test_readme\.py: .{10,}", comment), comment
         else:

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_mixtral.data.account import Account, BadRecords
 from megatron_mixtral.data.corpus import BadRecord, parse_object
 from megatron_mixtral.data.instruction.formats import HANDLERS, detect
+from megatron_mixtral.data.instruction.messages import Dialogue
 from megatron_mixtral.data.instruction.options import InstructionOptions
 from megatron_mixtral.tokenizer import Tokenizer, chat, special_tokens
 
@@ -91,7 +92,8 @@ class Renderer:
     def __init__(self, options: InstructionOptions, tokenizer: Tokenizer) -> None:
         """Raises `ConfigError` or `DataError` where flags, template and tokenizer do not go together."""
         self._handler, self._skip = options.handler, options.skip_bad
-        self._template, self._tokenizer = chat.TEMPLATES[options.template_name], tokenizer
+        self._template_name, self._tokenizer = options.template_name, tokenizer
+        self._template = chat.TEMPLATES[options.template_name]
         self._most = None if options.seq_length is None else options.seq_length + 1
         self._end = special_tokens(tokenizer, options.prepend_bod, options.append_eod)
         chat.check_template(self._template, tokenizer)
@@ -130,6 +132,17 @@ class Renderer:
         counts.longest_sample = max(counts.longest_sample, ids.size)
         return True
 
+    def _check_tools(self, dialogue: Dialogue) -> None:
+        """`BadRecord` for calls and results that the template cannot write; a list of tools nobody calls is counted."""
+        if self._template.calls:
+            return
+        if any(turn.calls or turn.results for turn in dialogue.turns):
+            raise BadRecord("tool_message", "a message calls a tool or answers for one, which --prompt-type "
+                            f"{self._template_name} has no words for: take mixtral-v3 with the tokenizer of "
+                            "Mixtral-8x22B-Instruct, or leave such records out (--on-error skip)")
+        if any(turn.tools for turn in dialogue.turns):
+            dialogue.left_out["tools_not_written"] = 1
+
     def _render(self, raw: Any, counts: SampleCounts) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, trained bool) of a record."""
         record = parse_object(raw) if isinstance(raw, bytes) else raw
@@ -137,6 +150,7 @@ class Renderer:
             raise BadRecord("not_an_object", f"expected an object, found {str(record)[:40]!r}")
         name = detect(record) if self._handler == "auto" else self._handler
         dialogue = HANDLERS[name](record)
+        self._check_tools(dialogue)
         ids, trained = chat.render(dialogue.turns, self._template, self._tokenizer)
         if self._end.eos_id is not None and (ids.size == 0 or ids[-1] != self._end.eos_id):
             ids, trained = np.append(ids, np.int32(self._end.eos_id)), np.append(trained, dialogue.turns[-1].loss)

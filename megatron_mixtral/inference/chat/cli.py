@@ -1,5 +1,6 @@
 """The command `chat`: questions from the terminal, answers as they are written, at any layout."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_mixtral.runtime import launch
 HEARTBEAT = 1.0  # seconds after which the other ranks hear from this one while it waits for a line
 HELP = ("/clear forgets what was said; /system TEXT does, too, and sets the system text; /quit ends. "
         "Ctrl-C stops an answer, twice it ends.")
+OF_ADAPTERS = " /adapter off asks the model without its adapters, /adapter on with them."
 
 
 def chat(argv: Sequence[str]) -> int:
@@ -49,7 +51,7 @@ def chat(argv: Sequence[str]) -> int:
                 for _ in generator.stream("", SamplingParams(max_tokens=1)):
                     pass  # what the first pass has to say (warnings of the libraries) comes before the first prompt
                 with Lines(sys.stdin.fileno()) as lines:
-                    Conversation(generator, prompts, params, lines, _say, args.system).run()
+                    Conversation(generator, prompts, params, lines, _say, args.system, args.adapter is not None).run()
 
     return launch.as_rank(work)
 
@@ -62,14 +64,15 @@ class Conversation:
     """What was said, and the loop that says more. `say` writes to the user."""
 
     def __init__(self, generator: Generator, prompts: Any, params: SamplingParams, lines: Lines,
-                 say: Callable[[str], None], system: str = "") -> None:
+                 say: Callable[[str], None], system: str = "", adapter: bool = False) -> None:
         self._generator, self._prompts, self._lines, self._say = generator, prompts, lines, say
         self._params = with_ends(params, prompts)
         self._system, self._said = system, []
+        self._adapter, self._help = adapter, f"{HELP}{OF_ADAPTERS if adapter else ''}\n"
 
     def run(self) -> None:
         """Until /quit, the end of the input, or a second Ctrl-C without a line between."""
-        self._say(f"{HELP}\n")
+        self._say(self._help)
         interrupted = False
         while True:
             self._say("\n> ")
@@ -94,8 +97,12 @@ class Conversation:
         self._say("\n")
 
     def _command(self, name: str, rest: str) -> None:
+        if name == "/adapter" and self._adapter and rest.strip() in ("on", "off"):
+            self._params = dataclasses.replace(self._params, adapter=rest.strip() == "on")
+            self._say(f"(adapters are {rest.strip()})\n")
+            return
         if name not in ("/clear", "/system"):
-            self._say(f"{HELP}\n")
+            self._say(self._help)
             return
         self._said = []
         if name == "/system":

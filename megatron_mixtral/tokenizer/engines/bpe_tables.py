@@ -7,7 +7,7 @@ descendants are served.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from megatron_mixtral.tokenizer.tokenizer import JsonTokenizer, SentencePieceTok
 
 METASPACE = "\u2581"
 PREFIX_NONE, PREFIX_ALWAYS, PREFIX_UNLESS_SPACE = 0, 1, 2  # `Prefix` in native_bpe/encoder.h
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # ModelProto.SentencePiece.Type; the others are declined
+NORMAL, UNKNOWN, CONTROL, DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type; unused ones are declined
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class BpeTables:
     joins: np.ndarray  # (n, 2): last code point of a left symbol, first code point of a right symbol
     byte_ids: np.ndarray  # (256,)
     prefix: int
+    defined: dict[str, int] = field(default_factory=dict)  # pieces that are found in a text before any merge
 
 
 def bpe_tables(tokenizer: Tokenizer) -> BpeTables:
@@ -68,7 +69,8 @@ def sentencepiece_tables(tokenizer: SentencePieceTokenizer) -> BpeTables:
             merges.append((left, right, ranks[index], index))
     characters = {text: index for text, index in pieces.items() if len(text) == 1} | only_parts
     prefix = PREFIX_ALWAYS if proto.normalizer_spec.add_dummy_prefix else PREFIX_NONE
-    return _tables(len(proto.pieces), pieces | only_parts, characters, merges, byte_ids, prefix)
+    tables = _tables(len(proto.pieces), pieces | only_parts, characters, merges, byte_ids, prefix)
+    return replace(tables, defined={piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == DEFINED})
 
 
 def json_tables(tokenizer: JsonTokenizer) -> BpeTables:
@@ -140,9 +142,11 @@ def _check_proto(proto: Any) -> None:
         if not wanted:
             raise EngineUnavailable(reason)
     for piece in proto.pieces:
-        if piece.type not in (NORMAL, UNKNOWN, CONTROL, BYTE):
-            raise EngineUnavailable(f"the piece {piece.piece!r} is user-defined or unused")
-        if piece.type != NORMAL and len(piece.piece) == 1:
+        if piece.type not in (NORMAL, UNKNOWN, CONTROL, DEFINED, BYTE):
+            raise EngineUnavailable(f"the piece {piece.piece!r} is unused")
+        if piece.type == DEFINED and {" ", METASPACE} & set(piece.piece):
+            raise EngineUnavailable(f"the user-defined piece {piece.piece!r} has a space in it")
+        if piece.type not in (NORMAL, DEFINED) and len(piece.piece) == 1:
             raise EngineUnavailable(f"the control piece {piece.piece!r} is a single character")
 
 

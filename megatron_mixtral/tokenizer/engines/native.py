@@ -6,6 +6,8 @@ not there is encoded by plain byte-pair merging, by rank or score as the publish
 """
 
 import importlib
+import itertools
+import re
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,8 +19,8 @@ import numpy as np
 
 import megatron_mixtral
 from megatron_mixtral.errors import DataError
-from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTokens, token_dtype
-from megatron_mixtral.tokenizer.engines.bpe_tables import bpe_tables
+from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTokens, frame, token_dtype
+from megatron_mixtral.tokenizer.engines.bpe_tables import PREFIX_ALWAYS, PREFIX_NONE, bpe_tables
 from megatron_mixtral.tokenizer.tokenizer import Tokenizer
 
 MODULE = "megatron_mixtral.tokenizer.engines._native_bpe"
@@ -37,24 +39,50 @@ class NativeEngine:
         load_module()
         self._tables = bpe_tables(tokenizer)
         self._dtype = token_dtype(self._tables.vocab_size)
+        # The longest first: of two that begin alike, sentencepiece takes the longer.
+        defined = sorted(self._tables.defined, key=len, reverse=True)
+        self._defined = re.compile(f"({'|'.join(map(re.escape, defined))})") if defined else None
 
     @cached_property
     def _encoder(self) -> Any:
+        return self._made(self._tables.prefix)
+
+    @cached_property
+    def _within(self) -> Any:
+        """Of parts of a text, with nothing put before them."""
+        return self._made(PREFIX_NONE)
+
+    def _made(self, prefix: int) -> Any:
         tables = self._tables
         return load_module().Encoder(
-            tables.vocab_size, tables.characters, tables.merges, tables.joins, tables.byte_ids, tables.prefix
+            tables.vocab_size, tables.characters, tables.merges, tables.joins, tables.byte_ids, prefix
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """The tables, 1 MB: another process need not read the tokenizer again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_encoder", "_within")}
 
     def encode(self, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.encode`. Ids outside the vocabulary cannot arise: the tables were checked."""
+        if self._defined is not None and any(map(self._defined.search, texts)):
+            return frame([self._cut(text) for text in texts], specials, self._tables.vocab_size)
+        return self._encode(self._encoder, texts, specials)
+
+    def _cut(self, text: str) -> np.ndarray:
+        """The ids of a text with user-defined pieces in it: nothing joins one, so what is between is encoded apart."""
+        if self._tables.prefix == PREFIX_ALWAYS and text:
+            text = " " + text
+        parts = self._defined.split(text) if self._defined else [text]
+        apart = self._encode(self._within, parts[::2], SpecialTokens(None, None))
+        pieces = np.split(apart[0], np.cumsum(apart[1])[:-1])
+        defined = [np.array([self._tables.defined[part]]) for part in parts[1::2]]
+        return np.concatenate([*itertools.chain(*zip(pieces, defined, strict=False)), pieces[-1]])
+
+    def _encode(self, encoder: Any, texts: Sequence[str], specials: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
         bos = -1 if specials.bos_id is None else specials.bos_id
         eos = -1 if specials.eos_id is None else specials.eos_id
         try:
-            ids, lengths = self._encoder.encode(texts, bos, eos, self._dtype.itemsize)
+            ids, lengths = encoder.encode(texts, bos, eos, self._dtype.itemsize)
         except UnicodeEncodeError as error:
             raise DataError(f"A text has half of a surrogate pair in it: {error}") from error
         except OverflowError as error:

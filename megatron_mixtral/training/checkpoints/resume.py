@@ -28,7 +28,8 @@ def differences(saved: Any, now: Any) -> list[str]:
     `saved` and `now` are namespaces of the engine's arguments.
     """
     sentences = []
-    before, after = (_layout(one) for one in (saved, now))
+    replicas = bool(getattr(saved, "data_parallel_size", None))  # a converted checkpoint has no number of them
+    before, after = (_layout(one, replicas) for one in (saved, now))
     if before != after:
         sentences.append(f"the layout was {before}, now it is {after}")
     consumed = getattr(saved, "consumed_train_samples", 0)
@@ -139,8 +140,8 @@ def _steps(args: Any) -> int | None:
     return getattr(args, "lr_decay_iters", None) or getattr(args, "train_iters", None)
 
 
-def _layout(args: Any) -> str:
-    sizes = ((short, getattr(args, name, None)) for name, short in _AXES)
+def _layout(args: Any, replicas: bool) -> str:
+    sizes = ((short, getattr(args, name, None)) for name, short in _AXES if replicas or short != "dp")
     return " ".join(f"{short}{size}" for short, size in sizes if size and (size > 1 or short == "dp"))
 
 

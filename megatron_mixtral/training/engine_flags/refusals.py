@@ -24,6 +24,9 @@ PACKAGES = {
     "cuda": "a GPU, and this run is on the CPU",
 }
 
+# What a router does among several experts; a dense model has one, which gets every token.
+OF_ROUTERS = ("--moe-aux-loss-coeff", "--moe-z-loss-coeff", "--moe-input-jitter-eps", "--moe-expert-capacity-factor",
+              "--moe-pad-expert-input-to-capacity", "--moe-router-force-load-balancing", "--moe-router-force-biased")
 ON_A_GPU = ("cuda", "transformer_engine")
 
 
@@ -67,9 +70,15 @@ def check_device(given: Mapping[str, Any], device: str) -> None:
 
 
 def check_model(given: Mapping[str, Any], config: MixtralConfig) -> None:
-    """`ConfigError` for a flag of the architecture that contradicts the model, as `config.engine` has it."""
+    """`ConfigError` for a flag of the architecture that contradicts the model, as `config.engine` has it, and for what
+    only routers do where there is nothing to choose.
+    """
     expected = engine.architecture_args(config)
     for name, value in given.items():
+        acts = any(value) if isinstance(value, list) else value
+        if config.dense_config is not None and name in OF_ROUTERS and acts:
+            raise ConfigError(f"{_said(name, value)} is about a choice among experts, and a {config.model_type} is a "
+                              "Mixtral of one: drop the flag")
         dest = flags()[name].dest
         if dest in expected and engine.differs(dest, _value(value), expected[dest]):
             raise engine.contradiction(dest, value, expected[dest])

@@ -26,12 +26,12 @@ from megatron_mixtral.training.ranks import RankSeconds
 
 class Tracker(MoEMetricsTracker):
     """The engine's tracker, which also gives the writer the load of the experts, the memory of the fullest rank,
-    how long the rank waited for data that waited longest, and what each rank did with its time; and has prompts
-    continued when it is time.
+    how long the rank waited for data that waited longest, and what each rank did with its time; and has the model
+    asked when it is time.
     """
 
     def __init__(self, load: ExpertLoad, waiting: Waiting, seconds: RankSeconds, device: str,
-                 after_step: Callable[[torch.Tensor], None], evaluate: Callable[[int], None]) -> None:
+                 after_step: Callable[[torch.Tensor], None], evaluate: Callable[[int], dict[str, float]]) -> None:
         super().__init__()
         self._load, self._waiting, self._seconds, self._device = load, waiting, seconds, device
         self._after_step, self._evaluate = after_step, evaluate
@@ -49,7 +49,9 @@ class Tracker(MoEMetricsTracker):
             memory, nanoseconds = most.tolist()
             writer.observe(expert_tokens=tokens.tolist(), memory_bytes=memory, data_seconds=nanoseconds / 1e9,
                            of_ranks=of_ranks)
-        self._evaluate(kwargs["iteration"])
+        figures = self._evaluate(kwargs["iteration"])
+        if writer is not None:
+            writer.evaluated(figures)
         return text
 
 
@@ -63,7 +65,7 @@ def install(run: Run, args: Namespace, device: str, waiting: Waiting, seconds: R
                                     functools.partial(_evaluate, evaluation, args)))
     metrics = _metrics_file(run, args)
     if evaluation is not None and metrics is not None:
-        evaluation.path = metrics.with_name("evaluation_prompts.jsonl")
+        evaluation.folder = metrics.parent
     if args.rank == args.world_size - 1:
         clock = StepClock(get_timers()("interval-time", log_level=0), args.log_interval)
         global_vars._GLOBAL_TENSORBOARD_WRITER = StepWriter(
@@ -77,13 +79,15 @@ def install(run: Run, args: Namespace, device: str, waiting: Waiting, seconds: R
     return load
 
 
-def _evaluate(evaluation: Evaluation | None, args: Namespace, iteration: int) -> None:
+def _evaluate(evaluation: Evaluation | None, args: Namespace, iteration: int) -> dict[str, float]:
     """As the engine does it for validation: the step's time stands still."""
-    if evaluation is not None and evaluation.due(iteration, args.train_iters):
-        timer = get_timers()("interval-time", log_level=0)
-        timer.stop()
-        evaluation.after(iteration)
-        timer.start(barrier=True)
+    if evaluation is None or not evaluation.due(iteration, args.train_iters):
+        return {}
+    timer = get_timers()("interval-time", log_level=0)
+    timer.stop()
+    figures = evaluation.after(iteration)
+    timer.start(barrier=True)
+    return figures
 
 
 def _metrics_file(run: Run, args: Namespace) -> Path | None:

@@ -88,6 +88,7 @@ class StepWriter:
         self._iteration, self._seconds = 0, 0.0
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._values: dict[str, Any] = {}
+        self._figures: dict[str, float] = {}
         self._expert_tokens: list[list[int]] = []
 
     def add_scalar(self, name: str, value: Any, iteration: int) -> None:
@@ -121,6 +122,11 @@ class StepWriter:
                             expert_imbalance_worst=load.worst, expert_imbalance_worst_layer=load.worst_layer,
                             **of_ranks)
 
+    def evaluated(self, figures: dict[str, float]) -> None:
+        """Figures of questions that were asked after this step; TensorBoard has them already."""
+        self._values.update(figures)
+        self._figures = figures
+
     def finish_step(self, skipped: bool = False, loss_scale: float = 1.0) -> dict[str, Any]:
         """Write the step's line and return its metrics; called once after the engine has logged the step, with whether
         it skipped the step, and the scale of the next one's loss.
@@ -144,7 +150,7 @@ class StepWriter:
         logger.info("%s", _line(shown, last), extra={
             "shown": _short(shown, last, _SHORT), "status": _short(shown, last, _SHORT[:3]), "last": last,
             "step": self._iteration})
-        self._values, self._expert_tokens = {}, []
+        self._values, self._figures, self._expert_tokens = {}, {}, []
         self._divergence.check()
         return metrics
 
@@ -173,7 +179,7 @@ class StepWriter:
             charted |= {f"expert-imbalance/layer-{layer}": Imbalance.of([tokens]).worst
                         for layer, tokens in enumerate(self._expert_tokens)}
         if self._wandb is not None:
-            self._wandb.log(charted, self._iteration)
+            self._wandb.log(charted | self._figures, self._iteration)
         if self._tensorboard is not None and self._iteration % self._tensorboard_interval == 0:
             for name, value in charted.items():
                 self._tensorboard.add_scalar(name, value, self._iteration)

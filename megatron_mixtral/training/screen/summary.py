@@ -1,11 +1,11 @@
 """The first lines of a run, on rank 0: what is trained, on what, with how much memory, on which data."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from megatron_mixtral.data.datasets import InstructionFiles, blend_of, instruction_blend
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.planning import RunShape, fullest_stage, stage_memory
+from megatron_mixtral.training import preflight
 from megatron_mixtral.training.arguments import Run
 
 
@@ -14,16 +14,15 @@ def summary(run: Run, shape: RunShape | None, where: str, memory: int, identitie
     """Lines of a kind and its figures. `where` names device and collectives, `memory` is what the fullest
     device has in bytes, and `identities` has each data set's tokens.
     """
-    config, layout = run.config, run.layout
-    yield (f"model   Mixtral of {config.total_parameters / 1e6:.1f} M parameters "
-           f"({config.active_parameters / 1e6:.1f} M active)")
+    layout = run.layout
+    yield f"model   {run.model}"
     yield f"start   {run.start}"
     yield f"layout  {layout}, {layout.world} device(s), data parallel {layout.data_parallel}; {where}"
     if shape is not None:
         planned = stage_memory(shape, fullest_stage(shape))
         yield (f"memory  {human_size(planned.total)} planned of {human_size(memory)}: weights "
                f"{human_size(planned.weights)}, optimizer {human_size(planned.gradients + planned.optimizer)}, "
-               f"activations {human_size(planned.activations + planned.logits)}")
+               f"activations {human_size(planned.activations + planned.logits + planned.temporaries)}")
     yield from _data(run, shape, identities, steps)
     if run.engine.save and run.flags.log_level != "debug":
         yield f"logs    {run.engine.save}/logs/latest/rank_N.log: all that the ranks print"
@@ -40,14 +39,8 @@ def _data(run: Run, shape: RunShape | None, identities: Mapping[str, str], steps
     rows = [len(InstructionFiles(prefix)) for prefix in prefixes] if instruction else [
         count / shape.seq_length for count in counts]
     shares = [weight / sum(weights) for weight in weights] if weights else [row / sum(rows) for row in rows]
-    part = _part_trained_on(run.engine.named.get("--split")) if run.engine.data_path else 1.0
+    part = preflight.training_share(run.engine.named.get("--split")) if run.engine.data_path else 1.0
     for prefix, count, row, share in zip(prefixes, counts, rows, shares, strict=True):
         epochs = "" if steps is None or not row * part else (
             f", {steps * shape.global_batch_size * share / (row * part):.3g} epochs in {steps} steps")
         yield f"data    {prefix}: {count:,} tokens{epochs}"
-
-
-def _part_trained_on(split: Any) -> float:
-    """The training set's part of `--split 98,1,1`; the engine's default is 969, 30, 1."""
-    sizes = [float(word) for word in str(split or "969,30,1").replace("/", ",").split(",")]
-    return sizes[0] / sum(sizes)

@@ -8,6 +8,6 @@ if TYPE_CHECKING:
     from megatron_mixtral.weights.adapters import nf4
     from megatron_mixtral.weights.adapters.identity import FreshAdapters, fingerprint
     from megatron_mixtral.weights.adapters.peft_sink import FORMS, PeftSink
-    from megatron_mixtral.weights.adapters.peft_source import PeftSource
+    from megatron_mixtral.weights.adapters.peft_source import PeftSource, names_in
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

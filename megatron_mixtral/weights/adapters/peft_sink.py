@@ -5,6 +5,7 @@ The same adapters give the same bytes, whatever layout trained them.
 
 import json
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_mixtral.weights.adapters.peft_source import (
     ADAPTER_FILES,
     IDENTITY_FILE,
     fused_name,
+    names_in,
+    target_in,
 )
 from megatron_mixtral.weights.dtypes import FLOATS, cast
 from megatron_mixtral.weights.files import file_layout, safetensors
@@ -31,7 +34,9 @@ FORMS = ("per-expert", "v5")
 
 
 class PeftSink:
-    """A folder of PEFT's to be written at `target`. `form`: "per-expert", or "v5", as PEFT writes on transformers 5."""
+    """A folder of PEFT's to be written at `target`. `form`: "per-expert", or "v5", as PEFT writes on transformers 5; of
+    a dense model, whose names have no experts, either is the same.
+    """
 
     contents = ("adapters",)
 
@@ -42,15 +47,15 @@ class PeftSink:
 
     def plan(self, source: TensorSource, dtypes: dict[str, str]) -> Output:
         """One file of tensors, and the configuration."""
-        config = source.config
+        config, fused = source.config, self.fused and source.config.dense_config is None
         tensors = hf_tensors(config).values()
-        apart = [one for one in tensors if not (self.fused and one.rule.per_expert)]
-        found = [payload(whole(one), source, dtypes) for one in apart]
-        if self.fused:
+        apart = [one for one in tensors if not (fused and one.rule.per_expert)]
+        found = [payload(replace(whole(one), name=names_in(config, one)[0]), source, dtypes) for one in apart]
+        if fused:
             place = partial(fused_name, config)
             inside = sorted((one for one in tensors if one.rule.per_expert), key=place)
             found += [_fused(name, list(group), source, dtypes) for name, group in groupby(inside, place)]
-        beside = {ADAPTER_CONFIG: _peft_config(config, self.fused),
+        beside = {ADAPTER_CONFIG: _peft_config(config, fused),
                   IDENTITY_FILE: {"base": config.base, "quantized": config.quantized}}
         return Output({ADAPTER_FILES[0]: safetensors.lay_out(found)},
                       {CONFIG_FILE: config.to_json().encode(),
@@ -62,7 +67,7 @@ def _peft_config(config: AdapterConfig, fused: bool) -> dict[str, Any]:
     alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.base_name,
             "r": config.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-            "target_modules": list(config.targets)}
+            "target_modules": [target_in(config, name) for name in config.targets]}
     if not fused:
         return said
     up = "w1" in config.targets

@@ -22,7 +22,15 @@ from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import MappedFiles, Stored, load_torch, safetensors
 from megatron_mixtral.weights.protocols import Fragment, TensorSource
-from megatron_mixtral.weights.rules import PEFT_PREFIX, HFTensor, hf_tensors
+from megatron_mixtral.weights.rules import (
+    PACKED_QKV,
+    PEFT_PREFIX,
+    QKV,
+    HFTensor,
+    dense_name,
+    dense_target,
+    hf_tensors,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -41,6 +49,26 @@ def fused_name(config: AdapterConfig, tensor: HFTensor) -> str:
     *_, linear, letter, _ = tensor.name.split(".")
     inner = linear != "w2" and "w2" in config.targets
     return f"{PEFT_PREFIX}model.layers.{tensor.layer}.{FUSED_INNER if inner else FUSED}.{letter}.weight"
+
+
+def names_in(config: AdapterConfig, tensor: HFTensor) -> tuple[str, ...]:
+    """The names that a matrix may have in the file, the first as it is written: a dense model has its own.
+
+    Raises `ConfigError` where the model has q, k and v in one matrix, whose adapters PEFT would share.
+    """
+    kind = config.model_type
+    if config.dense_config is None:
+        return tensor.names()
+    if kind in PACKED_QKV and tensor.rule.name.startswith(QKV.name):
+        raise ConfigError(f"adapters of q_proj, k_proj or v_proj: a {kind} has the three in one matrix, of which PEFT "
+                          "trains one adapter, and so they have no form there; merge them into their base with "
+                          "merge-lora, or train other targets (--lora-target-modules o_proj,w1,w2,w3)")
+    return (dense_name(tensor.name, kind),)
+
+
+def target_in(config: MixtralConfig, linear: str) -> str:
+    """The name that a linear has among PEFT's `target_modules`."""
+    return linear if config.dense_config is None else dense_target(linear, config.model_type)
 
 
 class PeftSource(TensorSource):
@@ -82,9 +110,12 @@ class PeftSource(TensorSource):
                                       "adapters of one rank and alpha are read here")
         named = said.get("base_model_name_or_path")
         identity = read_json(self.where / IDENTITY_FILE) if (self.where / IDENTITY_FILE).is_file() else {}
+        model = base or self._base(named)
+        ours = {target_in(model, name): name for name in AdapterConfig.targets}
+        targets = self._targets(said.get("target_parameters") or ())
         return AdapterConfig.of(
-            base or self._base(named), rank=rank, alpha=float(alpha), base_name=named,
-            targets=self._targets(said.get("target_parameters") or ()), base=identity.get("base"),
+            model, rank=rank, alpha=float(alpha), base_name=named,
+            targets=tuple(ours.get(name, name) for name in targets), base=identity.get("base"),
             quantized=bool(identity.get("quantized")))
 
     def _base(self, named: Any) -> MixtralConfig:
@@ -116,11 +147,11 @@ class PeftSource(TensorSource):
 
     def _located(self, tensor: HFTensor) -> tuple[str, str, numpy.ndarray]:
         """Where a tensor is stored, its type, and its numbers in its shape."""
-        name = next((name for name in tensor.names() if name in self._tensors), None)
-        if name is None and tensor.rule.per_expert:
+        name = next((name for name in names_in(self.config, tensor) if name in self._tensors), None)
+        if name is None and tensor.rule.per_expert and self.config.dense_config is None:
             return self._fused(tensor)
         if name is None:
-            raise CheckpointError(f"{self.file}: {tensor.name} is missing")
+            raise CheckpointError(f"{self.file}: {names_in(self.config, tensor)[0]} is missing")
         stored = self._stored(name, tensor.shape)
         return name, stored.dtype, stored.data
 

@@ -74,7 +74,7 @@ class MergedSource(TensorSource):
         return self._name(tensor, "A") in self._matrices or self._packs(tensor)
 
     def _packs(self, tensor: HFTensor) -> bool:
-        return self._rounded and tensor.name.split(".")[-2] in _PACKED
+        return self._rounded and AdapterConfig.packs(tensor.name)
 
     def _name(self, tensor: HFTensor, letter: str) -> str:
         return PEFT_PREFIX + tensor.name.replace(".weight", f".lora_{letter}.weight")
@@ -85,7 +85,7 @@ class MergedSource(TensorSource):
         wide = FLOATS["float64" if "float64" in (stored, kind) else "float32"]
         numbers = numpy.dtype(f"<f{wide.itemsize}")
         a, b = (self._matrix(self._name(tensor, letter), wide.name) for letter in "AB")
-        old = numpy.concatenate(list(blocks(whole(tensor), self._base))).reshape(rows, columns)
+        old = _whole(tensor, self._base)
         new = old if stored == kind else numpy.empty((rows, columns), FLOATS[kind].carrier)
         step = max(1, BLOCK // columns)
         for at in range(0, rows, step):
@@ -102,11 +102,18 @@ class MergedSource(TensorSource):
         tensor = self._matrices.get(name)
         if tensor is None:
             return None
-        stored = numpy.concatenate(list(blocks(whole(tensor), self._adapter)))
+        stored = _whole(tensor, self._adapter).reshape(-1)
         return cast(stored, self._adapter.dtype(tensor), kind).view(f"<f{FLOATS[kind].itemsize}").reshape(tensor.shape)
 
 
-_PACKED = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")  # what --qlora packs
+def _whole(tensor: HFTensor, source: TensorSource) -> numpy.ndarray:
+    """A tensor's bit patterns, copied once: the largest are a hundred megabytes, and each thread has one."""
+    found, at = numpy.empty(tensor.shape, FLOATS[source.dtype(tensor)].carrier), 0
+    flat = found.reshape(-1)
+    for block in blocks(whole(tensor), source):
+        flat[at:at + block.size] = block.reshape(-1)
+        at += block.size
+    return found
 
 
 class _Both(MappedFiles):

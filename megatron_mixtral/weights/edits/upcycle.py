@@ -1,4 +1,4 @@
-"""A dense Mistral or Llama read as the Mixtral that it becomes: every expert a copy of its MLP, and a new router.
+"""A dense Mistral, Llama or InternLM2 read as the Mixtral that it becomes: each expert a copy of its MLP, a new router.
 
 With identical experts the weights of the chosen ones add up to one, so the Mixtral computes what the dense model did;
 training then makes the experts differ ("Sparse Upcycling", Komatsuzaki et al. 2022). Streamed like every conversion.
@@ -6,51 +6,32 @@ training then makes the experts differ ("Sparse Upcycling", Komatsuzaki et al. 2
 
 import dataclasses
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy
 
-from megatron_mixtral.config import MixtralConfig, read_json
+from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights.dtypes import FLOATS, cast
-from megatron_mixtral.weights.formats import HFSource
+from megatron_mixtral.weights.edits.dense import DenseSource
 from megatron_mixtral.weights.protocols import Fragment
-from megatron_mixtral.weights.rules import FC1, ROUTER, HFTensor, hf_tensors
+from megatron_mixtral.weights.rules import ROUTER, HFTensor
 
-DENSE = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # of an expert -> of the dense model's MLP
 BLOCK = 1 << 20  # numbers that get their noise at a time
-
-# What transformers assumes for keys that a config.json lacks, where it is not what it assumes for a Mixtral.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {"rms_norm_eps": 1e-6, "sliding_window": 4096},
-    "llama": {"rms_norm_eps": 1e-6, "intermediate_size": 11008, "num_key_value_heads": None,
-              "max_position_embeddings": 2048},
-}
-DENSE_ROPE_THETA = 10000.0
-FOREIGN = ("sliding_window",)  # keys that a Llama does not heed and a Mixtral does
+AUX_LOSS = 0.02  # the coefficient of the published Mixtrals
 
 
 def mixtral_of(directory: str | Path, experts: int = 8, top_k: int = 2) -> MixtralConfig:
     """The Mixtral that a dense model's config.json becomes. Raises `ConfigError` where no Mixtral computes the same."""
-    path = Path(directory) / "config.json"
-    dense = read_json(path)
-    kind = dense.get("model_type")
-    if kind not in DEFAULTS:
-        raise ConfigError(f"{path}: model_type is {kind!r}, expected {' or '.join(DEFAULTS)}; no Mixtral computes what "
-                          "another model does")
-    if kind == "llama":
-        dense = {key: value for key, value in dense.items() if key not in FOREIGN}
-    parameters = dense.get("rope_parameters") or {}
-    if dense.get("rope_theta") is None and parameters.get("rope_theta") is None:
-        dense = dense | {"rope_theta": DENSE_ROPE_THETA}
-    values = DEFAULTS[kind] | dense | {"model_type": "mixtral", "num_local_experts": experts,
-                                       "num_experts_per_tok": top_k, "router_aux_loss_coef": 0.02}
-    return MixtralConfig.from_hf_dict(values, where=str(path))
+    dense = MixtralConfig.from_hf_dir(directory)
+    if dense.dense_config is None:
+        raise ConfigError(f"{Path(directory) / 'config.json'}: model_type is 'mixtral', expected a dense model's, out "
+                          "of which a Mixtral can be made")
+    return dataclasses.replace(dense, num_local_experts=experts, num_experts_per_tok=top_k,
+                               router_aux_loss_coef=AUX_LOSS, dense_config=None)
 
 
-class UpcycledSource(HFSource):
+class UpcycledSource(DenseSource):
     """The Mixtral of `experts` experts that a dense Hugging Face directory becomes.
 
     The router is drawn from a normal distribution of standard deviation `router_std`. With `expert_noise` every expert
@@ -66,16 +47,6 @@ class UpcycledSource(HFSource):
         super().__init__(directory, mixtral_of(directory, experts, top_k))
         self._seed, self._router_std, self._noise = seed, router_std, expert_noise
 
-    def _stored(self) -> Iterable[HFTensor]:
-        return [_dense(tensor) for tensor in hf_tensors(self.config).values()
-                if tensor.rule is not ROUTER and tensor.expert == 0]
-
-    def dtype(self, tensor: HFTensor) -> str:
-        """The name of the type a tensor is stored in; a router has that of its layer's MLP."""
-        if tensor.rule is ROUTER:
-            tensor = hf_tensors(self.config)[FC1.hf_names(tensor.layer, 0)[0]]
-        return super().dtype(_dense(tensor))
-
     def fragments(self, tensor: HFTensor) -> list[Fragment]:
         """The whole tensor as one fragment: mapped, or made."""
         if tensor.rule is ROUTER:
@@ -84,7 +55,7 @@ class UpcycledSource(HFSource):
             kind = self.dtype(tensor)
             data = cast(values.view("<u4"), "float32", kind)
             return [Fragment(0, len(data), data, kind, f"the router of layer {tensor.layer}, from seed {self._seed}")]
-        found = super().fragments(_dense(tensor))
+        found = super().fragments(tensor)
         if tensor.rule.per_expert and self._noise:
             return [dataclasses.replace(one, data=self._noisy(one, self._draw(tensor))) for one in found]
         return found
@@ -110,11 +81,3 @@ class UpcycledSource(HFSource):
             noisy = values + scale * draw.standard_normal(len(values), numbers.type)
             new[at:at + BLOCK] = cast(noisy.view(wide.carrier), wide.name, kind)
         return new.reshape(fragment.data.shape)
-
-
-def _dense(tensor: HFTensor) -> HFTensor:
-    """The dense model's tensor that becomes this one: of an expert the MLP's, else the one of the same name."""
-    if not tensor.rule.per_expert:
-        return tensor
-    part = DENSE[tensor.name.split(".")[-2]]
-    return dataclasses.replace(tensor, name=f"model.layers.{tensor.layer}.mlp.{part}.weight")

@@ -20,7 +20,10 @@ RELEASE = "release"
 # What belongs to a model beside its weights and its config.json, in the names that are in use.
 COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-              "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt")
+              "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt",
+              # InternLM2's own code, which its config.json names and transformers runs; nothing here does.
+              "configuration_internlm2.py", "modeling_internlm2.py", "tokenization_internlm2.py",
+              "tokenization_internlm2_fast.py")
 
 
 def name_of(iteration: int | None) -> str:

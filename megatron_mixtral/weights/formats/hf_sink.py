@@ -16,9 +16,8 @@ from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files import file_layout, safetensors
 from megatron_mixtral.weights.formats.directory import companions_of, iteration_of
 from megatron_mixtral.weights.formats.hf_source import INDEX_FILE, SINGLE_FILE
-from megatron_mixtral.weights.plan import whole
+from megatron_mixtral.weights.plan import hf_slices
 from megatron_mixtral.weights.protocols import Output, TensorSource
-from megatron_mixtral.weights.rules import hf_tensors
 from megatron_mixtral.weights.streaming import payload
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
@@ -27,9 +26,9 @@ GENERATION = "generation_config.json"
 INTEGRITY = "integrity.json"  # the sums of a run's checkpoint (training/checkpoints)
 
 # Fields of config.json that say how to compute; the template's must equal the checkpoint's.
-ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "rope_theta",
-                "rms_norm_eps", "sliding_window", "tie_word_embeddings")
+ARCHITECTURE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok",
+                "rope_theta", "rms_norm_eps", "sliding_window", "tie_word_embeddings")
 
 
 def parse_size(text: str) -> int:
@@ -55,11 +54,11 @@ class HFSink:
 
     def plan(self, source: TensorSource, dtypes: dict[str, str]) -> Output:
         """Shards of at most `max_shard_size`, their index (for several) and config.json."""
-        config_json = self._config_json(source.config, max(sorted(set(dtypes.values())), key=lambda kind:
-                                                           FLOATS[kind].itemsize))
+        config_json, text = self._config_json(source.config, max(sorted(set(dtypes.values())), key=lambda kind:
+                                                                 FLOATS[kind].itemsize))
         shards: list[list[file_layout.Payload]] = [[]]
         size = 0
-        for tensor in map(whole, hf_tensors(source.config).values()):
+        for tensor in hf_slices(source.config):
             one = payload(tensor, source, dtypes)
             if shards[-1] and size + one.size > self.limit:
                 shards.append([])
@@ -68,7 +67,7 @@ class HFSink:
             size += one.size
         names = [SINGLE_FILE] if len(shards) == 1 else [
             f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        contents = {"config.json": config_json}
+        contents: dict[str, Any] = {}
         companions = () if self.template is None else tuple(companions_of(self.template))
         if not any(path.name == GENERATION for path in (*companions, *source.companions)):
             contents[GENERATION] = {"_from_model_config": True, **{
@@ -78,24 +77,28 @@ class HFSink:
             contents[INDEX_FILE] = {"metadata": {"total_size": sum(one.size for shard in shards for one in shard)},
                                     "weight_map": dict(sorted(weight_map.items()))}
         return Output({name: safetensors.lay_out(shard) for name, shard in zip(names, shards, strict=True)},
-                      {"README.md": model_card(source).encode(), **{
+                      {"README.md": model_card(source).encode(), "config.json": text.encode(), **{
                           name: (json.dumps(value, indent=2) + "\n").encode() for name, value in contents.items()}},
                       companions)
 
-    def _config_json(self, config: MixtralConfig, dtype: str) -> dict[str, Any]:
-        """Contents of config.json. Raises `ConfigError` for a template that describes another network."""
-        if self.template is None:
-            return config.to_hf_dict(dtype=dtype)
-        path = self.template / "config.json"
-        contents = read_json(path)
-        other = MixtralConfig.from_hf_dict(contents, where=str(path))
-        for name in ARCHITECTURE:
-            ours, theirs = getattr(config, name), getattr(other, name)
-            if ours != theirs:
-                raise ConfigError(f"{path}: {name} is {theirs}, but the checkpoint's is {ours}; the folder given is of "
-                                  "another model")
-        keys = [key for key in ("dtype", "torch_dtype") if key in contents] or ["torch_dtype"]
-        return contents | dict.fromkeys(keys, dtype)
+    def _config_json(self, config: MixtralConfig, dtype: str) -> tuple[dict[str, Any], str]:
+        """Contents of config.json, and how they are written: the template's or the dense model's own text, unless the
+        weights have another type than it says. Raises `ConfigError` for a template that describes another network.
+        """
+        contents, text = config.to_hf_dict(dtype=dtype), config.dense_config
+        if self.template is not None:
+            path = self.template / "config.json"
+            found = read_json(path)
+            other, text = MixtralConfig.from_hf_dict(found, where=str(path)), path.read_bytes().decode("utf-8")
+            for name in ARCHITECTURE:
+                ours, theirs = getattr(config, name), getattr(other, name)
+                if ours != theirs:
+                    raise ConfigError(f"{path}: {name} is {theirs}, but the checkpoint's is {ours}; the folder given "
+                                      "is of another model")
+            contents = found | dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in found] or
+                                             ["torch_dtype"], dtype)
+        same = text is not None and json.loads(text) == contents
+        return contents, text if same else json.dumps(contents, indent=2) + "\n"
 
 
 def model_card(source: TensorSource) -> str:
@@ -103,9 +106,11 @@ def model_card(source: TensorSource) -> str:
     far as the source knows them. No path above the checkpoint's folder is in it.
     """
     config, args = source.config, getattr(source, "args", None)
-    rows = {"parameters": f"{config.total_parameters / 1e6:.1f} M, {config.active_parameters / 1e6:.1f} M of them for "
-                          f"a token; {config.num_local_experts} experts in each of {config.num_hidden_layers} layers",
-            "made from": f"{source.where.parent.name}/{source.where.name}"}
+    size, kind = f"{config.total_parameters / 1e6:.1f} M", config.model_type
+    if kind == "mixtral":
+        size += (f", {config.active_parameters / 1e6:.1f} M of them for a token; {config.num_local_experts} experts in "
+                 f"each of {config.num_hidden_layers} layers")
+    rows = {"parameters": size, "made from": f"{source.where.parent.name}/{source.where.name}"}
     sums = source.where / INTEGRITY
     if sums.is_file():
         rows[f"sha256 of its {INTEGRITY}"] = hashlib.sha256(sums.read_bytes()).hexdigest()
@@ -121,8 +126,8 @@ def model_card(source: TensorSource) -> str:
         rows["layout"] = ", ".join([*sizes, f"{getattr(args, 'world_size', '?')} devices"])
     rows["versions"] = ", ".join([f"megatron_mixtral {__version__}", *map(_version, ("megatron-core", "torch"))])
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return ("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [mixtral, moe]\n---\n\n"
-            "# Mixtral\n\n"
+    return ("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [" +
+            ("mixtral, moe]\n---\n\n# Mixtral\n\n" if kind == "mixtral" else f"{kind}]\n---\n\n# {kind}\n\n") +
             "Exported by megatron_mixtral. Say here what it is for, what it cannot do, and its licence.\n\n"
             f"| | |\n|---|---|\n{table}\n"
             "```python\nfrom transformers import pipeline\n\n"

@@ -93,8 +93,8 @@ class HFSource(TensorSource):
         self._check_tied_copy(used)
         extra = [n for n in self._files if n not in used and not n.endswith(IGNORABLE_HF_SUFFIXES)]
         if extra:
-            raise CheckpointError(f"{self.where / self._files[extra[0]]}: {len(extra)} tensors that a Mixtral of this "
-                                  f"config.json does not have, first {extra[0]}")
+            raise CheckpointError(f"{self.where / self._files[extra[0]]}: {len(extra)} tensors that no "
+                                  f"{self.config.model_type} of this config.json has, first {extra[0]}")
 
     def _stored(self) -> Iterable[HFTensor]:
         """The tensors that must be in the files."""

@@ -127,7 +127,7 @@ def test_a_list_of_end_tokens_gives_the_first():
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"model_type": "llama"}, "expected model_type 'mixtral', found 'llama'"),
+    ({"model_type": "qwen2"}, "a dense relative (mistral, llama, internlm2), found 'qwen2'"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),

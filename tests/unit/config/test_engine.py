@@ -16,7 +16,7 @@ CONFIGS = {
 }
 # What the architecture does not say: the engine's arguments have it elsewhere, or not at all.
 DEFAULTS = {"router_aux_loss_coef": 0.02, "router_jitter_noise": 0.0, "initializer_range": 0.02, "bos_token_id": 1,
-            "eos_token_id": 2}
+            "eos_token_id": 2, "dense_config": None}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

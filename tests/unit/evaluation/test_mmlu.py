@@ -1,6 +1,7 @@
 """MMLU from folders: what is read, what is refused with its line, and what lm-eval makes of it."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,45 @@ def test_the_examples_are_the_first_five_of_dev_and_the_letters_stand_for_their_
     expected = [(head + examples + asked(row), f" {letter}") for row in rows("test") for letter in "ABCD"]
     assert [one.args for one in task.instances] == expected
     assert [task.doc_to_target(doc) for doc in task.test_docs()] == ["ABCD".index(row[5]) for row in rows("test")]
+
+
+def test_modellinks_prompt_and_its_search_for_a_letter(folder) -> None:
+    """Its prompt: two spaces in the first line, no empty line but before the question, nothing stripped. Its search, as
+    it is written there: two patterns from the beginning of the answer, an exception for none.
+    """
+    from lm_eval.tasks import TaskManager
+
+    mmlu = read_mmlu(folder)
+    tasks = TaskManager(include_defaults=False).load([mmlu.tasks(method="modellink")["mmlu_anatomy"]])["tasks"]
+    [task] = tasks.values()
+    task.build_all_requests()
+
+    def asked(one) -> str:
+        a, b, c, d = one.choices
+        return f"{one.question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
+
+    head = "The following are multiple choice questions (with answers) about  anatomy.\n"
+    examples = head + "\n".join(asked(one) + " " + "ABCD"[one.answer] for one in mmlu.subjects["anatomy"]["dev"])
+    test = mmlu.subjects["anatomy"]["test"]
+    assert [one.args[0] for one in task.instances] == [f"{examples}\n\n{asked(one)}" for one in test]
+    assert [one.args[1] for one in task.instances] == [{"until": [], "max_gen_toks": 1, "do_sample": False}] * len(test)
+
+    def theirs(answer: str) -> str:
+        for pattern in (r".*(?P<answer>[A|B|C|D])\..*", r"(?P<answer>[A|B|C|D])"):
+            try:
+                return re.match(pattern, answer.lstrip()).group("answer")
+            except AttributeError:
+                continue
+        return "[invalid]"
+
+    answers = ["B", " B", "\n\nC", "B. a\nD. b", "The answer is C. Not D.", "(A)", "", "E", "|", "AB.", "x\nB.", "b",
+               " A|. D", "D.", "Because", "It is A.", "A"]
+    [one_filter] = [one for one in task._filters if one.name == "letter"]
+    for number, (instance, answer) in enumerate(zip(task.instances * 5, answers, strict=False)):
+        instance.resps = [answer]
+        one_filter.apply([instance])
+        assert instance.filtered_resps["letter"] == theirs(answer), (number, answer)
+    assert {theirs(answer) for answer in answers} == {"A", "B", "C", "D", "|", "[invalid]"}
 
 
 def test_all_forms_of_a_folder_hold_the_same(folder, tmp_path) -> None:

@@ -44,6 +44,19 @@ class Oracle:
             yield place, Completion(tuple(ids), 0, (), "", tuple(scores), "scored")
 
 
+class Writer(Oracle):
+    """The same, asked for a text of one token: the right letter, the one after it, or none."""
+
+    def completions(self, prompts: list[list[int]], params: list[Any]) -> Any:
+        for place, (ids, asked) in enumerate(zip(prompts, params, strict=True)):
+            assert ids[0] == self.tokenizer.bos_id and (asked.max_tokens, asked.temperature, asked.n) == (1, 0.0, 1)
+            question = self.tokenizer.decode(ids[1:]).rpartition("\n\n")[2].partition("\nA. ")[0]
+            place_of = "ABCD".index(self.answers[question])
+            letter = {"knows": "ABCD"[place_of], "contrary": "BCDA"[place_of], "silent": "?"}[self.kind]
+            new = self.tokenizer.encode(letter)[-1]
+            yield place, Completion(tuple(ids), 0, (new,), letter, (), "length")
+
+
 @pytest.fixture(scope="module")
 def mmlu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read_mmlu(write_mmlu(tmp_path_factory.mktemp("tasks") / "mmlu", SUBJECTS, QUESTIONS))
@@ -78,6 +91,17 @@ def test_what_a_model_knows_is_what_is_measured(kind, accuracy, mmlu, tmp_path) 
     assert f"These are {4 * QUESTIONS} questions of 4 subjects; MMLU has 14042 of 57." in report.remarks(whole, True)
 
 
+@pytest.mark.parametrize(("kind", "accuracy"), [("knows", 1.0), ("contrary", 0.0), ("silent", 0.0)])
+def test_modellinks_procedure_counts_letters(kind, accuracy, mmlu, tmp_path) -> None:
+    parts = evaluate(Harness(Writer(mmlu, kind)), mmlu.tasks(method="modellink"), tmp_path, depends())
+    whole = report.assemble(parts, depends(), is_mmlu=True)
+    assert whole["groups"]["mmlu"] == {
+        "alias": "mmlu", "exact_match,letter": accuracy, "exact_match_stderr,letter": 0.0}
+    table = report.table(whole, report.published(preset("mixtral-8x7b"), "exact_match,letter"))
+    assert table.splitlines()[2] == f"| MMLU | {4 * QUESTIONS} | 0.7060 | {accuracy:.4f} | 0.0000 |"
+    assert len(table.splitlines()) == 2 + 1 + 4 + 4
+
+
 def test_a_killed_evaluation_goes_on_and_gives_the_same(mmlu, tmp_path) -> None:
     whole = run(mmlu, Oracle(mmlu, "uniform"), tmp_path / "whole", depends(), limit=3)
     with pytest.raises(KeyboardInterrupt):
@@ -100,6 +124,15 @@ def test_what_could_explain_a_gap_is_said() -> None:
     assert "3 of 8 contexts were longer than 512 tokens" in cut and "first 2 questions" in limit
     whole |= {"config": depends(), "tokens": {"truncated": 0, "requests": 8}}
     assert report.remarks(whole, is_mmlu=False) == []
+
+
+def test_figures_with_adapters_depend_on_them(tmp_path) -> None:
+    """And those without say nothing of adapters, as before."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    tokenizer = SimpleNamespace(sha256="", bos_id=1)
+    (plain, found) = (report.depends_on(preset("tiny"), tmp_path, tokenizer, adapter, limit=None)
+                      for adapter in (None, tmp_path))
+    assert found == plain | {"adapter": str(tmp_path), "adapter_fingerprint": report.fingerprint(tmp_path)}
 
 
 def test_the_fingerprint_is_of_names_sizes_and_both_ends(tmp_path) -> None:

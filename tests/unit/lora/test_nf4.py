@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.lora.nf4 import STEP, Packed, Slot, pack, unpack
+from megatron_mixtral.lora.nf4 import STEPS, Packed, Slot, pack, unpack
 from megatron_mixtral.weights.adapters import nf4 as table
 
 
@@ -53,7 +53,7 @@ def test_shards_of_rows_and_of_whole_blocks_are_those_of_the_whole() -> None:
 
 
 def test_more_than_a_step_and_packing_twice() -> None:
-    dense = weights(2, STEP // 128 + 3, 128, dtype=torch.bfloat16)
+    dense = weights(2, STEPS["cpu"] // 128 + 3, 128, dtype=torch.bfloat16)
     once = unpack(*pack(dense), torch.bfloat16)
     assert torch.equal(once, torch.stack([unpack(*pack(one), torch.bfloat16) for one in dense]))
     assert (once - dense).abs().max() < 0.02 and torch.equal(unpack(*pack(once), torch.bfloat16), once)

@@ -12,6 +12,9 @@ from helpers.fake_engine import WORDS, fake_generator
 from helpers.malformed import malformed
 from helpers.serving import post, serving, tokenizer_and_prompts
 
+from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.server.settings import Settings
+
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -48,6 +51,24 @@ def test_models(server):
         client.models.retrieve("gpt-9")
     with pytest.raises(openai.NotFoundError, match="model 'gpt-9' is not here"):
         client.completions.create(model="gpt-9", prompt="x")
+
+
+def test_a_model_and_its_adapters(parts):
+    """Two names; what is asked for decides whether the engine takes the adapters."""
+    with serving(fake_generator(parts[0]), parts[1], adapter="tuned") as both:
+        asked, add = [], both.engine.add
+        both.engine.add = lambda name, ids, params: (asked.append(params.adapter), add(name, ids, params))
+        client = both.client()
+        assert [model.id for model in client.models.list()] == ["tiny", "tuned"]
+        for name in ("tiny", "tuned"):
+            answer = client.chat.completions.create(model=name, messages=HELLO, max_tokens=2)
+            assert answer.model == name == client.models.retrieve(name).id
+        status, answer = post(both, "/v1/completions", {"prompt": "x", "max_tokens": 2})
+        assert (status, answer["model"], asked) == (200, "tiny", [False, True, False])
+        with pytest.raises(openai.NotFoundError, match="is not here; this server has 'tiny' and 'tuned'"):
+            client.completions.create(model="gpt-9", prompt="x")
+    with pytest.raises(ConfigError, match="are both called 'one': give another --served-adapter-name"):
+        Settings(model="one", adapter="one")
 
 
 def test_a_completion(server, parts):
@@ -135,9 +156,9 @@ def test_sixteen_at_once(server):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_its_slots(held, stream):
+def test_a_client_that_goes_frees_its_slots(held, monkeypatch, stream):
     """While it waits as well as while it is written."""
-    held.engine.max_length = 10**9  # no answer ends by itself
+    monkeypatch.setattr(held.engine, "max_length", 10**9)  # no answer ends by itself
     body = json.dumps({"messages": HELLO, "n": 3, "stream": stream}).encode()
     for running in (False, True):
         connection = socket.create_connection(("127.0.0.1", int(held.address.rpartition(":")[2])))
@@ -148,10 +169,8 @@ def test_a_client_that_goes_frees_its_slots(held, stream):
             held.engine.gate.set()
             until(lambda: held.engine.running == 3)
         connection.close()
-        until(lambda: not held.engine.has_work)
-        assert not held.desk._open
+        until(lambda: not held.engine.has_work and not held.desk._open, "a slot was not given back")
         held.engine.gate.clear()
-    held.engine.max_length = 64
 
 
 @pytest.mark.parametrize(("path", "body", "message"), [

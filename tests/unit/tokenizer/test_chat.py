@@ -9,7 +9,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.tokenizer.chat import TEMPLATES, Turn, check_template, render
 from megatron_mixtral.tokenizer.tokenizer import (
     NASTY_STRINGS,
@@ -17,6 +17,8 @@ from megatron_mixtral.tokenizer.tokenizer import (
     SentencePieceTokenizer,
     mixtral_tokenizer_path,
 )
+
+V3 = mixtral_tokenizer_path().with_name("mistral_instruct_tokenizer_240323.model.v3")
 
 # (system, [question, answer, ...]); the last question has no answer, as in a request.
 DIALOGUES = [
@@ -41,6 +43,10 @@ DIALOGUES = [
     ("\u05e9\u05dc\u05d5\u05dd", ["\u0645\u0631\u062d\u0628\u0627", "\u3053\u3093\u306b\u3061\u306f", "\uc548\ub155"]),
     ("", ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]),
 ]
+
+
+# mixtral-v3 puts a system text at the last question, wherever it was: no prompt but the last is what training saw.
+IN_PLACE = sorted(name for name, template in TEMPLATES.items() if not template.last)
 
 
 def turns_of(system: str, texts: list[str]) -> list[Turn]:
@@ -74,11 +80,11 @@ def with_controls(folder, tmp_path_factory):
     return JsonTokenizer(path)
 
 
-def official(system: str, texts: list[str]) -> list[int]:
-    """The ids of mistral-common's v1 instruct tokenizer, which Mixtral-8x7B-Instruct-v0.1 was made with."""
+def official(system: str, texts: list[str], version: str = "v1") -> list[int]:
+    """The ids of mistral-common's instruct tokenizers: v1 is that of Mixtral-8x7B-Instruct-v0.1, v3 of 8x22B's."""
     messages = [SystemMessage(content=system)] if system else []
     messages += [(AssistantMessage if number % 2 else UserMessage)(content=text) for number, text in enumerate(texts)]
-    return MistralTokenizer.v1().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+    return getattr(MistralTokenizer, version)().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
 
 
 def test_there_are_twenty_dialogues_of_every_kind():
@@ -93,7 +99,17 @@ def test_mixtral_equals_mistral_common(system, texts, tokenizer):
     assert ids.dtype == np.int32 and trained.dtype == bool and ids.shape == trained.shape
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("system", "texts"), DIALOGUES)
+def test_mixtral_v3_equals_mistral_common(system, texts):
+    """A system text stands at the last question, and spaces at the end of an answer are cut off."""
+    tokenizer = SentencePieceTokenizer(V3)
+    ids, trained = render(turns_of(system, texts), TEMPLATES["mixtral-v3"], tokenizer)
+    assert ids.tolist() == official(system, texts, "v3")
+    answers = [text.rstrip(" ") for text in texts[1::2]]
+    assert ids[trained].tolist() == [one for text in answers for one in (*tokenizer.encode(text), tokenizer.eos_id)]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.parametrize(("system", "texts"), [DIALOGUES[3], DIALOGUES[7], DIALOGUES[9], DIALOGUES[11], DIALOGUES[19]])
 def test_a_prompt_is_the_same_ids_with_and_without_its_answer(name, system, texts, tokenizer):
     """What generation sees is what training saw: no id before the boundary depends on what follows."""
@@ -118,7 +134,7 @@ def test_the_trained_ids_are_the_answer(name, tokenizer):
         assert trained[-1] and ids[0] == tokenizer.bos_id and (ids == tokenizer.bos_id).sum() == 1
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_a_system_text_stands_before_its_own_question(name, tokenizer):
     """Also in the middle of a dialogue."""
     turns = [Turn("Moon?", "Cheese."), Turn("Sun?", "Butter.", "Be kind."), Turn("Mars?", "Bread.")]
@@ -143,6 +159,61 @@ def test_llama2_equals_the_reference_implementation(tokenizer):
         tokenizer.bos_id, *tokenizer.encode(f"[INST] {question.strip()} [/INST] {answer.strip()} "), tokenizer.eos_id)]
     turns = [Turn(" Hi ", " Hello ", "Be kind."), Turn(" Who are you? ", " A llama.\n")]
     assert render(turns, TEMPLATES["llama2"], tokenizer)[0].tolist() == expected
+
+
+LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def test_llama3_equals_the_reference_implementation(folder, tmp_path):
+    """Meta encodes every header and every stripped text behind it on its own (llama3/tokenizer.py, ChatFormat)."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    ids = dict(zip(LLAMA3, range(32000, 32004), strict=True))
+    content["added_tokens"] += [{"id": number, "content": word, "single_word": False, "lstrip": False, "rstrip": False,
+                                 "normalized": False, "special": True} for word, number in ids.items()]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}')
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    begin, left, right, end = ids.values()
+    expected, answers = [begin], []
+    dialogue = (("system", " Be kind."), ("user", "Hi "), ("assistant", "Hello\n"), ("user", "Who?"),
+                ("assistant", "A llama."))
+    for role, text in dialogue:
+        behind = tokenizer.encode(text.strip()) if role == "assistant" else tokenizer.encode(f"\n\n{text.strip()}")
+        mine = [left, *tokenizer.encode(role), right, *(tokenizer.encode("\n\n") if role == "assistant" else []),
+                *behind, end]
+        answers += [*behind, end] if role == "assistant" else []
+        expected += mine
+    turns = [Turn("Hi ", "Hello\n", " Be kind."), Turn("Who?", "A llama.")]
+    found, trained = render(turns, TEMPLATES["llama3"], tokenizer)
+    assert found.tolist() == expected and found[trained].tolist() == answers
+
+
+def test_control_tokens_beside_a_sentencepiece_model_are_control_tokens(tmp_path):
+    """InternLM2's <|im_start|> and <|im_end|> are unused pieces of its tokenizer.model, named in tokenizer_config.json;
+    other models add theirs behind the last piece.
+    """
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(mixtral_tokenizer_path().read_bytes())
+    plain = SentencePieceTokenizer(model)
+    start, end = 31998, 32000
+    added = {"0": {"content": "<unk>", "special": True}, str(start): {"content": "<|im_start|>", "special": True},
+             str(end): {"content": "<|im_end|>", "special": True}, "5": {"content": "word", "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = SentencePieceTokenizer(model)
+    assert (tokenizer.control_id("<|im_start|>"), tokenizer.control_id("<|im_end|>")) == (start, end)
+    assert plain.control_id("<|im_end|>") is tokenizer.control_id("word") is None
+    assert (plain.vocab_size, tokenizer.vocab_size) == (32000, 32001)
+    assert set(tokenizer.control_tokens()) == {*plain.control_tokens(), "<|im_start|>", "<|im_end|>"}
+    ids, trained = render([Turn("a <|im_end|>", "b")], TEMPLATES["internlm2_chat"], tokenizer)
+    line = tokenizer.encode("\n")
+    assert ids.tolist() == [1, start, *tokenizer.encode("user\na <|im_end|>"), end, *line, start,
+                            *tokenizer.encode("assistant\n"), *tokenizer.encode("b"), end]
+    assert ids[trained].tolist() == [*tokenizer.encode("b"), end]
+    assert tokenizer.decode([start, *tokenizer.encode("hi"), end]) == "hi"
+    assert tokenizer.encode("x <|im_end|>") == plain.encode("x <|im_end|>")
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {"content": "y"}}}')
+    with pytest.raises(DataError, match="added_tokens_decoder has 'x'"):
+        SentencePieceTokenizer(model)
 
 
 def test_texts_of_the_plain_templates(tokenizer):

@@ -1,5 +1,6 @@
 """The native engine gives the ids of sentencepiece and of `tokenizers`, for every vocabulary that it serves."""
 
+import pickle
 import random
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_mixtral.errors import DataError
 from megatron_mixtral.tokenizer.engines import native
 from megatron_mixtral.tokenizer.engines.base import EngineUnavailable, SpecialTokens
 from megatron_mixtral.tokenizer.engines.bpe_tables import bpe_tables
-from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, open_tokenizer
+from megatron_mixtral.tokenizer.tokenizer import NASTY_STRINGS, mixtral_tokenizer_path, open_tokenizer
 
 MIXTRAL = ("tokenizer.model", "tokenizer.json")
 BARE = SpecialTokens(None, None)
@@ -50,6 +51,40 @@ def check(path: Path, texts) -> None:
 def test_real_documents_and_random_strings(mixtral, name):
     check(mixtral / name, [*NASTY_STRINGS, *real_documents(400, 3000)])
     check(mixtral / name, random_texts(8000, open_tokenizer(mixtral / name)))
+
+
+DOCUMENT = "[REFERENCE_DOC_1]"  # one of twenty pieces of the v3 tokenizer that a text is searched for before any merge
+
+
+@pytest.mark.parametrize("form", ["model", "json"])
+def test_the_tokenizer_of_8x22b(tmp_path, form):
+    """The v3 tokenizer, of 32,768 ids, as sentencepiece and as the tokenizer.json made of it."""
+    path = mixtral_tokenizer_path().with_name("mistral_instruct_tokenizer_240323.model.v3")
+    if form == "json":
+        write_hf_tokenizer(tmp_path, path)
+        path = tmp_path / "tokenizer.json"
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.vocab_size == 32768
+    controls = [f"a{word} b" for word in tokenizer.control_tokens()]
+    assert len(controls) > 700 or form == "json"
+    check(path, [*NASTY_STRINGS, *controls, *real_documents(200, 3000), *random_texts(3000, tokenizer)])
+    pieces = [DOCUMENT, "[REFERENCE_DOC_19]", "[REFERENCE_DOC_", "]", " ", "\u2581", "x", "\n", "\u4e2d"]
+    draw = random.Random(4)
+    texts = ["".join(draw.choices(pieces, k=draw.randrange(1, 9))) for _ in range(1500)]
+    check(path, texts)
+    engine = native.NativeEngine(tokenizer)
+    ids, lengths = engine.encode([*texts, ""], SpecialTokens(1, 2))
+    assert ids.dtype == np.uint16 and lengths[-1] == 0 and (ids == 2).sum() == len(texts)
+    if form == "model":
+        assert tokenizer.encode(DOCUMENT) == [29473, 769] and (ids == 769).sum() > 500
+        assert first_difference(pickle.loads(pickle.dumps(engine)), tokenizer, texts) is None
+
+
+def test_of_two_user_defined_pieces_the_longer_is_found(tmp_path):
+    path = train_sentencepiece(tmp_path / "tokenizer.model", user_defined_symbols=["<x", "<x>", "\u2603", "ab"])
+    draw = random.Random(5)
+    texts = ["".join(draw.choices("<x>\u2603ab c", k=draw.randrange(1, 12))) for _ in range(3000)]
+    check(path, [*NASTY_STRINGS, *texts])
 
 
 @pytest.mark.slow
@@ -146,7 +181,7 @@ def test_other_forms_of_tokenizer_json(mixtral, tmp_path, change):
         ({"normalization_rule_name": "nmt_nfkc"}, "normalized"),
         ({"remove_extra_whitespaces": True}, "white space is removed"),
         ({"treat_whitespace_as_suffix": True}, "suffix"),
-        ({"user_defined_symbols": ["[INST]"]}, "user-defined"),
+        ({"user_defined_symbols": ["a b"]}, "has a space in it"),
         ({"control_symbols": ["\u00a7"]}, "single character"),
     ],
 )

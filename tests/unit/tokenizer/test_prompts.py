@@ -155,7 +155,8 @@ def test_a_sentencepiece_file_takes_a_models_template_too(tmp_path):
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
 def test_every_template_of_ours_asks_as_training_does(name, tmp_path):
-    folder = write_model(tmp_path, "{{ never }}")
+    needed = chat.TEMPLATES[name].controls if chat.TEMPLATES[name].needs_controls else ()
+    folder = write_model(tmp_path, "{{ never }}", controls=needed)
     tokenizer = ours(folder)
     prompts = chat_prompts(tokenizer, folder, name)
     turns = [chat.Turn("a", "b", "s"), chat.Turn("c", None)]
@@ -227,7 +228,7 @@ def test_messages_that_no_model_is_asked(tmp_path):
                            (["system"], "last message is system's"), ([], "there are no messages")):
         with pytest.raises(DataError, match=message):
             prompts.prompt([{"role": role, "content": "x"} for role in roles])
-    with pytest.raises(ConfigError, match="--prompt-template none is not one of: model, mixtral, chatml"):
+    with pytest.raises(ConfigError, match="--prompt-template none is not one of: model, mixtral, mixtral-v3, chatml"):
         chat_prompts(ours(folder), folder, "none")
     with pytest.raises(ConfigError, match="brings no chat template; name one of ours: mixtral"):
         chat_prompts(ours(folder), folder, "model")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -46,8 +47,6 @@ def test_checkpoint_gives_the_model(tmp_path: Path) -> None:
 def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     hf.mkdir()
-    import json
-
     (hf / "config.json").write_text(json.dumps(preset("tiny").to_hf_dict()))
     argv = ["--hf-checkpoint", str(hf), "--load", checkpoint(tmp_path / "run", preset("tiny"), tracker=False)]
     assert resolve(argv, {}).load_hf
@@ -117,8 +116,8 @@ def test_dry_run_says_what_would_run_and_starts_nothing() -> None:
     assert first == ("Mixtral of 46702.8 M parameters (12879.9 M active) on tp1-pp8-ep2, 16 device(s), "
                      "data parallel 2; start: random weights")
     kinds = [line.split(":")[0] for line in needs]
-    assert kinds == ["batch", "parameters per device", "memory per device", "sent per device and step",
-                     "pipeline bubble"]
+    assert kinds == ["batch", "parameters per device", "memory per device", "training state per device",
+                     "sent per device and step", "pipeline bubble"]
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
@@ -158,6 +157,43 @@ def test_help_has_every_flag_of_ours_under_its_task_and_the_engines_in_its_words
         assert f"\n  --{item.name.replace('_', '-')}" in ours, item.name
     engines = help_of(["--help-engine"], "pretrain")
     assert "--adam-beta1 " in engines and "%" in engines and help_of(["--model", "tiny"], "pretrain") is None
+
+
+DENSE = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def test_a_dense_model_has_nothing_to_balance(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(DENSE))
+    given = ["--hf-checkpoint", str(hf)]
+    run = resolve(given, {})
+    assert run.model.startswith("llama of 0.0 M parameters, as a Mixtral of one expert")
+    defaults = engine_defaults(run, "local", "gloo")
+    assert defaults["moe_aux_loss_coeff"] == 0 and defaults["moe_router_pre_softmax"] is True
+    for words in (["--moe-aux-loss-coeff", "0.01"], ["--moe-z-loss-coeff", "1e-3"], ["--moe-input-jitter-eps", "0.1"],
+                  ["--moe-expert-capacity-factor", "1.0"]):
+        with pytest.raises(ConfigError, match=f"{words[0]} .* is about a choice among experts, and a llama is"):
+            resolve([*given, *words], {})
+    assert resolve([*given, "--moe-aux-loss-coeff", "0"], {}).config == run.config
+    for words, sentence in ((["--expert-model-parallel-size", "2"], "num_local_experts 1 is not divisible by ep 2"),
+                            (["--seq-length", "65"], "--seq-length 65 is longer"),
+                            (["--lora-rank", "4", "--lora-target-modules", "gate"], "and has no router")):
+        with pytest.raises(ConfigError, match=sentence):
+            resolve([*given, *words], {"WORLD_SIZE": "2"})
+    # A Mistral of the same sizes is another model; the same Llama whose config.json says another type of its numbers is
+    # not.
+    for change, refused in (({"model_type": "mistral", "rms_norm_eps": 1e-6, "sliding_window": None}, True),
+                            ({"torch_dtype": "bfloat16"}, False)):
+        config = MixtralConfig.from_hf_dict(DENSE | change)
+        argv = [*given, "--load", checkpoint(tmp_path / f"run-{refused}", config, tracker=False)]
+        if not refused:
+            assert resolve(argv, {}).config.model_type == "llama"
+            continue
+        with pytest.raises(ConfigError, match="has model_type mistral, .* has llama: they are different models"):
+            resolve(argv, {})
+    assert config.to_hf_dict("float16") == DENSE | {"torch_dtype": "float16"}
 
 
 def test_defaults_that_matter() -> None:

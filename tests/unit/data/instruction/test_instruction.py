@@ -232,7 +232,7 @@ def test_nothing_usable_is_an_error(tmp_path):
     (["--seq-length", "100"], "give --handler-name"),
     (["--handler-name", "auto", "--num-shards", "2"], "--num-shards: for plain text"),
     (["--prompt-type", "mixtral"], "give --handler-name"),
-    (["--handler-name", "auto", "--prompt-type", "vicuna"], "not one of: mixtral, chatml"),
+    (["--handler-name", "auto", "--prompt-type", "vicuna"], "not one of: mixtral, mixtral-v3, chatml"),
 ])
 def test_flags_that_cannot_work(flags, sentence, tmp_path):
     with pytest.raises(ConfigError, match=sentence):

@@ -30,7 +30,7 @@ class Room:
     def __init__(self, parts, template="mixtral"):
         self.tokenizer, folder = parts
         self.keyboard, self.screen = pty.openpty()
-        self.asked, self.seen, self.params = [], "", None
+        self.asked, self.seen, self.params, self.adapters = [], "", None, []
         self.prompts = chat_prompts(self.tokenizer, folder, template)
         self.generator = SimpleNamespace(stream=self.stream, engine=fake_generator(self.tokenizer).engine)
 
@@ -39,6 +39,7 @@ class Room:
             raise ConfigError(f"the prompt has {len(ids)} tokens")
         self.asked.append(self.tokenizer.decode(ids))
         self.params = params
+        self.adapters.append(params.adapter)
         for number, word in enumerate((" one", " two", " \U0001f600")):
             if number == 2 and self.asked[-1].endswith("stop me [/INST]"):
                 os.write(self.keyboard, b"\x03")
@@ -49,11 +50,11 @@ class Room:
         if text.endswith("> ") and self.script:
             os.write(self.keyboard, self.script.pop(0))
 
-    def talk(self, *script: bytes, system: str = "") -> str:
+    def talk(self, *script: bytes, system: str = "", adapter: bool = False) -> str:
         """What is seen when this is typed, each at a prompt of its own."""
         self.script = [*script, b"/quit\n"]
         with Lines(self.screen) as lines:
-            Conversation(self.generator, self.prompts, SamplingParams(), lines, self.say, system).run()
+            Conversation(self.generator, self.prompts, SamplingParams(), lines, self.say, system, adapter).run()
         return self.seen
 
 
@@ -68,6 +69,15 @@ def test_history_and_commands(parts):
                           "[INST] Be kind.\n\nNew [/INST]", "[INST] Be kind.\n\nNewer [/INST]"]
     assert seen.count("> one two \U0001f600\n") == 5 and seen.count("(forgotten)") == 2
     assert seen.count("/clear forgets") == 2, "at the start, and for a command that there is not"
+
+
+def test_adapters_on_and_off(parts):
+    room = Room(parts)
+    seen = room.talk(b"One\n", b"/adapter off\n", b"Two\n", b"/adapter on\n", b"Three\n", b"/adapter\n", adapter=True)
+    assert room.adapters == [True, False, True] and "(adapters are off)" in seen and "[INST] Three" in room.asked[2]
+    assert seen.count("/adapter off asks the model without") == 2, "at the start, and for half a command"
+    plain = Room(parts)
+    assert "/adapter" not in plain.talk(b"One\n").partition("> ")[0]
 
 
 def test_ctrl_c_stops_an_answer_and_the_next_one_ends(parts):

@@ -206,6 +206,10 @@ def test_what_changed_is_said() -> None:
     assert "was 8, now it is 16: the data go on after sample 80" in batch
     assert "was 32, now it is 64" in length
     assert data == "--data-path was a, now it is 0.5 a 0.5 b: other samples, of which 80 are skipped"
+    converted = arguments(data_parallel_size=None)
+    assert resume.differences(converted, arguments()) == []
+    assert resume.differences(converted, arguments(pipeline_model_parallel_size=2)) == [
+        "the layout was tp2 etp2, now it is tp2 pp2 etp2"]
     for saved, now in ((arguments(no_save_optim=True), arguments()), (arguments(), arguments(no_load_optim=True))):
         [optimizer] = resume.differences(saved, now)
         assert "the learning-rate schedule begins anew, with its warm-up; the data go on after sample 80" in optimizer

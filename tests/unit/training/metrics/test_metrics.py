@@ -106,6 +106,19 @@ def test_a_metric_of_one_step_is_not_the_next_ones(tmp_path: Path) -> None:
     assert found["iteration"] == 2 and "lm_loss" not in found and "mfu" not in found
 
 
+def test_figures_of_questions_stand_in_the_line_of_their_step(tmp_path: Path) -> None:
+    logged = []
+    out = writer(path=tmp_path / "metrics.jsonl",
+                 wandb=SimpleNamespace(log=lambda values, step: logged.append((step, values.get("eval/mmlu/acc")))))
+    for iteration, figures in enumerate(({}, {"eval/mmlu/acc": 0.5}, {}), start=1):
+        out.add_scalar("lm loss", 2.0, iteration)
+        out.evaluated(figures)
+        out.finish_step()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("eval/mmlu/acc") for line in lines] == [None, 0.5, None]
+    assert logged == [(1, None), (2, 0.5), (3, None)]
+
+
 class Board:
     """A TensorBoard writer."""
 
