@@ -167,6 +167,54 @@ def test_a_loss_over_the_global_batch(folder: Path) -> None:
     check(folder, "cp4", GLOBALLY, replicas=False)
 
 
+def _by_its_definition(q_tnd: torch.Tensor, k_tgd: torch.Tensor, v_tgd: torch.Tensor, q_bounds: torch.Tensor,
+                       k_bounds: torch.Tensor, longest_q: int, longest_k: int, *, scale: float,
+                       window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
+    """torch's `varlen_attn`, which only a GPU has: the last query of each sequence is aligned with its last key."""
+    assert max(q_bounds.diff()) == longest_q and max(k_bounds.diff()) == longest_k and window_size[1] == 0
+    assert int(q_bounds[-1]) == len(q_tnd) and int(k_bounds[-1]) == len(k_tgd) and q_bounds.dtype == torch.int32
+    found = []
+    for queries, keys in zip(q_bounds.unfold(0, 2, 1).tolist(), k_bounds.unfold(0, 2, 1).tolist(), strict=True):
+        q, k, v = q_tnd[slice(*queries)], k_tgd[slice(*keys)], v_tgd[slice(*keys)]
+        distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        seen = (distance >= 0) & (distance <= (window_size[0] if window_size[0] >= 0 else len(k)))
+        found.append(torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=seen, scale=scale, enable_gqa=enable_gqa)[0])
+    return torch.cat(found, dim=1).transpose(0, 1)
+
+
+def _through_the_kernel(rank: int, paths: dict[bool, str]) -> list[float]:
+    """Largest differences between the path of a GPU and that of a CPU: rows and packed rows, output and gradients."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from torch.nn.attention import varlen
+
+    from megatron_mixtral.model import attention
+
+    found = []
+    for window in (False, True):
+        [model] = engine.load_stages(paths[window], {"cp": 2})
+        core = model.decoder.layers[0].self_attention.core_attention
+        bounds = torch.tensor([0, 8, 32, 36], dtype=torch.int32)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+        for leading, params in (((18,), packed), ((18, 3), None)):
+            generator = torch.Generator().manual_seed(rank)
+            inputs = [torch.randn(*leading, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+            results = []
+            for has_flash in (False, True):
+                attention._has_flash, varlen.varlen_attn = (lambda query, it=has_flash: it), _by_its_definition
+                out = core(*inputs, packed_seq_params=params)
+                weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+                results.append([out.detach(), *torch.autograd.grad(out, inputs, weights)])
+            found += [float((one - other).abs().max()) for one, other in zip(*results, strict=True)]
+    return found
+
+
+@pytest.mark.slow
+def test_the_bounds_that_a_gpu_gets(folder: Path) -> None:
+    for found in run_ranks(2, _through_the_kernel, checkpoints(folder, {})):
+        assert len(found) == 16 and max(found) < 2e-6
+
+
 def _unequal(rank: int, path: str) -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
 
