@@ -136,8 +136,7 @@ class CausalAttention(torch.nn.Module):
 
 def _has_flash(query: torch.Tensor) -> bool:
     """Whether torch's variable-length kernel, which is flash attention, takes such queries."""
-    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-            and torch.cuda.get_device_capability() >= (8, 0))
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 @functools.lru_cache(maxsize=16)

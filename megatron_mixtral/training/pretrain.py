@@ -120,7 +120,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
     seconds = RankSeconds(resolved.flags.rank_seconds_interval, backend.waits(), backend.device)
-    life = SignsOfLife(args.rank, args.world_size, resolved.flags.rank_timeout_seconds)
+    life = SignsOfLife(args.rank, args.world_size, resolved.flags.rank_timeout_seconds, os.environ)
     waiting = Waiting(seconds.begin)
     asks = None if asked is None else evaluation.Evaluation(asked, resolved)
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -34,8 +34,10 @@ STACKS = signal.SIGUSR2  # has a rank write the stacks of its threads into its l
 class SignsOfLife:
     """A context in which a rank runs. `limit` is in seconds; 0 watches nothing."""
 
-    def __init__(self, rank: int, world: int, limit: float, end: Callable[[], None] = lambda: os._exit(1)) -> None:
-        """`end` is how this process ends when a rank stands still."""
+    def __init__(self, rank: int, world: int, limit: float, environ: Mapping[str, str] = {},  # noqa: B006 - only read
+                 end: Callable[[], None] = lambda: os._exit(1)) -> None:
+        """`environ` is the process's; `end` is how it ends when a rank stands still."""
+        self._environ = environ
         self._rank, self._next, self._end = rank, (rank + 1) % world, end
         self._every = limit / LOOKS if world > 1 else 0.0
         self._limit, self._over = limit, threading.Event()
@@ -95,9 +97,9 @@ class SignsOfLife:
             unchanged = unchanged + 1 if self._looks == seen else 0
             seen = self._looks
             if unchanged > 2 * LOOKS:  # the others' word first
-                by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                return self._say(f"{'torchrun' if by_torchrun else 'rank 0'} on {os.environ.get('MASTER_ADDR')}, which "
-                                 f"keeps the store of the process group, has not answered for {2 * self._limit:g} s")
+                by_torchrun = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                return self._say(f"{'torchrun' if by_torchrun else 'rank 0'} on {self._environ.get('MASTER_ADDR')}, "
+                                 f"which keeps the store of the process group, has not answered for {2 * self._limit:g} s")
 
     def _stop(self, rank: int, host: str, process: int, last: str) -> None:
         step = last.partition(" ")[2]
@@ -114,7 +116,7 @@ class SignsOfLife:
         sys.stderr.write(f"{sentence}. The stacks of this rank's threads:\n")
         with suppress(ValueError, AttributeError, OSError):
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        if launch.speaks(os.environ, sentence):
+        if launch.speaks(self._environ, sentence):
             logger.error("%s. The run ends here; each rank's log has its stacks. The same command goes on from the "
                          "last checkpoint", sentence)
         sys.stderr.flush()

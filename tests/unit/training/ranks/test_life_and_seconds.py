@@ -35,8 +35,7 @@ def stopped() -> Any:
     process.communicate()
 
 
-def test_a_rank_without_signs_of_life_is_named_by_all_and_shows_its_stack(stopped, capfd, monkeypatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+def test_a_rank_without_signs_of_life_is_named_by_all_and_shows_its_stack(stopped, capfd) -> None:
     store, ended = HashStore(), []
     store.set("life/who/2", json.dumps([socket.gethostname(), stopped.pid]))
     store.set("life/2", "9 17")
@@ -67,15 +66,13 @@ def test_ranks_that_end_or_are_busy_are_not_missed() -> None:
     assert ended == [] and store.get("life/0") == b"ended"
 
 
-def test_the_process_that_keeps_the_store_may_be_the_one(capfd, monkeypatch) -> None:
+def test_the_process_that_keeps_the_store_may_be_the_one(capfd) -> None:
     class Silent:
         def set(self, *_: Any) -> None:
             threading.Event().wait(600)
 
-    monkeypatch.setenv("MASTER_ADDR", "node0")
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     ended: list[int] = []
-    rank = SignsOfLife(1, 2, 0.2, end=lambda: ended.append(1))
+    rank = SignsOfLife(1, 2, 0.2, {"MASTER_ADDR": "node0"}, end=lambda: ended.append(1))
     rank._store = Silent()
     rank._watch_the_store()
     assert ended == [1] and "rank 0 on node0, which keeps the store" in capfd.readouterr().err
