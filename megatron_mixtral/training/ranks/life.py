@@ -98,7 +98,8 @@ class SignsOfLife:
             seen = self._looks
             if unchanged > 2 * LOOKS:  # the others' word first
                 by_torchrun = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                return self._say(f"{'torchrun' if by_torchrun else 'rank 0'} on {self._environ.get('MASTER_ADDR')}, "
+                keeper = "torchrun" if by_torchrun else "rank 0"
+                return self._say(f"{keeper} on {self._environ.get('MASTER_ADDR')}, "
                                  f"which keeps the store of the process group, has not answered for {2 * self._limit:g} s")
 
     def _stop(self, rank: int, host: str, process: int, last: str) -> None:
