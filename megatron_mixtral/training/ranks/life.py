@@ -100,7 +100,7 @@ class SignsOfLife:
                 by_torchrun = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
                 keeper = "torchrun" if by_torchrun else "rank 0"
                 return self._say(f"{keeper} on {self._environ.get('MASTER_ADDR')}, "
-                                 f"which keeps the store of the process group, has not answered for {2 * self._limit:g} s")
+                                 f"which keeps the store of the ranks, has not answered for {2 * self._limit:g} s")
 
     def _stop(self, rank: int, host: str, process: int, last: str) -> None:
         step = last.partition(" ")[2]
