@@ -126,14 +126,23 @@ def saved_args(config: MixtralConfig) -> dict[str, Any]:
 
 def architecture_args(config: MixtralConfig) -> dict[str, Any]:
     """The arguments that the architecture fixes in a run: defaults of the engine's parser."""
+    _check_routing(config)
     values = saved_args(config)
     return {row.argument: values[row.argument] for row in TABLE if row.flag}
 
 
 def transformer_fields(config: MixtralConfig) -> dict[str, Any]:
     """The fields of `TransformerConfig` that the architecture fixes, but for the activation function (SiLU)."""
+    _check_routing(config)
     values = saved_args(config)
     return {row.transformer or row.argument: values[row.argument] for row in TABLE if row.transformer is not None}
+
+
+def _check_routing(config: MixtralConfig) -> None:
+    if config.num_experts_per_tok == 1 < config.num_local_experts:
+        raise ConfigError(f"num_experts_per_tok 1 of {config.num_local_experts} experts: a Mixtral divides the "
+                          "weights of the chosen experts by their sum, which leaves 1 and nothing to learn for its "
+                          "routers, and the engine has no such router; choose 2 or more (config.json)")
 
 
 def differs(name: str, found: Any, expected: Any) -> bool:

@@ -85,6 +85,11 @@ class ParallelLayout:
         assert self.world is not None, "data_parallel needs a layout with a world size"
         return self.world // (self.tp * self.pp * self.cp)
 
+    @property
+    def chunks(self) -> int:
+        """Equal chunks into which context parallelism cuts a sequence, two for each of its ranks."""
+        return 2 * self.cp if self.cp > 1 else 1
+
     # -- Refusing --------------------------------------------------------------------------------------
 
     def validate(self, config: MixtralConfig, flags: Mapping[str, str] = TRAINING_FLAGS,

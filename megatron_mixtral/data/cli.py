@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 FALLBACK_TYPES = ("PretrainedTokenizerFromHF", "PretrainedFromHF")
 TEXT_FLAGS = {"keys": "--json-keys", "allow_special_in_text": "--allow-special-in-text", "num_shards": "--num-shards",
               "shard_index": "--shard-index", "tokenizer_engine": "--tokenizer-engine"}  # fmt: skip
-INSTRUCTION_FLAGS = {"prompt_type": "--prompt-type", "seq_length": "--seq-length", "pack": "--pack"}
+INSTRUCTION_FLAGS = {"prompt_type": "--prompt-type", "seq_length": "--seq-length", "pack": "--pack",
+                     "pad_to_multiple_of": "--pad-to-multiple-of"}  # fmt: skip
 
 
 def preprocess(argv: Sequence[str]) -> int:
@@ -103,6 +104,9 @@ def make_parser() -> Parser:
                              help="length of a row in training; longer samples are left out and counted")  # fmt: skip
     instruction.add_argument("--pack", action="store_true", default=argparse.SUPPRESS,
                              help="put several samples into a row of --seq-length")  # fmt: skip
+    instruction.add_argument("--pad-to-multiple-of", type=int, metavar="N", default=argparse.SUPPRESS,
+                             help="with --pack: leave room for padding each sample to a multiple of N, which training "
+                             "with context parallelism does: 2 x its --context-parallel-size")  # fmt: skip
     return parser
 
 

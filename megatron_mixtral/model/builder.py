@@ -91,18 +91,37 @@ class MixtralModel(GPTModel):
         sequence] is True where it is none; give both to every pipeline stage, or to none. With `labels` [batch,
         sequence] the loss is made in chunks of tokens; `--cross-entropy-loss-fusion` takes the engine's instead.
         """
+        self._begin(kwargs, loss_mask)
+        if padding_mask is not None and not self.pre_process:
+            padding_mask = self._own_part(padding_mask)  # the engine does this in the first stage only
+        return super().forward(*args, loss_mask=loss_mask, padding_mask=padding_mask, **kwargs)
+
+    def build_schedule_plan(self, *args: Any, loss_mask: torch.Tensor | None = None,
+                            padding_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """What `forward` does, as pieces that the engine runs between those of another micro-batch's backward pass
+        (`--overlap-moe-expert-parallel-comm`). Of each model chunk one micro-batch is in its forward pass at a time.
+        """
+        self._begin(kwargs, loss_mask)
+        if padding_mask is not None:  # the engine's pieces do not hand it to the routers
+            self.micro_batch.padding_mask = self._own_part(padding_mask).t()
+        return super().build_schedule_plan(*args, loss_mask=loss_mask, **kwargs)
+
+    def _begin(self, kwargs: dict[str, Any], loss_mask: torch.Tensor | None) -> None:
+        """Choose the loss, and note what the routers must know of the micro-batch."""
         if kwargs.get("labels") is not None and not self.config.cross_entropy_loss_fusion:
             kwargs.setdefault("output_processor", chunked_loss)
-        self.micro_batch.trained_tokens = None
+        self.micro_batch.padding_mask = self.micro_batch.trained_tokens = None
         if loss_mask is not None and self.config.calculate_per_token_loss:
             self.micro_batch.trained_tokens = loss_mask.sum()
             if self.config.context_parallel_size > 1:
                 torch.distributed.all_reduce(self.micro_batch.trained_tokens, group=self.pg_collection.cp)
-        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
-            # Of the mask too each rank needs its part of the sequence; the engine cuts it in the first stage only.
-            parts = scatter_to_sequence_parallel_region(padding_mask.t().contiguous(), group=self.pg_collection.tp)
-            padding_mask = parts.t().contiguous()
-        return super().forward(*args, loss_mask=loss_mask, padding_mask=padding_mask, **kwargs)
+
+    def _own_part(self, padding_mask: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sequence, of a mask [batch, sequence], under sequence parallelism."""
+        if not self.config.sequence_parallel:
+            return padding_mask
+        parts = scatter_to_sequence_parallel_region(padding_mask.t().contiguous(), group=self.pg_collection.tp)
+        return parts.t().contiguous()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load; every parameter must be there and nothing may be left over, whatever `strict` says.

@@ -33,6 +33,7 @@ class MicroBatch:
     """What the routers of a model chunk must know of the micro-batch that passes; `MixtralModel.forward` sets it."""
 
     trained_tokens: torch.Tensor | None = None  # of the whole micro-batch; None: as many as are routed
+    padding_mask: torch.Tensor | None = None  # [sequence, batch] of this rank, where the engine hands none on
 
 
 class LayerPool:
@@ -94,9 +95,16 @@ class MixtralRouter(TopKRouter):
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
         """[sequence, batch, e] -> the engine's probabilities and routing map, each [t, e]."""
+        if padding_mask is None:
+            padding_mask = self.noted_padding
         if self.training:
             self._begin(logits, padding_mask)
         return super().routing(logits, padding_mask)
+
+    @property
+    def noted_padding(self) -> torch.Tensor | None:
+        """The mask that counts where none is handed to the router."""
+        return self._micro_batch.padding_mask
 
     def _begin(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
         """Note what the losses need to know. A recomputed layer comes here twice: first without gradients, and then,

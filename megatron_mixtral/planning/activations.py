@@ -39,12 +39,23 @@ def _attention(shape: RunShape, recompute: str) -> float:
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     numbers = config.hidden_size  # input of the norm
     numbers += NORM * config.hidden_size if recompute == "none" else 0  # its output, input of the projections
-    numbers += query + 2 * key_value  # their output, kept whole because the values are a part of it
-    numbers += query + key_value  # rotated queries and keys
+    if shape.layout.cp == 1:
+        numbers += query + 2 * key_value  # their output, kept whole because the values are a part of it
+        numbers += query + key_value  # rotated queries and keys
+    else:
+        numbers += query  # rotated; of its keys and values a rank keeps those that it gathers
+        numbers += _gathered_tokens(shape) * 2 * key_value
     numbers += query  # attention's output
     statistics = 4 * config.num_attention_heads  # log-sum-exp of each row, fp32
     rotations = ROTATIONS * config.head_dim * shape.weight_bytes  # of the whole sequence, on every rank
     return shape.tokens_per_micro_batch * ((numbers * shape.weight_bytes + statistics) / tp + rotations)
+
+
+def _gathered_tokens(shape: RunShape) -> float:
+    """Tokens whose keys and values a context-parallel rank keeps, for each token of its own. Of 2 cp chunks rank r has
+    two, which attend to the first r + 1 and the first 2 cp - r: 2 cp + 1 chunks together, whichever rank it is.
+    """
+    return (shape.layout.chunks + 1) / 2
 
 
 def _experts(shape: RunShape, recompute: str) -> float:

@@ -73,6 +73,7 @@ def lines(argv: Sequence[str]) -> Iterator[str]:
     yield f"{len(fitting)} layouts fit {machine.devices} devices of {machine.device_memory:g} GB:"
     yield from report.ranking(fitting, args.top)
     yield ""
+    yield from report.recompute_or_cut(fitting)
     yield from report.explain(fitting[0], machine)
     yield from report.advice(fitting[0], machine)
     yield ""

@@ -47,7 +47,7 @@ def communication_volume(shape: RunShape, stage: int) -> Volume:
         * routed * (layout.etp - 1),
         expert=_ALL_TO_ALLS * rounds * again * routed * (layout.ep - 1) / layout.ep,
         pipeline=_pipeline(shape, stage, hidden),
-        context=_context(shape, rounds),
+        context=_context(shape, rounds * again),
         dense_gradients=_replicas(shape, parameters.dense, shape.dense_replicas),
         expert_gradients=_replicas(shape, parameters.expert, shape.expert_data_parallel))
 
@@ -78,8 +78,8 @@ def _pipeline(shape: RunShape, stage: int, hidden: float) -> float:
     return sends * shape.micro_batches * hidden / layout.tp
 
 
-def _context(shape: RunShape, rounds: int) -> float:
-    """Keys and values to every other context-parallel rank, forward and backward (ring attention)."""
+def _context(shape: RunShape, rounds: float) -> float:
+    """Keys and values gathered by every context-parallel rank, and their gradients reduced and scattered."""
     layout, config = shape.layout, shape.config
     width = 2 * config.num_key_value_heads * config.head_dim / layout.tp
     return 2 * rounds * shape.tokens_per_micro_batch * width * shape.weight_bytes * (layout.cp - 1)

@@ -10,6 +10,7 @@ from megatron_mixtral.planning.shape import RECOMPUTE, RunShape
 from megatron_mixtral.planning.step_time import Machine, StepTime, predicted_step
 
 MEMORY_SHARE = 0.92  # of a device's memory that a run may plan with: fragmentation
+CONTEXT_SIZES = (1, 2, 4, 8, 16)
 RESERVED = 4e9  # bytes of a device for its context and communication buffers
 
 
@@ -78,9 +79,10 @@ def _layouts(config: MixtralConfig, machine: Machine) -> Iterator[ParallelLayout
             for tp in divisors(config.num_key_value_heads):
                 for ep in divisors(config.num_local_experts):
                     for etp in {1, tp} if ep > 1 else {tp}:
-                        layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, world=machine.devices)
-                        if tp <= machine.devices_per_node and machine.devices % layout.min_world == 0:
-                            yield layout.validate(config)
+                        for cp in CONTEXT_SIZES:
+                            layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, world=machine.devices)
+                            if tp <= machine.devices_per_node and machine.devices % layout.min_world == 0:
+                                yield layout.validate(config)
 
 
 def divisors(number: int) -> list[int]:

@@ -1,5 +1,6 @@
 """`RunShape`: a model on a layout with its batch and the choices that decide memory. Validates itself."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,10 +67,15 @@ class RunShape:
                 f"virtual pipeline stages need the number of micro-batches to be a multiple of pp {layout.pp}, found "
                 f"{self.micro_batches} = {self.global_batch_size} / {step}; change --global-batch-size, or leave "
                 "--num-virtual-stages-per-pipeline-rank out")
-        shards = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)
-        if self.seq_length % shards:
-            raise ConfigError(f"--seq-length {self.seq_length} is not divisible by {shards}, the parts into which "
-                              f"tp {layout.tp} and cp {layout.cp} cut a sequence; give a multiple of {shards}")
+        shards = math.lcm(layout.chunks, layout.tp * layout.cp)
+        if over := self.seq_length % shards:
+            cut = f"2 x cp = 2 x {layout.cp} = {layout.chunks}" if layout.cp > 1 else f"tp = {layout.tp}"
+            if shards not in (layout.chunks, layout.tp):
+                cut += f" and by tp x cp = {layout.tp} x {layout.cp}"
+            raise ConfigError(f"--seq-length {self.seq_length} is not divisible by {cut}, the parts into which devices "
+                              f"cut a sequence: {self.seq_length} = {self.seq_length // shards} x {shards} + {over}; "
+                              f"give {self.seq_length - over or shards} or {self.seq_length - over + shards}, or "
+                              "change --context-parallel-size or --tensor-model-parallel-size")
 
     @cached_property
     def micro_batches(self) -> int:

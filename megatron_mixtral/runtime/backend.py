@@ -13,6 +13,7 @@ import torch
 
 from megatron_mixtral.config import hardware
 from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.runtime.waits import Waits
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Backend:
         if missing:
             raise ConfigError(f"torch.compile needs {' and '.join(missing)}, not found here: install what is missing, "
                               "or go without compiled functions by --disable-jit-fuser, which is slower")
+
+    def waits(self) -> Waits:
+        """A counter of the seconds that this process waits in collectives; one for each process."""
+        return Waits(self.device == "cuda").install()
 
 
 def detect(world_size: int | None = None) -> Backend:

@@ -58,6 +58,7 @@ def resolve(argv: list[str], environ: Mapping[str, str]) -> Run:
     layout = dataclasses.replace(layout, world=ranks.world)
     layout.validate(config, world=ranks.changed_by)
     _check_routers(flags, given, config, layout)
+    _check_overlap(flags, given, layout)
     if given.seq_length is not None and given.seq_length > config.max_position_embeddings:
         raise ConfigError(f"--seq-length {given.seq_length} is longer than the model's max_position_embeddings "
                           f"{config.max_position_embeddings}; shorten it, or change the model's config.json")
@@ -89,6 +90,29 @@ def _check_routers(flags: Flags, given: EngineFlags, config: MixtralConfig, layo
         raise ConfigError(f"--cuda-graph-impl {given.cuda_graph_impl} would capture the routers, whose loads and "
                           "losses are noted by Python code that a graph does not run again: add --cuda-graph-modules "
                           "attn, or leave the flag out")
+
+
+def _check_overlap(flags: Flags, given: EngineFlags, layout: ParallelLayout) -> None:
+    """`ConfigError` where the engine has no schedule that runs two micro-batches at a time."""
+    if not given.overlap_moe_expert_parallel_comm:
+        return
+    dispatcher = given.named.get("--moe-token-dispatcher-type", "alltoall")
+    wrong = {
+        "--recompute-granularity full runs whole layers again, which cannot be taken apart: use selective, with "
+        "--recompute-modules moe_act layernorm": given.recompute_granularity == "full",
+        "--recompute-modules moe runs the exchange again: recompute moe_act instead": "moe" in given.recompute_modules,
+        "weights in fp32: give --bf16 or --fp16": not (given.bf16 or given.fp16),
+        "one expert-parallel rank, which exchanges nothing: give --expert-model-parallel-size 2 or more":
+            layout.ep == 1,
+        f"pipeline parallel {layout.pp} without virtual stages: give --num-virtual-stages-per-pipeline-rank":
+            layout.pp > 1 and layout.vpp == 1,
+        f"--moe-token-dispatcher-type {dispatcher}: use alltoall": dispatcher != "alltoall",
+        "--moe-aux-loss-convention hf, which needs all layers of one micro-batch at a time: use megatron":
+            flags.moe_aux_loss_convention == "hf",
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise ConfigError(f"--overlap-moe-expert-parallel-comm does not go together with {what}, or drop the flag")
 
 
 def _check_saving(flags: Flags, given: EngineFlags) -> None:

@@ -51,6 +51,14 @@ class Flags:
     log_expert_load: bool = field(default=False, metadata={
         "task": "what it says",
         "help": "write each step's tokens of each expert of each layer to expert_load.jsonl beside the metrics file"})
+    rank_seconds_interval: int = field(default=10, metadata={
+        "task": "what it says",
+        "help": "note each rank's own seconds and its waits for others in every so many steps, and which rank is "
+                "slowest (0: never)"})
+    rank_timeout_seconds: float = field(default=300.0, metadata={
+        "task": "steps", "value": "X",
+        "help": "end the run when a rank has given no sign of life for so many seconds (a stopped process, a lost "
+                "node), with its name and the stacks of all (0: never)"})
     device_peak_tflops: float | None = field(default=None, metadata={
         "task": "what it says", "value": "X",
         "help": "peak of one device in TFLOP/s, for the MFU (default: known for the usual GPUs, dense bf16)"})
@@ -174,6 +182,7 @@ class EngineFlags:
     save_interval: int | None = None
     tokenizer_model: str | None = None
     overlap_param_gather: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
     tensorboard_dir: str | None = None
     wandb_save_dir: str | None = None
     data_cache_path: str | None = None

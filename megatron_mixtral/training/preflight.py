@@ -58,11 +58,8 @@ def check_data(run: Run) -> None:
         return
     if not any(data):
         raise ConfigError("--is-instruction-dataset needs --data-path PREFIX, as tools/preprocess_data.py wrote it")
-    if run.layout.cp > 1:
-        raise ConfigError(f"--is-instruction-dataset with --context-parallel-size {run.layout.cp}: samples are not cut "
-                          "over devices; set it to 1")
     rows = max(given.micro_batch_size or 1, given.eval_micro_batch_size or 1)
-    check_instruction([instruction_blend(words) for words in data], vocabulary, length, rows)
+    check_instruction([instruction_blend(words) for words in data], vocabulary, length, rows, run.layout.chunks)
 
 
 def steps_of_epochs(run: Run, shape: RunShape) -> tuple[int, str]:

@@ -109,6 +109,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     from megatron_mixtral.training import micro_batch
     from megatron_mixtral.training.checkpoints import CheckpointManager, directory
     from megatron_mixtral.training.metrics import Waiting, install
+    from megatron_mixtral.training.ranks import RankSeconds, SignsOfLife
 
     if args.rank == 0:
         args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
@@ -120,17 +121,20 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
             directory.carry_tokenizer(Path(args.save), preflight.tokenizers_of(resolved))
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
-    waiting = Waiting()
+    seconds = RankSeconds(resolved.flags.rank_seconds_interval, backend.waits(), backend.device)
+    life = SignsOfLife(args.rank, args.world_size, resolved.flags.rank_timeout_seconds, os.environ)
+    waiting = Waiting(seconds.begin)
     asks = None if asked is None else evaluation.Evaluation(asked, resolved)
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
     saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
 
     def after_step(tokens: Any) -> None:
         saves_at_signals()
+        life.after_step(_own_store)
         if tuned is not None:
             tuned.look(tokens)
 
-    load = install(resolved, args, backend.device, waiting, after_step, asks)
+    load = install(resolved, args, backend.device, waiting, seconds, after_step, asks)
     forward_step = micro_batch.instruction_step if args.is_instruction_dataset else micro_batch.text_step
     datasets = partial(_datasets, args, asks)
     datasets.is_distributed = True  # every rank that needs data reads its own
@@ -139,9 +143,10 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
         container = pretrain_cfg_container_from_args(args)
     try:
         watchers, connected = (load, asks), functools.cache(output.settle)
-        pretrain(container, datasets, ModelType.encoder_or_decoder, waiting.timed(forward_step),
-                 model_provider=partial(_model, resolved, args, watchers, tuned, connected),
-                 store=runtime.store_of_this_start())
+        with life:
+            pretrain(container, datasets, ModelType.encoder_or_decoder, waiting.timed(forward_step),
+                     model_provider=partial(_model, resolved, args, watchers, tuned, connected),
+                     store=runtime.store_of_this_start())
     except SystemExit as end:  # the engine's way out at a signal, --exit-interval and --exit-duration-in-mins
         if not end.code:
             manager.close()
@@ -227,6 +232,13 @@ def _datasets(args: Namespace, asks: Any, *arguments: Any, vp_stage: int | None 
     if asks is not None:
         asks.after(args.iteration)
     return micro_batch.datasets(args, *arguments, vp_stage=vp_stage)
+
+
+def _own_store() -> Any:
+    """A connection of its own to the store of the process group, for a thread."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store().clone()
 
 
 def _from_first_rank(word: str) -> str:

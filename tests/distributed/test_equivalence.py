@@ -26,6 +26,13 @@ LAYOUTS = {
     "tp2-pp2-ep2-etp2": ({"tp": 2, "pp": 2, "ep": 2}, 8),
     "pp2-vpp2": ({"pp": 2, "vpp": 2}, 2),
 }
+# A sequence on several ranks; test_context_parallel.py has its gradients, masks and packed rows.
+SLOW = pytest.mark.slow
+CONTEXT = {
+    "cp2": ({"cp": 2}, 2), "cp4": ({"cp": 4}, 4), "tp2-cp2": ({"tp": 2, "cp": 2}, 4),
+    "pp2-cp2": ({"pp": 2, "cp": 2}, 4), "ep2-cp2": ({"ep": 2, "cp": 2}, 2),
+    "pp2-vpp2-cp2": ({"pp": 2, "vpp": 2, "cp": 2}, 4),
+}
 STEPS, BATCH, SEQUENCE, LEARNING_RATE, CLIP = 10, 4, 32, 1e-3, 1.0
 
 
@@ -44,7 +51,7 @@ def batches() -> torch.Tensor:
 def checkpoints(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Rank directories of every layout."""
     root, found = tmp_path_factory.mktemp("ranks"), {}
-    for name, (sizes, _) in LAYOUTS.items():
+    for name, (sizes, _) in (LAYOUTS | CONTEXT).items():
         convert(open_source(hf), open_sink(root / name, "torch", ParallelLayout(**sizes)))
         found[name] = str(root / name)
     return found
@@ -93,6 +100,20 @@ def test_first_step_equals_transformers(name: str, checkpoints: dict, batches: t
     for losses, norms in results:
         assert losses[0] == pytest.approx(reference["losses"][0], abs=1e-5)
         assert norms[0] == pytest.approx(reference["norms"][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [one if one == "ep2-cp2" else pytest.param(one, marks=SLOW) for one in CONTEXT])
+def test_sequences_on_several_ranks_equal_transformers(name: str, checkpoints: dict, batches: torch.Tensor,
+                                                       reference: dict) -> None:
+    sizes, world = CONTEXT[name]
+    results = [one for one in run_ranks(world, engine.train, checkpoints[name], sizes, batches, LEARNING_RATE)
+               if one is not None]
+    assert results
+    for losses, norms in results:
+        assert losses[:1] == pytest.approx(reference["losses"][:1], abs=1e-5)
+        assert norms[:1] == pytest.approx(reference["norms"][:1], abs=1e-5)
+        assert losses == pytest.approx(reference["losses"], abs=1e-4)
+        assert norms == pytest.approx(reference["norms"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["tp2-pp2-ep2-etp1", "tp2-pp2-ep2-etp2", "pp2-vpp2"])

@@ -36,17 +36,18 @@ def hf(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sets(folder: Path) -> dict[str, str]:
-    """The same samples, one a row and packed: prefixes."""
+    """The same samples, one a row, packed, and packed with room for padding each: prefixes."""
     records = [{"conversation": [{"input": f"Say {n}.", "output": " ".join(["word"] * (1 + n % 13))},
                                  {"input": "Again.", "output": f"Number {n}.", "loss": n % 5 != 0}]}
                for n in range(1, 61)]
     source = folder / "records.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    for name in ("single", "packed"):
+    for name in ("single", "packed", "padded"):
         preprocess_instructions(InstructionOptions(
             inputs=(str(source),), output_prefix=str(folder / name), tokenizer_path=str(mixtral_tokenizer_path()),
-            tokenizer_type="Llama2Tokenizer", handler="auto", seq_length=SEQUENCE, pack=name == "packed"))
-    return {name: str(folder / name) for name in ("single", "packed")}
+            tokenizer_type="Llama2Tokenizer", handler="auto", seq_length=SEQUENCE, pack=name != "single",
+            pad_to_multiple_of=4 if name == "padded" else 1))
+    return {name: str(folder / name) for name in ("single", "packed", "padded")}
 
 
 def _row_logits(rank: int, checkpoint: str, layout: dict[str, int], prefix: str, rows: list[int]) -> list[Any]:
@@ -117,9 +118,10 @@ def _expected(hf: Path, rows: list[dict[str, torch.Tensor]]) -> tuple[float, flo
 
 @pytest.mark.parametrize(("name", "world", "layout"), [
     ("single", 2, ["--expert-model-parallel-size", "2"]), ("packed", 4, TP2_PP2),
+    ("padded", 2, ["--context-parallel-size", "2"]),
     pytest.param("single", 4, TP2_PP2, marks=pytest.mark.slow),
     pytest.param("packed", 2, ["--expert-model-parallel-size", "2"], marks=pytest.mark.slow)],
-    ids=["single-ep2", "packed-tp2-pp2", "single-tp2-pp2", "packed-ep2"])
+    ids=["single-ep2", "packed-tp2-pp2", "padded-cp2", "single-tp2-pp2", "packed-ep2"])
 def test_the_first_step_is_that_of_transformers_and_the_loss_falls(
         name: str, world: int, layout: list[str], folder: Path, hf: Path, sets: dict[str, str]) -> None:
     steps = 8

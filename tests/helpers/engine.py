@@ -58,23 +58,29 @@ def load_stages(checkpoint: str, layout: dict[str, int], dtype: torch.dtype = to
 
 
 def _micro_batches(batch_bs: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """This data-parallel rank's share of a global batch [B, S + 1], one sequence a micro-batch."""
+    """This data-parallel rank's share of a global batch [B, S + 1], one sequence a micro-batch; of each sequence the
+    chunks of this context-parallel rank.
+    """
     from megatron.core import parallel_state as mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     share = batch_bs.chunk(mpu.get_data_parallel_world_size())[mpu.get_data_parallel_rank()]
     device = torch.cuda.current_device()
-    return [{"tokens": row[None, :-1].contiguous().to(device), "labels": row[None, 1:].contiguous().to(device)}
+    rows = [{"tokens": row[None, :-1].contiguous().to(device), "labels": row[None, 1:].contiguous().to(device)}
             for row in share]
+    return [get_batch_on_this_cp_rank(row, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+            for row in rows]
 
 
 def _schedule(chunks: list[Any], micro: list[dict[str, torch.Tensor]], forward_step: Any, **options: Any) -> list[Any]:
+    """The engine's schedule on these micro-batches, of sequences as long as the first or `seq_length`."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     iterators = [iter(micro) for _ in chunks]
+    options.setdefault("seq_length", micro[0]["tokens"].shape[1] * chunks[0].config.context_parallel_size)
     return get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0], num_microbatches=len(micro),
-        seq_length=micro[0]["tokens"].shape[1], micro_batch_size=1, **options)
+        model=chunks if len(chunks) > 1 else chunks[0], num_microbatches=len(micro), micro_batch_size=1, **options)
 
 
 def _forward_logits(iterator: Any, model: Any) -> Any:
@@ -88,12 +94,15 @@ def _forward_logits(iterator: Any, model: Any) -> Any:
 
 
 def _forward_loss(iterator: Any, model: Any) -> Any:
+    from megatron.core import parallel_state as mpu
+
     from megatron_mixtral.training import masked_sum
 
     batch = next(iterator)
     tokens, labels = batch["tokens"], batch["labels"]
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return model(tokens, positions, None, labels=labels), partial(masked_sum, loss_mask_bs=torch.ones_like(labels))
+    return model(tokens, positions, None, labels=labels), partial(
+        masked_sum, loss_mask_bs=torch.ones_like(labels), shared_by=mpu.get_context_parallel_group())
 
 
 def logits(rank: int, checkpoint: str, layout: dict[str, int], batch_bs: torch.Tensor) -> torch.Tensor | None:
@@ -148,6 +157,6 @@ def train(rank: int, checkpoint: str, layout: dict[str, int], batches: torch.Ten
         norms.append(float(norm))
         if mpu.is_pipeline_last_stage(ignore_virtual=True):
             total = torch.stack([one["lm loss"] for one in reduced]).sum(0)
-            torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+            torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
             losses.append(float(total[0] / total[1]))
     return (losses, norms) if losses else None

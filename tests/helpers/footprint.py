@@ -93,6 +93,7 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
     from megatron.core.transformer.module import Float16Module
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     from megatron_mixtral.lora import adapted
     from megatron_mixtral.model import build, transformer_config
@@ -125,7 +126,8 @@ def measure(rank: int, config: Any, layout: dict[str, int], dtype: torch.dtype, 
     rows = torch.randint(3, config.vocab_size, (micro_batches * micro_batch, sequence + 1),
                          generator=torch.Generator().manual_seed(rank // (laid.tp * laid.pp)))
     rows = rows.to(torch.cuda.current_device())
-    micro = [{"tokens": part[:, :-1].contiguous(), "labels": part[:, 1:].contiguous()}
+    micro = [get_batch_on_this_cp_rank({"tokens": part[:, :-1].contiguous(), "labels": part[:, 1:].contiguous()},
+                                       is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
              for part in rows.split(micro_batch)]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     frozen = [one for chunk in chunks for name, one in chunk.named_buffers() if name.endswith(("nf4", "absmax"))]

@@ -19,6 +19,7 @@ PTD = "examples/mixtral/pretrain_mixtral_8x7b_ptd.sh"
 EVALUATE = "examples/mixtral/evaluate_mixtral_8x7b_ptd.sh"
 SBATCH = "examples/slurm/evaluate.sbatch"
 TP_PP = "examples/mixtral/pretrain_mixtral_8x7b_tp4_pp4.sh"
+LONG = "examples/mixtral/pretrain_mixtral_8x7b_32k.sh"
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("examples", "tests", "benchmarks")
                  for path in (ROOT / folder).rglob("*.sh")) + [SBATCH, ".ci/run"]  # fmt: skip
 
@@ -81,10 +82,14 @@ RECIPES = [
         "--nproc-per-node": "4", "--nnodes": "4", "--master-port": "7000", "--tensor-model-parallel-size": "4",
         "--pipeline-model-parallel-size": "4", "--expert-model-parallel-size": "1", "--sequence-parallel": "",
         "--model": "mixtral-8x7b", "--pretrained-checkpoint": None, "--seq-length": "4096"}),
+    (LONG, {"MASTER_ADDR": "n"}, {
+        "--nnodes": "4", "--tensor-model-parallel-size": "2", "--pipeline-model-parallel-size": "4",
+        "--expert-model-parallel-size": "8", "--expert-tensor-parallel-size": "1", "--context-parallel-size": "4",
+        "--seq-length": "32768", "--recompute-modules": "moe_act layernorm"}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "environment", "expected"), RECIPES, ids=["4x7b", "ptd", "tp4_pp4"])
+@pytest.mark.parametrize(("script", "environment", "expected"), RECIPES, ids=["4x7b", "ptd", "tp4_pp4", "32k"])
 def test_dry_run_prints_the_recipe(script, environment, expected):
     launcher, flags = dry_run(script, "--seed", "5 6", PRECISION="bf16", **environment)
     given = {word: [value] for word, value in zip(launcher, launcher[1:], strict=False) if word.startswith("--")}
@@ -295,10 +300,12 @@ def instructions(tmp_path_factory) -> str:
 @pytest.mark.parametrize(("script", "flags"), [
     (PTD, ["--is-instruction-dataset"]),
     (TP_PP, []),
-], ids=["ptd", "tp4_pp4"])  # fmt: skip
+    pytest.param(LONG, [], marks=pytest.mark.slow),
+], ids=["ptd", "tp4_pp4", "32k"])  # fmt: skip
 def test_tiny_form_trains(script, flags, dataset, instructions, tmp_path):
     """From random weights; the 4x7b script's form is run by the quickstart and by the README's test."""
-    data = {"DATA_PATH": instructions} if flags else {"BLENDED_DATA": f"0.7 {dataset} 0.3 {dataset}"}
+    data = {"DATA_PATH" if script == LONG else "BLENDED_DATA": f"0.7 {dataset} 0.3 {dataset}"}
+    data = {"DATA_PATH": instructions} if flags else data
     done = run(script, *flags, MODEL="tiny", TRAIN_ITERS="2", GLOBAL_BATCH_SIZE="2", SEQ_LENGTH="64", cwd=tmp_path,
                SAVE_DIR=str(tmp_path / "run"), **data)
     assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]

@@ -1,6 +1,7 @@
 """Runs that train adapters: resumed on other layouts, refused for another base, killed, exported, guarded."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 

@@ -34,6 +34,7 @@ class Layout:
     vpp: int = 1
     ep: int = 1
     etp: int | None = None
+    cp: int = 1
     dp: int = 1
     distributed_optimizer: bool = True
     ckpt_format: str = "torch_dist"
@@ -41,11 +42,11 @@ class Layout:
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     def flags(self) -> list[str]:
         words = ["--tensor-model-parallel-size", self.tp, "--pipeline-model-parallel-size", self.pp,
-                 "--expert-model-parallel-size", self.ep]
+                 "--expert-model-parallel-size", self.ep, "--context-parallel-size", self.cp]
         if self.vpp > 1:
             words += ["--num-virtual-stages-per-pipeline-rank", self.vpp]
         if self.etp is not None:
@@ -68,6 +69,7 @@ PAIRS = {
     "ep 1 -> 2": (DP2, EP2), "ep 2 -> 1": (EP2, DP2), "ep 2 -> 4": (EP2, EP4),
     "etp 1 -> 2": (ETP1, ETP2), "etp 2 -> 1": (ETP2, ETP1),
     "dp 1 -> 2": (ONE, DP2), "dp 2 -> 1": (DP2, ONE), "dp 2 -> 3": (DP2, DP3), "dp 3 -> 2": (DP3, DP2),
+    "cp 2 -> 1": (Layout(cp=2), ONE), "cp 2 -> 4": (Layout(cp=2), Layout(cp=4)),
     "tp2 pp2 ep2 -> pp4": (THREE, Layout(pp=4)),
     "tp2 pp2 ep2 -> dp3": (THREE, DP3),
     "dp3 -> tp2 pp2 ep2": (DP3, THREE),

@@ -4,6 +4,7 @@ The engine's builder makes blends and splits of `InstructionDataset`, as `pretra
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,32 +45,43 @@ class InstructionDataset(MegatronDataset):
         if self._order is None or self._order[0] != epoch:
             rng = np.random.default_rng((self.config.random_seed, self.index_split.value, epoch))
             self._order = epoch, rng.permutation(self.indices)
-        return row_tensors(self.dataset.row(int(self._order[1][place])), self.config.sequence_length)
+        samples = self.dataset.row(int(self._order[1][place]))
+        return row_tensors(samples, self.config.sequence_length, self.config.multiple)
 
 
-def row_tensors(samples: list[tuple[np.ndarray, np.ndarray]], seq_length: int) -> dict[str, torch.Tensor]:
-    """A row of `InstructionFiles` as a training sample.
+@dataclass
+class _Config(BlendedMegatronDatasetConfig):
+    multiple: int = 1  # to which the positions of each sample are padded
+
+
+def row_tensors(
+    samples: list[tuple[np.ndarray, np.ndarray]], seq_length: int, multiple: int = 1
+) -> dict[str, torch.Tensor]:
+    """A row of `InstructionFiles` as a training sample. Behind each of its samples stands padding up to a multiple of
+    `multiple` positions (context parallelism cuts each into equal chunks), which counts as the sample's.
 
     `tokens`, `labels` (the next id; 0 where nothing is trained) and `position_ids` (from 0 in every sample), int64,
-    `loss_mask` (float32, 1 where the label is trained) and `padding_mask` (bool, True behind the last sample), each
+    `loss_mask` (float32, 1 where the label is trained) and `padding_mask` (bool, True behind a sample), each
     [seq_length]; `cu_seqlens` (int32 [seq_length + 1]): 0 and the end of each sample, then seq_length; `samples`: their
     number, int64 scalar.
     """
     tokens, labels, positions = (np.full(seq_length, fill, dtype=np.int64) for fill in (PAD, chat.IGNORED, 0))
-    bounds = np.full(seq_length + 1, seq_length, dtype=np.int32)
-    end = bounds[0] = 0
+    bounds, padding = np.full(seq_length + 1, seq_length, dtype=np.int32), np.ones(seq_length, dtype=bool)
+    bounds[0] = 0
     for number, (ids, targets) in enumerate(samples, start=1):
-        start, end = end, end + len(ids) - 1
+        start = int(bounds[number - 1])
+        end = start + len(ids) - 1
         tokens[start:end], labels[start:end] = ids[:-1], targets[1:]
         positions[start:end] = np.arange(end - start)
-        bounds[number] = end
+        padding[start:end] = False
+        bounds[number] = start + -(-(end - start) // multiple) * multiple
     trained = labels != chat.IGNORED
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(np.where(trained, labels, 0)),
         "loss_mask": torch.from_numpy(trained.astype(np.float32)),
         "position_ids": torch.from_numpy(positions),
-        "padding_mask": torch.from_numpy(np.arange(seq_length) >= end),
+        "padding_mask": torch.from_numpy(padding),
         "cu_seqlens": torch.from_numpy(bounds),
         "samples": torch.tensor(len(samples)),
     }
@@ -78,7 +90,7 @@ def row_tensors(samples: list[tuple[np.ndarray, np.ndarray]], seq_length: int) -
 def build_instruction(
     samples: Samples, *, tokenizer: Any, seq_length: int, seed: int, blend: Blend | None,
     blend_per_split: list[Blend | None] | None, split: str | None, cache: str | None,
-    is_built_on_rank: Callable[[], bool],
+    is_built_on_rank: Callable[[], bool], multiple: int = 1,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """Train, validation and test set (None where none is wanted); `samples` are the numbers wanted of each.
 
@@ -87,9 +99,9 @@ def build_instruction(
     """
     if blend_per_split is not None:
         blend_per_split = [_weighted(one) for one in wanted(blend_per_split, samples)]
-    config = BlendedMegatronDatasetConfig(
+    config = _Config(
         random_seed=seed, sequence_length=seq_length, blend=_weighted(blend), blend_per_split=blend_per_split,
-        split=split, path_to_cache=cache, tokenizer=tokenizer)
+        split=split, path_to_cache=cache, tokenizer=tokenizer, multiple=multiple)
 
     def check(prefix: str, shares: list[Shares]) -> None:
         rows = len(InstructionFiles(prefix))

@@ -43,9 +43,10 @@ class InstructionFiles:
         """Whether some row holds several samples."""
         return len(self) < len(self._ids)
 
-    def longest(self) -> int:
-        """The most positions (ids that predict another id) of a row."""
-        return int(np.add.reduceat(self._ids.lengths.astype(np.int64) - 1, self._ids.documents[:-1]).max())
+    def longest(self, multiple: int = 1) -> int:
+        """The most positions (ids that predict another id) of a row, those of each sample rounded up to `multiple`."""
+        positions = -(-(self._ids.lengths.astype(np.int64) - 1) // multiple) * multiple
+        return int(np.add.reduceat(positions, self._ids.documents[:-1]).max())
 
     def row(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, labels) of each sample of a row, both int32; a label is the id itself or `chat.IGNORED`."""
@@ -54,10 +55,10 @@ class InstructionFiles:
 
 
 def check_instruction(
-    blends: Iterable[Blend | None], vocab_size: int, seq_length: int, micro_batch_size: int
+    blends: Iterable[Blend | None], vocab_size: int, seq_length: int, micro_batch_size: int, multiple: int = 1
 ) -> None:
     """`DataError` for sets that are not whole, do not fit a row, or whose first rows hold ids the model has no row for;
-    also for packed sets in micro-batches of several rows.
+    also for packed sets in micro-batches of several rows. Each sample is padded to `multiple` positions.
     """
     for prefix in prefixes_of(blends):
         files = InstructionFiles(prefix)
@@ -66,6 +67,11 @@ def check_instruction(
         if files.longest() > seq_length:
             raise DataError(f"{prefix}: a row has {files.longest()} positions, --seq-length has {seq_length}: raise "
                             f"it, or preprocess with --seq-length {seq_length}, which leaves longer samples out")
+        if files.longest(multiple) > seq_length:
+            raise DataError(f"{prefix}: a row has {files.longest()} positions, and {files.longest(multiple)} with each "
+                            f"sample padded to a multiple of {multiple} = 2 x --context-parallel-size, while "
+                            f"--seq-length has {seq_length}: preprocess with --pack --pad-to-multiple-of {multiple}, "
+                            "or raise --seq-length")
         if files.packed and micro_batch_size > 1:
             raise DataError(f"{prefix} is packed, so a row already holds several samples: set --micro-batch-size 1 "
                             f"(not {micro_batch_size}); pack to a longer --seq-length for more tokens at a time")

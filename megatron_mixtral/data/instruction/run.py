@@ -67,7 +67,8 @@ def preprocess_instructions(options: InstructionOptions) -> dict[str, Any]:
         with closing(run_in_order(batches, renderer, options.workers, ahead)) as results:
             _collect(results, samples, account, options.log_interval)
         positions = samples.lengths() - 1
-        rows = best_fit(positions, options.seq_length) if options.pack else [[n] for n in range(positions.size)]
+        taken = -(-positions // options.pad_to_multiple_of) * options.pad_to_multiple_of
+        rows = best_fit(taken, options.seq_length) if options.pack else [[n] for n in range(positions.size)]
         filled = float(positions.sum()) / (len(rows) * options.seq_length) if options.seq_length else None
         counts = {"documents": len(rows), "sequences": positions.size, "tokens": account.counts.tokens}
         report = {
@@ -78,6 +79,7 @@ def preprocess_instructions(options: InstructionOptions) -> dict[str, Any]:
             "on_error": options.on_error,
             "seq_length": options.seq_length,
             "packed": options.pack,
+            "pad_to_multiple_of": options.pad_to_multiple_of,
             "rows": len(rows),
             "filled": filled,
             "keys": {column: {"output": column_prefix(prefix, column), "dtype": "int32", **counts}

@@ -48,6 +48,8 @@ class ExpertLoad:
             return
         _, chosen = outputs  # [tokens of this rank, experts] bool
         padding = inputs[1] if len(inputs) > 1 else None  # [sequence, batch], True at padding
+        if padding is None:
+            padding = getattr(router, "noted_padding", None)
         if padding is not None:
             chosen = chosen & ~padding.reshape(-1, 1)
         counts = chosen.sum(dim=0)

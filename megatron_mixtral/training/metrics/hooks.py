@@ -21,17 +21,19 @@ from megatron_mixtral.training.metrics.evaluation import Evaluation
 from megatron_mixtral.training.metrics.expert_load import ExpertLoad
 from megatron_mixtral.training.metrics.waiting import Waiting
 from megatron_mixtral.training.metrics.writer import RunFacts, StepClock, StepWriter
+from megatron_mixtral.training.ranks import RankSeconds
 
 
 class Tracker(MoEMetricsTracker):
-    """The engine's tracker, which also gives the writer the load of the experts, the memory of the fullest rank, and
-    how long the rank waited for data that waited longest; and has the model asked when it is time.
+    """The engine's tracker, which also gives the writer the load of the experts, the memory of the fullest rank,
+    how long the rank waited for data that waited longest, and what each rank did with its time; and has the model
+    asked when it is time.
     """
 
-    def __init__(self, load: ExpertLoad, waiting: Waiting, device: str, after_step: Callable[[torch.Tensor], None],
-                 evaluate: Callable[[int], dict[str, float]]) -> None:
+    def __init__(self, load: ExpertLoad, waiting: Waiting, seconds: RankSeconds, device: str,
+                 after_step: Callable[[torch.Tensor], None], evaluate: Callable[[int], dict[str, float]]) -> None:
         super().__init__()
-        self._load, self._waiting, self._device = load, waiting, device
+        self._load, self._waiting, self._seconds, self._device = load, waiting, seconds, device
         self._after_step, self._evaluate = after_step, evaluate
 
     def report(self, *args: Any, writer: Any = None, **kwargs: Any) -> str:
@@ -42,22 +44,25 @@ class Tracker(MoEMetricsTracker):
         most = torch.tensor([runtime.memory_used(), round(self._waiting.take() * 1e9)], dtype=torch.int64,
                             device=self._device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        of_ranks = self._seconds.collect(kwargs["iteration"])
         if writer is not None:
             memory, nanoseconds = most.tolist()
-            writer.observe(expert_tokens=tokens.tolist(), memory_bytes=memory, data_seconds=nanoseconds / 1e9)
+            writer.observe(expert_tokens=tokens.tolist(), memory_bytes=memory, data_seconds=nanoseconds / 1e9,
+                           of_ranks=of_ranks)
         figures = self._evaluate(kwargs["iteration"])
         if writer is not None:
             writer.evaluated(figures)
         return text
 
 
-def install(run: Run, args: Namespace, device: str, waiting: Waiting, after_step: Callable[[torch.Tensor], None],
-            evaluation: Evaluation | None = None) -> ExpertLoad:
+def install(run: Run, args: Namespace, device: str, waiting: Waiting, seconds: RankSeconds,
+            after_step: Callable[[torch.Tensor], None], evaluation: Evaluation | None = None) -> ExpertLoad:
     """Stand in the engine's places; returns the counter that is to watch every part of the model. `after_step` is
     called after each step, on every rank, with the tokens [layers, experts] of all ranks.
     """
     load = ExpertLoad(run.config.num_hidden_layers, run.config.num_local_experts, device)
-    set_moe_metrics_tracker(Tracker(load, waiting, device, after_step, functools.partial(_evaluate, evaluation, args)))
+    set_moe_metrics_tracker(Tracker(load, waiting, seconds, device, after_step,
+                                    functools.partial(_evaluate, evaluation, args)))
     metrics = _metrics_file(run, args)
     if evaluation is not None and metrics is not None:
         evaluation.folder = metrics.parent

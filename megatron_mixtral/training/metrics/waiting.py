@@ -11,15 +11,18 @@ from typing import Any
 class Waiting:
     """Adds up the seconds of a step; `hooks` takes them."""
 
-    def __init__(self) -> None:
-        self._seconds = 0.0
+    def __init__(self, begin: Callable[[], None] = lambda: None) -> None:
+        """`begin` is called at every micro-batch of training."""
+        self._seconds, self._begin = 0.0, begin
 
-    def timed(self, forward_step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def timed(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """The engine's forward step, whose reads are timed."""
-        def step(data_iterator: Any, model: Any) -> Any:
+        def step(data_iterator: Any, model: Any, **options: Any) -> Any:
+            if model.training:
+                self._begin()
             if data_iterator is not None and model.training:
                 data_iterator = self._reading(data_iterator)
-            return forward_step(data_iterator, model)
+            return forward_step(data_iterator, model, **options)
 
         return step
 

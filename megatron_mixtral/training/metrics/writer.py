@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,14 +111,16 @@ class StepWriter:
             return lambda *args, **kwargs: None
         return getattr(self._tensorboard, name)
 
-    def observe(self, *, expert_tokens: list[list[int]], memory_bytes: int, data_seconds: float) -> None:
-        """What the ranks put together in a step: tokens [layers][experts], the memory of the fullest rank, and how long
-        the rank waited for data that waited longest.
+    def observe(self, *, expert_tokens: list[list[int]], memory_bytes: int, data_seconds: float,
+                of_ranks: Mapping[str, Any] = {}) -> None:  # noqa: B006 - it is only read
+        """What the ranks put together in a step: tokens [layers][experts], the memory of the fullest rank, how long
+        the rank waited for data that waited longest, and `RankSeconds.collect`.
         """
         load = Imbalance.of(expert_tokens)
         self._expert_tokens = expert_tokens
         self._values.update(memory_bytes=memory_bytes, data_seconds=data_seconds, expert_imbalance=load.mean,
-                            expert_imbalance_worst=load.worst, expert_imbalance_worst_layer=load.worst_layer)
+                            expert_imbalance_worst=load.worst, expert_imbalance_worst_layer=load.worst_layer,
+                            **of_ranks)
 
     def evaluated(self, figures: dict[str, float]) -> None:
         """Figures of questions that were asked after this step; TensorBoard has them already."""
@@ -229,6 +231,10 @@ def _line(metrics: dict[str, Any], last: int | None) -> str:
         parts.append("expert load {expert_imbalance:.2f} (layer {expert_imbalance_worst_layer}: "
                      "{expert_imbalance_worst:.2f})".format(**metrics))
     parts.append(f"{metrics['step_seconds']:.3f} s")
+    if "slowest_rank" in metrics:
+        work = metrics["rank_work_seconds"]
+        parts.append(f"slowest rank {metrics['slowest_rank']} on {metrics['slowest_node']}: {max(work):.3f} s of its "
+                     f"own, the median {statistics.median(work):.3f} s")
     if "seconds_left" in metrics:
         parts.append(f"{_hours(metrics['seconds_left'])} left")
     return " | ".join(parts)

@@ -94,7 +94,12 @@ def test_recompute_keeps_less() -> None:
 @pytest.mark.parametrize(("build", "sentence"), [
     (lambda: shape(64, 100, ep=8), r"--global-batch-size 100 is not a multiple of .* = 1 x 64 = 64"),
     (lambda: shape(64, 160, ep=8, pp=4, vpp=8, micro=1), r"multiple of pp 4, found 10 = 160 / 16"),
-    (lambda: RunShape(MIXTRAL, ParallelLayout(tp=8, world=8), 4092, 1, 8), r"--seq-length 4092 is not divisible by 8"),
+    (lambda: RunShape(MIXTRAL, ParallelLayout(tp=8, world=8), 4092, 1, 8),
+     r"--seq-length 4092 is not divisible by tp = 8, .*4092 = 511 x 8 \+ 4; give 4088 or 4096"),
+    (lambda: RunShape(MIXTRAL, ParallelLayout(cp=4, world=8), 4092, 1, 8),
+     r"4092 is not divisible by 2 x cp = 2 x 4 = 8, .*4092 = 511 x 8 \+ 4"),
+    (lambda: RunShape(MIXTRAL, ParallelLayout(tp=4, cp=2, world=8), 4092, 1, 8),
+     r"not divisible by 2 x cp = 2 x 2 = 4 and by tp x cp = 4 x 2, .*4092 = 511 x 8 \+ 4"),
     (lambda: RunShape(MIXTRAL, ParallelLayout(world=1), 4096, 0, 8), "--micro-batch-size must be a positive integer"),
     (lambda: RunShape(MIXTRAL, ParallelLayout(world=1), 4096, 1, 8, "some"), "recompute 'some'"),
 ])

@@ -67,6 +67,14 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
      "does not divide the 2 layers"),
     (["--model", "tiny", "--moe-aux-loss-convention", "hf", "--pipeline-model-parallel-size", "2"], 2,
      "convention megatron, where --moe-aux-loss-coeff 0.01 "),
+    *[(["--model", "tiny", "--overlap-moe-expert-parallel-comm", *words.split()], 4, sentence) for words, sentence in (
+        ("--recompute-granularity full --recompute-method uniform", "does not go together with --recompute-granularity "
+         "full runs whole layers again, .*: use selective"),
+        ("--recompute-granularity selective --recompute-modules moe", "recompute moe_act instead"),
+        ("--expert-model-parallel-size 2", "weights in fp32: give --bf16"), ("--bf16", "one expert-parallel rank"),
+        ("--bf16 --expert-model-parallel-size 2 --pipeline-model-parallel-size 2", "without virtual stages"),
+        ("--bf16 --expert-model-parallel-size 2 --moe-token-dispatcher-type allgather", "allgather: use alltoall"),
+        ("--bf16 --expert-model-parallel-size 2 --moe-aux-loss-convention hf", "one micro-batch at a time: use meg"))],
     (["--model", "tiny", "--cuda-graph-impl", "local"], 1, "add --cuda-graph-modules attn"),
     (["--model", "tiny", "--optimizer", "sgd", "--use-distributed-optimizer"], 1, "drop one of the two"),
     (["--model", "tiny", "--verify-checkpoint", "--no-verify-checkpoint"], 1, "say the opposite"),

@@ -170,7 +170,10 @@ def test_a_flag_of_the_architecture_may_agree_and_not_contradict() -> None:
     ("--no-initialization", "give --load, --pretrained-checkpoint or --hf-checkpoint"),
     ("--optimizer muon", "--optimizer muon needs the package emerging-optimizers"),
     ("--moe-token-dispatcher-type flex", "use alltoall or allgather"),
-    ("--context-parallel-size 2", "--context-parallel-size 2 needs transformer-engine, which is not installed"),
+    ("--context-parallel-size 2 --cp-comm-type a2a", "--cp-comm-type a2a needs transformer-engine, which is not inst"),
+    ("--log-straggler", "metrics.jsonl names the slowest rank"), ("--inprocess-restart", "let torchrun restart them"),
+    ("--non-persistent-ckpt-type local", "use --save-interval"), ("--delay-wgrad-compute", "needs transformer-engine"),
+    ("--moe-enable-deepep", "use --moe-token-dispatcher-type alltoall"), ("--fp8-format hybrid", "transformer-engine"),
     ("--reset-position-ids", "which rotary embeddings"), ("--checkpoint-activations", "no longer read"),
 ])
 def test_sentences(words: str, sentence: str) -> None:
