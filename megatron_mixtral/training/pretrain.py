@@ -107,7 +107,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_mixtral.training import micro_batch
-    from megatron_mixtral.training.checkpoints import CheckpointManager, directory
+    from megatron_mixtral.training.checkpoints import CheckpointManager
     from megatron_mixtral.training.metrics import Waiting, install
     from megatron_mixtral.training.ranks import RankSeconds, SignsOfLife
 
@@ -117,8 +117,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
         for line in screen.summary(resolved, shape, where, memory, args.data_identity, args.train_iters):
             logger.info("%s", line)
         if args.save:
-            directory.write_identity(Path(args.save), resolved.config)
-            directory.carry_tokenizer(Path(args.save), preflight.tokenizers_of(resolved))
+            _name_what_is_saved(Path(args.save), resolved)
     manager = CheckpointManager(args, held)
     runtime.lead_checkpoints_through(manager)
     seconds = RankSeconds(resolved.flags.rank_seconds_interval, backend.waits(), backend.device)
@@ -157,6 +156,14 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
                                 "torchrun names. The same command goes on from the last checkpoint") from error
         raise
     manager.close()
+
+
+def _name_what_is_saved(save: Path, resolved: Run) -> None:
+    """Write what readers of the checkpoints need beside them: the architecture and the tokenizer."""
+    from megatron_mixtral.training.checkpoints import directory
+
+    directory.write_identity(save, resolved.config)
+    directory.carry_tokenizer(save, preflight.tokenizers_of(resolved))
 
 
 def build_index_cache(argv: Sequence[str]) -> int:
