@@ -44,18 +44,21 @@ def by_transformers(kind: str, batch: torch.Tensor) -> tuple[torch.Tensor, float
     return logits.detach(), float(loss.detach()), float(norm), said
 
 
-def work(rank: int, folder: str, sizes: dict[str, int], batch: torch.Tensor) -> tuple[Any, Any, Any, Any]:
-    """Logits, (losses, norms) of a step, what the step did to the routers, greedy continuations."""
+def work(rank: int, folder: str, sizes: dict[str, int], batch: torch.Tensor) -> tuple[Any, ...]:
+    """Logits, (losses, norms) of a step, what it did to the routers, greedy continuations, the batch's scores."""
     from megatron.core import parallel_state
 
-    from megatron_mixtral.inference import Generator, SamplingParams
+    from megatron_mixtral.inference import Generator, SamplingParams, ScoringParams
 
     logits = engine.logits(rank, f"{folder}/mg", sizes, batch)
     step, routers = watched_step(rank, f"{folder}/mg", sizes, batch)
     parallel_state.destroy_model_parallel()
     generator = Generator.from_pretrained(f"{folder}/hf", ParallelLayout(**sizes))
     greedy = SamplingParams(max_tokens=NEW, ignore_eos=True)
-    return logits, step, routers, [list(one.token_ids) for one in generator.generate([*PROMPTS], greedy)]
+    said = [list(one.token_ids) for one in generator.generate([*PROMPTS], greedy)]
+    scoring = [ScoringParams(targets=tuple((one,) for one in row[1:])) for row in batch.tolist()]
+    scores = dict(generator.completions([row[:-1] for row in batch.tolist()], scoring))
+    return logits, step, routers, said, [[one.logprob for one in scores[row].logprobs] for row in sorted(scores)]
 
 
 def watched_step(rank: int, checkpoint: str, sizes: dict[str, int], batch: torch.Tensor) -> tuple[Any, list[float]]:
@@ -80,7 +83,9 @@ def test_equals_transformers(kind: str, layout: str, tmp_path: Path, batch: torc
     ranks = run_ranks(world, work, str(tmp_path), sizes, batch)
     found = torch.cat([rank[0] for rank in ranks if rank[0] is not None])
     assert found.shape == logits.shape and (found - logits).abs().max() < 1e-5
-    for _, step, routers, tokens in ranks:
+    scores = logits.log_softmax(-1).gather(2, batch[:, 1:, None])[:, :, 0]  # what evaluation and perplexity ask for
+    assert (torch.tensor(ranks[0][4]) - scores).abs().max() < 1e-5
+    for _, step, routers, tokens, _ in ranks:
         assert set(routers) == {0.0}, "a router was trained"
         assert tokens == said
         if step is not None:
