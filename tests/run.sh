@@ -18,14 +18,18 @@ source examples/gpus.sh
 # Each test that needs ranks starts several processes; more threads than that only make them wait for one another.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+# Two files at a time, since most of the time goes by while processes start; of a selection one, to be followed.
+workers=()
+if (($# == 0)); then workers=(-n 2 --dist loadfile); fi
+
 if [[ " $* " == *" -m "* ]]; then exec python -m pytest "$@"; fi
 kinds=""
 if [[ "${SLOW:-0}" != 1 ]]; then kinds+=" and not slow"; fi
 if [[ "$*" != *tests/browser* ]]; then kinds+=" and not browser"; fi
-if (($(visible_gpus) == 0)); then exec python -m pytest -m "not gpu$kinds" "$@"; fi
+if (($(visible_gpus) == 0)); then exec python -m pytest "${workers[@]}" -m "not gpu$kinds" "$@"; fi
 
 status=0
-CUDA_VISIBLE_DEVICES="" python -m pytest -m "not gpu$kinds" "$@" || status=$?
+CUDA_VISIBLE_DEVICES="" python -m pytest "${workers[@]}" -m "not gpu$kinds" "$@" || status=$?
 on_gpu=0
 python -m pytest -m "gpu$kinds" "$@" || on_gpu=$?
 # 5: the arguments select no test of the kind, which is an error only if they select none of either.

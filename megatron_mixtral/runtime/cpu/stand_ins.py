@@ -157,6 +157,8 @@ def cuda_functions() -> dict[str, Any]:
     nothing = lambda *args, **kwargs: None  # noqa: E731
     zero = lambda *args, **kwargs: 0  # noqa: E731
     return {
+        # With PYTORCH_NVML_BASED_CUDA_CHECK torch would ask the `device_count` below.
+        "is_available": lambda: False,
         # A device, not an index: it goes into `device=` and `.to()` everywhere.
         "current_device": lambda: _CPU,
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

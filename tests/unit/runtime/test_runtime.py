@@ -3,6 +3,8 @@
 import importlib
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,9 +136,9 @@ def test_replacements_are_undone() -> None:
 
 
 def test_importing_the_library_changes_nothing() -> None:
-    import megatron_mixtral.runtime  # noqa: F401
-
-    assert torch.cuda.current_device.__module__ == "torch.cuda"
+    asked = "import megatron_mixtral.runtime, torch; print(torch.cuda.current_device.__module__)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert done.stdout == "torch.cuda\n", done.stderr
 
 
 # -- restarts ----------------------------------------------------------------------------------------------
