@@ -80,7 +80,9 @@ class FakeEngine:
         one["tokens"] += 1
         text, params, reason, why = WORDS[word], one["params"], None, None
         stop = next((stop for stop in params.stop if stop in text), None)
-        if stop is not None:
+        if 300 + word in params.stop_token_ids:
+            text, reason, why = "", "stop", 300 + word
+        elif stop is not None:
             text, reason, why = text[:text.index(stop)], "stop", stop
         elif one["tokens"] >= min(params.max_tokens or one["room"], one["room"]):
             reason = "length"

@@ -132,6 +132,12 @@ def test_stop(server):
     answer = server.client().completions.create(**asked, stop=["\U0001f600", "never"])
     assert answer.choices[0].finish_reason == "stop" and answer.choices[0].text == text.partition("\U0001f600")[0]
     assert "\U0001f600" in text
+    assert server.client().completions.create(**asked, stop="never").choices[0].text == text, "a text, not its letters"
+    ids = {"stop_token_ids": [300 + WORDS.index("\U0001f600")]}
+    by_id = server.client().completions.create(**asked, logprobs=1, extra_body=ids)
+    [choice] = by_id.choices
+    assert choice.finish_reason == "stop" and choice.text == answer.choices[0].text
+    assert len(choice.logprobs.tokens) == by_id.usage.completion_tokens - 1, "a stop id is no part of the text"
 
 
 def test_seeds(server):
