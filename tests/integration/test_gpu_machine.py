@@ -56,8 +56,9 @@ def test_elsewhere_and_with_marks_of_ones_own_there_is_one_run(tmp_path: Path) -
     assert bash("SLOW=1 bash tests/run.sh tests/browser", tmp_path, CALLS=str(calls),
                 CUDA_VISIBLE_DEVICES="").returncode == 0
     assert bash("bash tests/run.sh -m slow -s", tmp_path, CALLS=str(calls)).returncode == 0
-    assert calls.read_text().splitlines() == ["all|-m pytest -n 2 --dist loadfile -m not gpu and not slow and not browser",
-                                              "|-m pytest -m not gpu tests/browser", "all|-m pytest -m slow -s"]
+    assert calls.read_text().splitlines() == [
+        "all|-m pytest -n 2 --dist loadfile -m not gpu and not slow and not browser",
+        "|-m pytest -m not gpu tests/browser", "all|-m pytest -m slow -s"]
 
 
 def bad_fork(rank: int) -> bool:
