@@ -14,7 +14,7 @@ from megatron_mixtral.training import micro_batch
 FLAGS = {"data_path": None, "train_data_path": None, "valid_data_path": None, "test_data_path": None,
          "is_instruction_dataset": False, "seq_length": 8, "seed": 3, "split": "6,3,1", "data_cache_path": None,
          "reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False, "mmap_bin_files": True,
-         "num_dataset_builder_threads": 1, "calculate_per_token_loss": False}
+         "num_dataset_builder_threads": 1, "calculate_per_token_loss": False, "context_parallel_size": 1}
 
 
 def documents_read(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> list[set[int]]:
