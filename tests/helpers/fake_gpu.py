@@ -69,7 +69,6 @@ def enable() -> None:
     importlib.import_module("torch._dynamo.config").disable = True
     torch.compile = _compiled
     torch.utils._device._device_constructors()  # see stand_ins.enable
-    torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 8
     _cuda()
     _tensors()
@@ -98,7 +97,7 @@ def _cuda() -> None:
         "get_rng_state": lambda device=None: state, "set_rng_state": lambda state, device=None: None,
         "manual_seed": lambda seed: None, "Event": Event, "Stream": Stream,
         "current_stream": lambda device=None: Stream(), "default_stream": lambda device=None: Stream(),
-        "device_count": torch.cuda.device_count, "current_device": lambda: META,
+        "is_available": lambda: True, "device_count": torch.cuda.device_count, "current_device": lambda: META,
         "synchronize": lambda device=None: waits.update([_place()])}
     for name, value in made.items():
         setattr(torch.cuda, name, value)
