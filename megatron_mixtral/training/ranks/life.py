@@ -43,6 +43,7 @@ class SignsOfLife:
         self._limit, self._over = limit, threading.Event()
         self._looks, self._step = 0, 0
         self._store: Any = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "SignsOfLife":
         if self._every:
@@ -51,8 +52,12 @@ class SignsOfLife:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """The others look no longer for this one."""
+        """The others look no longer for this one. Its threads end here, unless a store holds them that answers no more:
+        one that is inside the store's code while the interpreter is taken down would abort the process.
+        """
         self._over.set()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
         if self._store is not None:
             with suppress(Exception):  # the store went with another rank
                 self._store.set(f"life/{self._rank}", _ENDED)
@@ -65,7 +70,8 @@ class SignsOfLife:
             self._store.set(f"life/who/{self._rank}", json.dumps([socket.gethostname(), os.getpid()]))
             self._store.set(f"life/{self._rank}", f"0 {self._step}")
             for body in (self._beat, self._watch_the_store):
-                threading.Thread(target=body, name="signs of life", daemon=True).start()
+                self._threads.append(threading.Thread(target=body, name="signs of life", daemon=True))
+                self._threads[-1].start()
 
     def _beat(self) -> None:
         seen, unchanged = b"", 0
