@@ -96,6 +96,8 @@ def rows_trained_on(prefix: str, split: str | None) -> int:
 def training_share(split: str | None) -> float:
     """The training set's part of `--split 98,1,1`; the engine's default is 969, 30, 1."""
     sizes = [float(word) for word in re.findall(r"[.0-9]+", split or "969,30,1")]  # as the engine finds them
+    if not sum(sizes):
+        raise ConfigError(f"--split {split}: expected the sizes of three parts, such as 98,1,1, one of them above 0")
     return sizes[0] / sum(sizes)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.events import HANG
+from helpers.ports import free_port
 from helpers.ranks import prepare_fork_server
 from megatron_mixtral import __main__ as commands
 
@@ -67,9 +68,7 @@ class Running:
         """
         folder.mkdir(parents=True, exist_ok=True)
         context = prepare_fork_server()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         for file in (self.metrics, folder / "halted", *folder.glob("*.samples")):
             file.unlink(missing_ok=True)

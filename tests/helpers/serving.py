@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import urllib.error
@@ -16,6 +15,7 @@ from typing import Any
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from helpers.events import HANG, until
+from helpers.ports import free_port
 from helpers.ranks import prepare_fork_server
 from megatron_mixtral import __main__ as commands
 from megatron_mixtral.server.api import Api
@@ -74,7 +74,7 @@ class Served:
         """Returns when rank 0 says where it serves."""
         context = prepare_fork_server()
         self.log = folder / "serve.log"
-        port = _free_port()
+        port = free_port()
         self.ranks = [context.Process(target=_rank, args=(rank, world, port, [*argv, "--port", "0"], str(self.log)))
                       for rank in range(world)]
         for process in self.ranks:
@@ -108,15 +108,6 @@ class Served:
         with urllib.request.urlopen(f"{self.address}/metrics") as answer:
             [line] = [line for line in answer.read().decode().splitlines() if line.startswith(f"mixtral_{name} ")]
         return float(line.rpartition(" ")[2])
-
-
-def _free_port() -> int:
-    """One below those that the system gives away, or the server itself could get it before its ranks meet there."""
-    for port in range(10_000 + os.getpid() % 20_000, 32_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise AssertionError("no port is free")
 
 
 def _rank(rank: int, world: int, port: int, argv: list[str], log: str) -> None:

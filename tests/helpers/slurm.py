@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from helpers.events import HANG, until
+from helpers.ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
@@ -30,7 +31,7 @@ class Slurm:
         until(lambda: self.ask("sinfo", "--noheader", "--format=%t %D") == "idle 2", "for Slurm")
 
     def _configure(self) -> None:
-        ports = free_ports(1 + len(NODES))
+        ports = [free_port() for _ in range(1 + len(NODES))]
         host = socket.gethostname()
         devices = "NodeName=n[0-1] Name=gpu File=/dev/tty[0-7]\n"
         lines = [
@@ -66,12 +67,3 @@ class Slurm:
         for daemon in reversed(self._daemons):
             daemon.terminate()
             daemon.wait(HANG)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.datasets import write_dataset
 from helpers.events import HANG, until
+from helpers.ports import free_port
 from helpers.program import Halt, Running, pretrain
 from test_guard_rails import TINY, refused
 from test_launch import environment
@@ -48,10 +49,7 @@ def test_a_rank_that_fails_alone_says_so(tmp_path: Path) -> None:
 
 def test_a_node_that_lacks_a_file_says_so_once(tmp_path: Path) -> None:
     """Two agents of torchrun, as on two nodes, with two ranks each; the second has no data."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    nodes = []
+    port, nodes = str(free_port()), []
     for number in range(2):
         folder = tmp_path / f"node{number}"
         folder.mkdir()

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_mixtral.command_line import Parser
+from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.data.instruction import InstructionOptions
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.runtime import launch
@@ -106,7 +107,8 @@ def _job(name: str, raw: Namespace, training: list[str], planned: bool) -> _Job:
         if value is None:
             raise ConfigError(f"{name} needs {what} in [settings], or as a flag behind its name")
     tokenizer = given.tokenizer_model or flags.tokenizer_name_or_path or flags.hf_checkpoint
-    wanted, folder = raw_data.options(raw, tokenizer, given.seq_length), Path(given.save) / "data"
+    multiple = ParallelLayout(cp=given.context_parallel_size).chunks
+    wanted, folder = raw_data.options(raw, tokenizer, given.seq_length, multiple), Path(given.save) / "data"
     words = training + ["--is-instruction-dataset"] * (not flags.is_instruction_dataset)
     if given.load is None:
         words += ["--load", given.save]

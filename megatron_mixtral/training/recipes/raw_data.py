@@ -48,12 +48,14 @@ def split(words: Sequence[str]) -> tuple[Namespace, list[str]]:
     return add_flags(Parser(add_help=False, allow_abbrev=False)).parse_known_args(words)
 
 
-def options(raw: Namespace, tokenizer: str, seq_length: int) -> InstructionOptions:
-    """Preprocessing as the flags ask for it, as yet without a place. `ConfigError` for what cannot be."""
+def options(raw: Namespace, tokenizer: str, seq_length: int, multiple: int = 1) -> InstructionOptions:
+    """Preprocessing as the flags ask for it, as yet without a place. Training pads each sample to a `multiple` of
+    positions, for which packed rows leave room. `ConfigError` for what cannot be.
+    """
     return InstructionOptions(
         tuple(raw.input or ()), "data", tokenizer, append_eod=raw.append_eod, workers=raw.workers,
         on_error=raw.on_error, handler=raw.handler_name, prompt_type=raw.prompt_type, seq_length=seq_length,
-        pack=raw.pack)
+        pack=raw.pack, pad_to_multiple_of=multiple if raw.pack else 1)
 
 
 def placed(wanted: InstructionOptions, folder: Path, planned: bool = False) -> InstructionOptions:
@@ -74,7 +76,8 @@ def _key(wanted: InstructionOptions) -> str:
     files = [file.path for file in list_inputs(wanted.inputs).files]
     tokenizer = load_tokenizer(wanted.tokenizer_type, wanted.tokenizer_path)
     facts = [[_sha256(file) for file in files], tokenizer.sha256, repr(chat.TEMPLATES[wanted.template_name]),
-             wanted.seq_length, wanted.handler, wanted.pack, wanted.append_eod, wanted.on_error]
+             wanted.seq_length, wanted.handler, wanted.pack, wanted.append_eod, wanted.on_error,
+             wanted.pad_to_multiple_of]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
@@ -117,6 +120,8 @@ def command(wanted: InstructionOptions) -> list[str]:
              "PretrainedFromHF", "--tokenizer-model", wanted.tokenizer_path, "--handler-name", wanted.handler,
              "--prompt-type", wanted.template_name, "--seq-length", str(wanted.seq_length), "--on-error",
              wanted.on_error]
+    if wanted.pad_to_multiple_of > 1:
+        words += ["--pad-to-multiple-of", str(wanted.pad_to_multiple_of)]
     return words + ["--pack"] * wanted.pack + ["--append-eod"] * wanted.append_eod
 
 

@@ -57,6 +57,8 @@ def test_plain_text_and_weights_have_no_epoch(sets: list[str], tmp_path: Path) -
         steps("--data-path", "0.5", sets[0], "0.5", sets[1], "--train-epochs", "2")
     with pytest.raises(ConfigError, match="has no row"):
         steps("--data-path", sets[1], "--split", "1,99,0", "--train-epochs", "2")
+    with pytest.raises(ConfigError, match="--split 0,0,0: expected the sizes of three parts"):
+        steps("--data-path", sets[1], "--split", "0,0,0", "--train-epochs", "2")
     with pytest.raises(DataError, match="does not exist"):
         steps("--data-path", str(tmp_path / "nowhere"), "--train-epochs", "2")
 

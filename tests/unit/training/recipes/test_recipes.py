@@ -234,6 +234,10 @@ def test_a_dry_run_prints_commands_that_do_the_same(place: Path, tmp_path: Path,
     assert run.flags.is_instruction_dataset and run.engine.load == run.engine.save == "saved dir"
     assert commands.main([*argv[:5], "missing.jsonl", *argv[6:]]) == 0  # files need not be there
     assert "data/missing-KEY" in capsys.readouterr().out
+    assert commands.main([*argv, "--context-parallel-size", "2"]) == 0  # samples are cut over devices: room for it
+    printed = shlex.split(capsys.readouterr().out.replace("\\\n", " "), comments=True)
+    assert printed[printed.index("--pad-to-multiple-of") + 1] == "4"
+    assert printed[printed.index("--output-prefix") + 1] not in (prefix, "saved dir/data/raw-KEY")
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
