@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_mixtral import disk
 from megatron_mixtral.command_line import Parser
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.data.instruction import InstructionOptions
@@ -41,7 +42,7 @@ def recipes(argv: Sequence[str]) -> int:
     if target.exists():
         raise ConfigError(f"{target} is there already, and may have been changed: remove it, or give another folder")
     args.folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(book.text(args.name), encoding="utf-8")
+    disk.write_whole(target, book.text(args.name))
     print(target)
     return 0
 
