@@ -38,12 +38,13 @@ def run(argv: Sequence[str]) -> int:
 
 def check(argv: Sequence[str]) -> None:
     """`MixtralError` for a command line that cannot run, as far as it is known without its data."""
-    arguments.resolve(list(argv), os.environ)
+    evaluation.check(arguments.resolve(list(argv), os.environ))
 
 
 def _run(argv: list[str]) -> None:
     typed, argv = argv, data_files.expand(argv)
     resolved = arguments.resolve(argv, os.environ)  # before torch is imported, so that it refuses within a second
+    evaluation.check(resolved)
     shape = preflight.shape_of(resolved)
     if resolved.flags.dry_run:
         logger.info("%s", resolved)

@@ -44,20 +44,22 @@ class Plan:
                     for ids, one in zip(self.ids, self.params, strict=True)), default=0)
 
 
-def read(run: "Run") -> Plan | None:
-    """What `--evaluation-prompts` and `--eval-tasks` say, before the run starts; None without both. Imports no torch.
+def check(run: "Run") -> str | None:
+    """The flag that asks for evaluations, `--evaluation-prompts` or `--eval-tasks`; None without both. Reads no file.
 
-    `ConfigError` or `DataError` for what cannot be read, does not fit the model, or a run that cannot do it.
+    `ConfigError` for flags that need one of them, and for a run that cannot do it.
     """
     flags, given = run.flags, run.engine
     asks = next((flag for flag, value in (("--evaluation-prompts", flags.evaluation_prompts),
                                           ("--eval-tasks", flags.eval_tasks)) if value is not None), None)
+    for name, there, needs in (
+            ("evaluation_interval", asks, "--evaluation-prompts FILE or --eval-tasks NAMES"),
+            ("eval_data_path", flags.eval_tasks, "--eval-tasks mmlu"),
+            ("eval_include_path", flags.eval_tasks, "--eval-tasks NAMES"),
+            ("eval_limit", flags.eval_tasks, "--eval-tasks NAMES")):
+        if getattr(flags, name) is not None and there is None:
+            raise ConfigError(f"--{name.replace('_', '-')} needs {needs}")
     if asks is None:
-        for name, needs in (("evaluation_interval", "--evaluation-prompts FILE or --eval-tasks NAMES"),
-                            ("eval_data_path", "--eval-tasks mmlu"), ("eval_include_path", "--eval-tasks NAMES"),
-                            ("eval_limit", "--eval-tasks NAMES")):
-            if getattr(flags, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} needs {needs}")
         return None
     if flags.evaluation_interval is not None and flags.evaluation_interval < 1:
         raise ConfigError(f"--evaluation-interval {flags.evaluation_interval}: expected a number of steps, at least 1")
@@ -65,10 +67,20 @@ def read(run: "Run") -> Plan | None:
                        (given.overlap_param_gather, "--overlap-param-gather")):
         if size:
             raise ConfigError(f"{asks} does not go with {flag}: leave one of them out")
-    path = given.tokenizer_model or flags.tokenizer_name_or_path
-    if not path:
+    if not (given.tokenizer_model or flags.tokenizer_name_or_path):
         raise ConfigError(f"{asks} needs the tokenizer of the data: --tokenizer-model DIR")
-    tokenizer = load_tokenizer("HuggingFaceTokenizer", path)
+    return asks
+
+
+def read(run: "Run") -> Plan | None:
+    """What `--evaluation-prompts` and `--eval-tasks` say, before the run starts; None without both. Imports no torch.
+
+    `ConfigError` or `DataError` for what cannot be read, does not fit the model, or a run that cannot do it.
+    """
+    if check(run) is None:
+        return None
+    flags = run.flags
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", run.engine.tokenizer_model or flags.tokenizer_name_or_path)
     ids, params = ([], []) if flags.evaluation_prompts is None else _read_prompts(run, tokenizer)
     return Plan(ids, params, questions.read(run, tokenizer), flags.evaluation_interval, tokenizer)
 

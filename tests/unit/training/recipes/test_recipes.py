@@ -245,6 +245,7 @@ def test_a_dry_run_prints_commands_that_do_the_same(place: Path, tmp_path: Path,
     ("--train-epochs 0", "--train-epochs 0 trains nothing"),
     ("--handler-name alpca", "--handler-name alpca is not one of: none, auto"),
     ("--input nowhere.json", "nowhere.json"),
+    ("--eval-limit 5", "--eval-limit needs --eval-tasks NAMES"),
     ("--tensor-model-parallel-size 3", "set --tensor-model-parallel-size to one of"),
 ])
 def test_what_cannot_be_is_a_sentence(words: str, sentence: str, place: Path, tmp_path: Path,
