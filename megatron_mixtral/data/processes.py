@@ -102,6 +102,8 @@ class _Pool:
         if method == "spawn":
             for connection in self._processes:  # they start side by side
                 self._send(connection, self._work)
+            for connection in self._processes:  # one that dies before is not said to have died at a task
+                self._receive(connection)
 
     def run(self, tasks: Iterable[Any], ahead: int | None) -> Iterator[tuple[int, Any]]:
         waiting = enumerate(tasks)
@@ -182,7 +184,9 @@ def _serve(connection: Connection, work: Work | None, others: Sequence[Connectio
         other.close()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
-        work = work or connection.recv()
+        if work is None:
+            work = connection.recv()
+            connection.send((False, "ready"))
         while True:
             connection.send(_answer(work, connection.recv()))
     except (EOFError, OSError):

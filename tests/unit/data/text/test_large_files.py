@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_mixtral.data.text import TextOptions, preprocess_text
-from megatron_mixtral.tokenizer import mixtral_tokenizer_path, open_tokenizer
-from megatron_mixtral.tokenizer.engines import make_engine, native
+from megatron_mixtral.tokenizer import mixtral_tokenizer_path
+from megatron_mixtral.tokenizer.engines import native
 
 WORDS = "the quick brown fox jumps over a lazy dog, returns 42 and sleeps.\n"
 
@@ -42,17 +42,16 @@ def run(path: Path, prefix: Path) -> tuple[float, int, dict]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(theirs, str(path), str(prefix)))
     process.start()
-    found = ours.recv() if ours.poll(300) else pytest.fail("no answer within 300 s")
+    theirs.close()  # so that its end is seen
+    found = ours.recv()
     process.join()
     return found
 
 
 @pytest.mark.parametrize(("small", "large"), [(5, 20), pytest.param(50, 200, marks=pytest.mark.slow)])
 def test_one_huge_line(tmp_path, small, large):
-    try:
-        make_engine("native", open_tokenizer(mixtral_tokenizer_path()))
-    except native.EngineUnavailable as error:
-        pytest.skip(f"other engines take 12 times the memory for a document of this size: {error}")
+    if not list(Path(native.__file__).parent.glob("_native_bpe*")):  # another test's build is not a fresh process's
+        pytest.skip("other engines take 12 times the memory for a document of this size, and ours is not built")
     results = {}
     for megabytes in (small, large):
         characters = write_one_line(tmp_path / "x.jsonl", megabytes << 20)
