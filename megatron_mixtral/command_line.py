@@ -1,4 +1,6 @@
-"""The parser of every command: argparse, and a flag that it does not have names its neighbours.
+"""The parser of every command, and what of the libraries' words a user sees.
+
+The parser is argparse's, and a flag that it does not have names its neighbours.
 
 argparse complains of a flag that is missing before it looks at those that it does not know, so a misspelt `--input`
 would only be asked for. Python 3.14 has `suggest_on_error`, for choices alone.
@@ -6,8 +8,22 @@ would only be asked for. Python 3.14 has `suggest_on_error`, for choices alone.
 
 import argparse
 import difflib
+import logging
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
+
+
+def hush_libraries() -> None:
+    """Keep from the screen what torch and the engine tell their developers (absent packages, deprecations): fifty lines a
+    rank around an answer of one. Errors come through, and `python -W default` or PYTHONWARNINGS brings all of it back.
+    """
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):  # torch sets the level of "torch" when it is imported
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral import disk
-from megatron_mixtral.command_line import Parser
+from megatron_mixtral.command_line import Parser, hush_libraries
 from megatron_mixtral.config import ParallelLayout
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.inference.generator import Completion, Generator, Prompt
@@ -110,6 +110,7 @@ def open_generator(args: argparse.Namespace, command: str, argv: Sequence[str]) 
     starts `megatron-mixtral COMMAND ARGV` as so many ranks, and does not return. Errors as `Generator.from_pretrained`.
     """
     layout = layout_of(args)
+    hush_libraries()
     launch.take_part(launch.decide_here(layout.min_world, args.nproc), command, argv)
     if not launch.is_first_here():
         logging.getLogger("megatron_mixtral").setLevel(logging.WARNING)  # rank 0 says it for all

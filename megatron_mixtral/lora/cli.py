@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.command_line import Parser
+from megatron_mixtral.command_line import Parser, hush_libraries
 from megatron_mixtral.config import TARGET_FLAGS, ParallelLayout
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.weights import convert, open_sink, open_source
@@ -49,6 +49,7 @@ def merge_lora(argv: Sequence[str]) -> int:
         print("the adapters were trained beside a base rounded to 4 bits; this is the base as it is stored, and so the "
               "logits differ (--compare-logits says how far; --into rounded merges into what the run computed with)")
     if args.compare_logits:
+        hush_libraries()
         print(logits_gap(args.load_dir, args.adapter, args.save_dir, args.compare_logits))
     return 0
 

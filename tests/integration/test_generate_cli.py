@@ -32,6 +32,8 @@ def test_prompts_from_standard_input_in_another_layout_than_the_checkpoints(tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     assert "starting 2 ranks on this machine" in done.stderr
     assert done.stderr.count("of cache: 8 slots x 64 tokens in float32") == 1  # rank 0 says it for all
+    said = [line.split()[0] for line in done.stderr.splitlines()]
+    assert said == ["starting", "running", "each", "loaded"], done.stderr  # nothing of torch's or the engine's
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["prompt"] for answer in answers] == prompts
     for answer, prompt in zip(answers, prompts, strict=True):
