@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 
 def hush_libraries() -> None:
-    """Keep from the screen what torch and the engine tell their developers (absent packages, deprecations): fifty lines a
-    rank around an answer of one. Errors come through, and `python -W default` or PYTHONWARNINGS brings all of it back.
+    """Keep from the screen what torch and the engine tell their developers (absent packages, deprecations): fifty lines
+    a rank around an answer of one. Errors come through, and `python -W default` or PYTHONWARNINGS brings it all back.
     """
     if sys.warnoptions:
         return
