@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import AdapterConfig
+from megatron_mixtral.config import AdapterConfig, read_json
 from megatron_mixtral.disk import free_space, human_size
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights.dtypes import type_name
@@ -25,7 +25,7 @@ from megatron_mixtral.weights.opening import open_source
 from megatron_mixtral.weights.plan import whole
 from megatron_mixtral.weights.protocols import Output, TensorSink, TensorSource
 from megatron_mixtral.weights.rules import ROUTER, hf_tensors
-from megatron_mixtral.weights.streaming import BLOCK, blocks, checksum
+from megatron_mixtral.weights.streaming import BLOCK, blocks
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     `companions` are files to copy beside the weights, before those that the source itself has. `jobs` threads
     write (default: one for each core). `resume` keeps finished files of a killed conversion of the same
     source to the same target. `verify` reads the result back and compares checksums with the source's.
-    A source that is written to meanwhile is refused at the end.
+    A source that is written to meanwhile is refused at the end, and so is an archive of torch's whose storages are not
+    those that its checksums were made of.
     Raises `CheckpointError`; then nothing is at the target that was not there before.
     """
     started = time.monotonic()
@@ -98,6 +99,9 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     output = _plan(source, sink, name)
     found = [*companions, *output.companions, *source.companions]
     companions = list({path.name: path for path in reversed(found)}.values())  # the first of each name
+    for path in companions:
+        if path.suffix == ".json":
+            read_json(path)  # transformers would not load the result beside it
     report = Report(source.where, sink.target, files=list(output.files), carried=list(output.carried),
                     tensors=sum(layout.tensors for layout in output.files.values()),
                     bytes=sum(layout.moved for layout in output.files.values()),
@@ -107,6 +111,7 @@ def convert(source: TensorSource, sink: TensorSink, *, dtype: Any = None, compan
     with atomic.staged(sink.target, sink.replace, resume=resume) as stage:
         stage.begin(_fingerprint(source, output))
         _write_all(stage, output, source, report, jobs, check_finite, progress)
+        source.mapped.check_sums()
         write_beside(stage.root, output, companions)
         if verify:
             report.checksums = compare(source, open_source(stage.root), name, jobs)
@@ -203,7 +208,7 @@ def compare(source: TensorSource, written: TensorSource, dtype: str | None = Non
 
     def one(name: str) -> tuple[str, int]:
         target = whole(tensors[name])
-        ours, theirs = checksum(blocks(target, source, dtype)), checksum(blocks(target, written))
+        ours, theirs = (file_layout.checksum(blocks(target, *one)) for one in ((source, dtype), (written,)))
         if ours != theirs:
             raise CheckpointError(f"{written.where}: {name} has checksum {theirs:08x} when read back, the source's is "
                                   f"{ours:08x}; the disk or the memory of this machine is at fault")
@@ -219,7 +224,7 @@ def _compare_copied(root: Path, output: Output) -> None:
         for placed in layout.placed:
             copied = placed.payload
             written = file_layout.Region(root / path, placed.offset, copied.size)
-            if copied.dtype is None and checksum(written.blocks()) != checksum(
+            if copied.dtype is None and file_layout.checksum(written.blocks()) != file_layout.checksum(
                     block for (block,) in copied.blocks([copied.part])):
                 raise CheckpointError(f"{written.file}: bytes {written.offset} to {written.offset + written.length} "
                                       f"({copied.name}) are not those of the source when read back; the disk or the "

@@ -108,7 +108,9 @@ def _look(found: Findings, deep: bool) -> None:
         found.bytes += tensor.elements * FLOATS[kind].itemsize
     found.types, found.tensors = dict(kinds), sum(kinds.values())
     if deep:
-        _compare_with_report(found, compare(source, source))
+        sums = compare(source, source)
+        source.mapped.check_sums()
+        _compare_with_report(found, sums)
 
 
 def _compare_with_report(found: Findings, sums: dict[str, int]) -> None:

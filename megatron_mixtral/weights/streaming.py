@@ -5,7 +5,7 @@ are made in one pass (`cuts`): the columns of every tensor-parallel rank, and th
 plan with `payload`, and `files.writer` writes the blocks. `assemble` makes one torch tensor of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -133,11 +133,3 @@ def assemble(target: TensorSlice, source: TensorSource, dtype: Any = None) -> An
         at += block.size
     assert at == target.elements, f"{target.name}: {at} elements, expected {target.elements}"
     return as_torch(found.reshape(target.shape), name)
-
-
-def checksum(found: Iterable[Any]) -> int:
-    """CRC-32 of blocks of bytes."""
-    crc = 0
-    for block in found:
-        crc = file_layout.crc32(block, crc)
-    return crc

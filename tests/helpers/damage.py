@@ -209,15 +209,26 @@ def structure(path: Path) -> Iterator[int]:
     data = path.read_bytes()
     if path.suffix == ".safetensors":
         yield from range(8 + int.from_bytes(data[:8], "little"))
-    elif path.suffix == ".distcp":
-        regions = pickle.loads((path.parent / ".metadata").read_bytes()).storage_data.values()
-        # A tensor with two keys is listed twice.
-        for offset, length in dict.fromkeys((r.offset, r.length) for r in regions if r.relative_path == path.name):
+    elif path.suffix in (".distcp", ".pt", ".bin"):
+        for offset, length in archives(path):
             yield from (offset + at for at in outside_storages(data[offset:offset + length]))
-    elif path.suffix in (".pt", ".bin"):
-        yield from outside_storages(data)
     else:
         yield from range(len(data))
+
+
+def payload(path: Path) -> list[int]:
+    """The places of the bytes of a file of torch's archives that are a weight's payload."""
+    inside = (at for offset, length in archives(path) for at in range(offset, offset + length))
+    return sorted(set(inside) - set(structure(path)))
+
+
+def archives(path: Path) -> list[tuple[int, int]]:
+    """Where a file's archives begin, and their lengths."""
+    if path.suffix != ".distcp":
+        return [(0, path.stat().st_size)]
+    regions = pickle.loads((path.parent / ".metadata").read_bytes()).storage_data.values()
+    # A tensor with two keys is listed twice.
+    return list(dict.fromkeys((one.offset, one.length) for one in regions if one.relative_path == path.name))
 
 
 def outside_storages(data: bytes) -> Iterator[int]:

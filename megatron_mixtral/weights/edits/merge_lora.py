@@ -123,6 +123,10 @@ class _Both(MappedFiles):
         super().__init__()
         self._each = files
 
+    def check_sums(self, *, fill: bool = True) -> None:
+        for each in self._each:
+            each.check_sums(fill=fill)
+
     def release(self) -> None:
         for each in self._each:
             each.release()

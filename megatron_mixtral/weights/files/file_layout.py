@@ -5,7 +5,7 @@ that gives the last bytes once the payloads' checksums are known. `torch_archive
 written: an uncompressed zip, storages aligned to 64 bytes. Format: PKWARE's APPNOTE (with zip64 where offsets need it),
 and `torch.serialization._save` for the entries.
 
-torch itself checks no CRC when it loads, with or without `mmap=True`; other zip readers do. They are right here.
+torch itself checks no CRC when it loads, with or without `mmap=True`; other zip readers do, and `sums` here.
 """
 
 import struct
@@ -19,11 +19,8 @@ from typing import Any
 from megatron_mixtral.weights.dtypes import FLOATS
 from megatron_mixtral.weights.files.mapped import Region
 from megatron_mixtral.weights.files.pickle_writer import Call, Global, Persistent, dumps
-
-try:  # with the processor's own instructions: as fast as memory, where zlib's takes a third of a conversion's time
-    from isal.isal_zlib import crc32
-except ImportError:
-    from zlib import crc32
+from megatron_mixtral.weights.files.sums import checksum as checksum
+from megatron_mixtral.weights.files.sums import crc32
 
 ALIGNMENT = 64
 LABEL = "@"  # in the name of an archive's folder: NAME@OFFSETS

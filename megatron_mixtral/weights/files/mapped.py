@@ -9,12 +9,14 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
 
 from megatron_mixtral.disk import START, placeholder
 from megatron_mixtral.errors import CheckpointError
+from megatron_mixtral.weights.files.sums import Sums, checksum, crc32
 
 BLOCK = 1 << 20  # bytes of a region that are read at a time
 
@@ -83,6 +85,7 @@ class MappedFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         self.bytes.file, self.address = self, _address(numpy.frombuffer(self.bytes, numpy.uint8))
+        self.sums = Sums()
         if cure is not None:
             raise CheckpointError(f"{path} {cure}")
 
@@ -111,14 +114,21 @@ def _file_of(array: numpy.ndarray) -> MappedFile | None:
     return base.file if isinstance(base, _Memory) else None
 
 
+def _sum_of(file: MappedFile, offset: int, length: int) -> int:
+    return checksum(Region(file.path, offset, length).blocks())
+
+
 class Reader:
     """Reads from mapped files, each opened at its first use and closed when the `with` block ends.
 
+    What it fetches is summed up for `MappedFiles.check_sums`, unless `summed` is False.
     Raises `CheckpointError` for a file that changed since it was mapped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, summed: bool = True) -> None:
         self._handles: dict[MappedFile, int] = {}
+        self._summed = summed
+        self._runs: dict[MappedFile, tuple[int, int, int]] = {}  # what was fetched last in one go: start, end, CRC
 
     def __enter__(self) -> "Reader":
         return self
@@ -126,6 +136,8 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles.values():
             os.close(handle)
+        for file, (start, end, crc) in self._runs.items():
+            file.sums.note(start, end - start, crc)
 
     def _handle(self, file: MappedFile) -> int:
         if file not in self._handles:
@@ -157,6 +169,7 @@ class Reader:
                 count = os.preadv(self._handle(file), [left], at)
                 if count == 0:
                     raise CheckpointError(f"{file.path} ends at byte {at}; start again when nothing writes to it")
+                self._sum(file, at, left[:count])
                 left, at = left[count:], at + count
         elif array.ndim > 1 and array.strides[-1] == array.itemsize:
             for one, part in zip(found, array, strict=True):
@@ -164,9 +177,19 @@ class Reader:
         else:
             self._copy(found, array, file)
 
+    def _sum(self, file: MappedFile, at: int, block: memoryview) -> None:
+        if not self._summed or not file.sums:
+            return
+        start, end, crc = self._runs.get(file, (at, at, 0))
+        if end != at:
+            file.sums.note(start, end - start, crc)
+            start, crc = at, 0
+        self._runs[file] = (start, at + len(block), crc32(block, crc))
+
     def _copy(self, found: numpy.ndarray, array: numpy.ndarray, file: MappedFile) -> None:
         """Out of mapped memory, for what is transposed, in files of older engines: no run could be read at once."""
         check_same(file.path, file.state, state_of(self._handle(file)))
+        file.sums.note(_address(array) - file.address, 0, 0)
         found[...] = array
 
 
@@ -194,6 +217,14 @@ class MappedFiles(dict[Path, MappedFile]):
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read any more: {error}") from None
             check_same(path, before, now)
+
+    def check_sums(self, *, fill: bool = True) -> None:
+        """Raise `CheckpointError` naming a file of which something was fetched that is not what was saved.
+
+        Where a storage was read in part, `fill` reads the rest of it; else it is not looked at.
+        """
+        for file in list(self.values()):
+            file.sums.check(str(file.path), partial(_sum_of, file) if fill else None)
 
     def release(self) -> None:
         """Give mapped pages back to the system that were touched without a `Reader`; they come again when touched."""

@@ -109,6 +109,7 @@ class _Archive:
         ends = described if flags & _DESCRIBED else end - self.base in self.ends
         if signature != _ZIP or not same or not ends:
             raise ValueError(f"its storage {storage.key} lies elsewhere than its header says")
+        self.file.sums.expect(start, size, entry.CRC, f"storage {storage.key} of {self.label}")
         return start
 
     def load(self, where: str) -> Any:

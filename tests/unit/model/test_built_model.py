@@ -4,8 +4,11 @@ from pathlib import Path
 
 import torch
 from helpers import engine
+from helpers.damage import payload
 from helpers.models import tiny_hf_mixtral
 from helpers.ranks import run_ranks
+
+from megatron_mixtral.weights import convert, open_sink, open_source
 
 UNUSUAL = {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}, "sliding_window": 5,
            "head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 3}
@@ -30,6 +33,28 @@ def test_weights_are_drawn_as_wide_as_the_configuration_says() -> None:
     [(spreads, router)] = run_ranks(1, _spreads)
     assert all(0.45 < spread < 0.55 for spread in spreads.values()), spreads
     assert router == "fp32"
+
+
+def _loaded(rank: int, directory: str) -> str:
+    from megatron_mixtral.errors import CheckpointError
+    from megatron_mixtral.model import from_pretrained
+
+    try:
+        from_pretrained(directory)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_weight_that_a_disk_has_changed_is_not_loaded(tmp_path: Path) -> None:
+    convert(open_source(tiny_hf_mixtral(tmp_path / "hf")), open_sink(tmp_path / "dist", "torch_dist"))
+    assert run_ranks(1, _loaded, str(tmp_path / "dist")) == [""]
+    file = tmp_path / "dist" / "release" / "__0_0.distcp"
+    data, places = bytearray(file.read_bytes()), payload(file)
+    data[places[len(places) // 2]] ^= 1
+    file.write_bytes(data)
+    [said] = run_ranks(1, _loaded, str(tmp_path / "dist"))
+    assert "is not what was saved" in said and str(file) in said
 
 
 def _logits(rank: int, directory: str, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:

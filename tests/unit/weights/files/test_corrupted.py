@@ -1,8 +1,8 @@
 """Hundreds of damaged checkpoints of every format: each is refused by name, runs nothing and leaves nothing behind.
 
-Damage is drawn with fixed seeds from small whole checkpoints. What only changes a weight's payload cannot be seen
-without a checksum (`inspect_checkpoint.py --deep` has those of a conversion made with `--verify`) and is not here. A
-bit that flips anywhere else is refused, or changes nothing of the result.
+Damage is drawn with fixed seeds from small whole checkpoints. A bit of a weight that flips is seen in torch's archives,
+which have a checksum of each storage; safetensors have none (`inspect_checkpoint.py --deep` has those of a conversion
+made with `--verify`). A bit that flips anywhere else is refused, or changes nothing of the result.
 """
 
 import json
@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.damage import DAMAGES, split_distcp, structure
+from helpers.damage import DAMAGES, payload, split_distcp, structure
 from helpers.models import assert_same_weights, random_hf_directory, tensors_of
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import MixtralError
 from megatron_mixtral.weights.conversion import convert
+from megatron_mixtral.weights.files import sums
 from megatron_mixtral.weights.formats.dist_sink import DistSink
 from megatron_mixtral.weights.formats.hf_sink import HFSink
 from megatron_mixtral.weights.formats.hf_source import HFSource
 from megatron_mixtral.weights.formats.rank_sink import RankDirSink
+from megatron_mixtral.weights.inspection import inspect
 from megatron_mixtral.weights.opening import open_source
 
 CONFIG = MixtralConfig(vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
@@ -93,6 +95,39 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(originals, tmp_path, name, 
             assert str(directory) in str(error), error
             assert list(directory.parent.iterdir()) == [directory]
     assert refused >= 10, "most of a structure is padding?"
+
+
+@pytest.mark.parametrize("combine", [True, False], ids=["joined", "without-isal"])
+@pytest.mark.parametrize(("name", "pattern"), [("bin", "*.bin"), ("ranks", "release/*/*.pt"),
+                                               ("dist", "release/*.distcp")])
+def test_a_flipped_bit_of_a_weight_is_refused(originals, tmp_path, monkeypatch, name, pattern, combine):
+    """However its storage is cut for the target: into Hugging Face tensors, columns, rows, experts left out."""
+    if not combine:
+        monkeypatch.setattr(sums, "crc32_combine", None)
+    draw = random.Random(2)
+    for number in range(12):
+        directory = Path(shutil.copytree(originals[name], tmp_path / str(number) / name))
+        path = draw.choice(sorted(directory.glob(pattern)))
+        data = bytearray(path.read_bytes())
+        at, bit = draw.choice(payload(path)), draw.randrange(8)
+        data[at] ^= 1 << bit
+        path.write_bytes(data)
+        out = directory.parent / "out"
+        sink = draw.choice([HFSink(out), RankDirSink(out, ParallelLayout(tp=1, pp=2)), DistSink(out),
+                            RankDirSink(out, ParallelLayout(tp=2), vocab_divisible_by=16)])
+        with pytest.raises(MixtralError, match="is not what was saved|hold different values") as error:
+            convert(open_source(directory), sink)
+        assert str(path) in str(error.value), f"bit {bit} of byte {at}: {error.value}"
+        assert list(directory.parent.iterdir()) == [directory]
+        assert (problem := inspect(directory, deep=True).problem) and str(path) in problem
+
+
+def test_archives_without_sums_are_read():
+    """`torch.serialization.set_crc32_options(False)` writes 0; zip's own reader refuses most of such files."""
+    file = sums.Sums()
+    file.expect(0, 4, 0, "storage 0")
+    file.note(0, 4, 1)
+    file.check("x", None)
 
 
 @pytest.mark.parametrize("bit", range(32))

@@ -57,6 +57,13 @@ def test_shards_index_config_and_companions(hf, tmp_path):
     assert_same_weights(hf, tmp_path / "again")
 
 
+def test_a_companion_that_cannot_be_read_is_refused(hf, tmp_path):
+    (hf / "generation_config.json").write_text("{damaged")
+    with pytest.raises(MixtralError, match="generation_config.json cannot be read as JSON"):
+        copy(hf, tmp_path / "out")
+    assert list(tmp_path.glob("*out*")) == []
+
+
 @pytest.mark.parametrize("shards", ["5GB", "50KB"])
 def test_transformers_loads_the_result_whole(hf, tmp_path, shards):
     from transformers import MixtralForCausalLM
