@@ -107,6 +107,8 @@ def test_with_adapters_there_are_two_models_to_choose(parts, page, shots, size):
         ask(page, "Who are you?")
         page.until(f"{IDLE} && document.querySelectorAll('.foot').length === 1")
         page.screenshot(shots / f"models-{size[0]}.png")
+        assert page.run("document.querySelector('.foot').getBoundingClientRect().bottom <= "
+                        "document.querySelector('#ask').getBoundingClientRect().top"), "what stands below is seen"
         page.run("document.querySelector('#models').value = 'tiny'; "
                  "document.querySelector('#models').dispatchEvent(new Event('change'))")
         page.until("document.title === 'tiny'")
