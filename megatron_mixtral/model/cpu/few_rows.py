@@ -1,8 +1,8 @@
 """A linear of a few rows on a CPU, as each step of generation has them: its time is that of reading the weight.
 
-The float32 kernel reads a weight once for up to three rows, at the speed of memory, and at half of it for four; of eight
-it is a third. A batch of products, each of a block of the weight that the nearest cache holds, stays above two thirds
-up to eight rows. `model/plain.py` and the experts use it.
+The float32 kernel reads a weight at the speed of memory for up to three rows, at half of it for four, at a third for
+eight. A batch of products, each of a block of the weight that the nearest cache holds, stays above two thirds up to
+eight rows. `model/plain.py` and the experts use it.
 
 Shape suffixes: t tokens, i input, o output, b blocks, p rows of a block.
 """
@@ -18,8 +18,8 @@ _LEAST = 2**20  # bytes of a weight: smaller ones stay in the caches
 
 
 def linear_of_few(x_ti: Tensor, weight_oi: Tensor) -> Tensor:
-    """[t, o] = x W^T, without a gradient: for large float32 weights block by block, where that is faster. Each number is
-    the product of the same row and column as it is in the whole.
+    """[t, o] = x W^T, without a gradient: for large float32 weights block by block, where that is faster. Each number
+    is the product of the same row and column as it is in the whole.
     """
     if not _ONE_READ < len(x_ti) <= _FEW or x_ti.dtype != torch.float32 or weight_oi.nbytes <= _LEAST:
         return linear(x_ti, weight_oi)
