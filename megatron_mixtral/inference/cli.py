@@ -91,7 +91,7 @@ def template_flag(parser: argparse.ArgumentParser, said: str) -> None:
 def prompts_of(generator: Generator, template: str | None) -> Any:
     """How the generator's model is asked in a chat, see `tokenizer.chat_prompts`. `ConfigError` without a tokenizer."""
     generator.encode("")
-    return chat_prompts(generator.tokenizer, generator.tokenizer.path.parent, template)
+    return chat_prompts(generator.prompt_tokenizer, generator.tokenizer.path.parent, template)
 
 
 def with_ends(params: SamplingParams, prompts: Any) -> SamplingParams:

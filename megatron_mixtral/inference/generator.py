@@ -21,7 +21,7 @@ from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout, read_j
 from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference.parameters import Event, FinishReason, SamplingParams, ScoringParams, TokenLogprobs
-from megatron_mixtral.tokenizer import Tokenizer, load_tokenizer
+from megatron_mixtral.tokenizer import LimitedTokenizer, Tokenizer, load_tokenizer
 from megatron_mixtral.weights import ShardPlan, open_source
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Generator:
 
     def __init__(self, engine: "Engine", tokenizer: Tokenizer | None) -> None:
         self.engine, self.tokenizer = engine, tokenizer
+        self.prompt_tokenizer = tokenizer and LimitedTokenizer(tokenizer, engine.max_length)  # of what has to fit
         self._names = itertools.count()
 
     @classmethod
@@ -92,12 +93,14 @@ class Generator:
                           stop_token_ids=stop_ids(source, read), silence=silence), read)
 
     def encode(self, prompt: str) -> list[int]:
-        """The ids of a text, one BOS in front where the tokenizer has one. `ConfigError` without a tokenizer."""
+        """The ids of a text, one BOS in front where the tokenizer has one. `ConfigError` without a tokenizer, and for a
+        text that is too long for the context whatever its ids are.
+        """
         if self.tokenizer is None:
             raise ConfigError("there is no tokenizer in the model's directory, nor was one given (--tokenizer-model): "
                               "give one, or prompts as token ids")
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return begin + self.tokenizer.encode(prompt)
+        return begin + self.prompt_tokenizer.encode(prompt)
 
     def generate(self, prompts: Prompt | Sequence[Prompt],
                  params: SamplingParams | Sequence[SamplingParams] = SamplingParams()) -> list[Completion]:  # noqa: B008 - it is frozen

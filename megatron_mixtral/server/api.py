@@ -28,6 +28,7 @@ from megatron_mixtral.server.settings import Settings
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS = 30.0  # in which the body of a request has to come
+_LONG = 2**14  # characters
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -43,14 +44,15 @@ class Api:
     def __init__(self, desk: Desk, generator: Generator, prompts: Any, settings: Settings) -> None:
         self.desk, self.settings, self.metrics, self.started = desk, settings, Metrics(), int(time.time())
         self._generator, self._prompts, self._texts = generator, prompts, TokenTexts(generator.tokenizer)
-        # Tokenizers are not for several threads at once, and a long text must not hold up the event loop.
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        # Encoding must not hold up the event loop, nor a long text the short ones: long ones wait for one another.
+        self._encoders = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("encoder", "encoder-of-long")]
 
     async def answer(self, kind: str, request: Request) -> Response:
         """Answer a chat or a completion."""
         since = time.monotonic()
         asked = parse(kind, await self._body(request), self.settings.names)
-        prompts = await asyncio.get_running_loop().run_in_executor(self._encoder, self._ids, asked)
+        encoder = self._encoders[asked.characters > _LONG]
+        prompts = await asyncio.get_running_loop().run_in_executor(encoder, self._ids, asked)
         params = dataclasses.replace(asked.params, adapter=asked.model == self.settings.adapter)
         if kind == "chat":
             params = inference.with_ends(params, self._prompts)

@@ -9,7 +9,7 @@ from megatron_mixtral.command_line import Parser
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.inference import cli as inference
 from megatron_mixtral.runtime import launch
-from megatron_mixtral.server.settings import Settings
+from megatron_mixtral.server.settings import Settings, allowed
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -18,10 +18,10 @@ def serve(argv: Sequence[str]) -> int:
     Raises `ConfigError` for a port that is in use, before the model is read.
     """
     args = _parser().parse_args(argv)
-    if args.served_adapter_name and not args.adapter:
+    if args.served_adapter_name is not None and not args.adapter:
         raise ConfigError("--served-adapter-name is of the model with adapters: give them (--adapter), or leave it out")
-    adapter = args.adapter and (args.served_adapter_name or args.adapter.resolve().name)
-    settings = Settings(model=args.served_model_name or args.load.resolve().name, adapter=adapter, host=args.host,
+    settings = Settings(model=_name(args.served_model_name, args.load),
+                        adapter=args.adapter and _name(args.served_adapter_name, args.adapter), host=args.host,
                         port=args.port, api_key=_key(args.api_key), max_queue=args.max_queue,
                         max_body=args.max_body, request_timeout=args.request_timeout)
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -39,12 +39,17 @@ def serve(argv: Sequence[str]) -> int:
     return launch.as_rank(work)
 
 
+def _name(given: str | None, folder: Path) -> str:
+    """The name that was given, else the folder's, with - in the place of what no name may have."""
+    return "".join(one if allowed(one) else "-" for one in folder.resolve().name) or "model" if given is None else given
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Serve a Mixtral: OpenAI's API (/v1) and a chat page (/), from any checkpoint in any layout.",
         allow_abbrev=False)
     inference.model_flags(parser)
-    group, default = parser.add_argument_group("server"), Settings(model="")
+    group, default = parser.add_argument_group("server"), Settings(model="model")
     group.add_argument("--host", default=default.host,
                        help=f"address to listen on ({default.host}: this machine alone; 0.0.0.0: any, with --api-key)")
     group.add_argument("--port", type=int, default=default.port, help=f"({default.port}; 0: any that is free)")

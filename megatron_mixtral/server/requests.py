@@ -57,6 +57,12 @@ class Asked:
     prompts: Sequence[str | list[int]] = ()
     messages: Sequence[Mapping[str, str]] = ()
 
+    @property
+    def characters(self) -> int:
+        """Of all texts that have to be encoded."""
+        texts = [one for one in self.prompts if isinstance(one, str)] + [one["content"] for one in self.messages]
+        return sum(map(len, texts))
+
 
 def parse(kind: str, body: bytes, models: Sequence[str]) -> Asked:
     """`kind` is "chat" or "completion", `models` are the names that may be asked for, the first where none is. Raises

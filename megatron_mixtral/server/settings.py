@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from megatron_mixtral.errors import ConfigError
 
 
+def allowed(name: str) -> bool:
+    """Whether a model may be called so: visible characters alone, at least one."""
+    return bool(name) and name.isprintable() and " " not in name
+
+
 @dataclass(frozen=True)
 class Settings:
     """One server's settings. `ConfigError` for a limit that cannot be."""
@@ -25,6 +30,10 @@ class Settings:
         return (self.model,) if self.adapter is None else (self.model, self.adapter)
 
     def __post_init__(self) -> None:
+        for flag, name in (("--served-model-name", self.model), ("--served-adapter-name", self.adapter)):
+            if name is not None and not allowed(name):
+                raise ConfigError(f"{flag} {name!r} is no name that can be asked for: expected letters, digits and "
+                                  "signs of any script, at least one, without spaces and control characters")
         if self.adapter == self.model:
             raise ConfigError(f"the model and its adapters are both called {self.model!r}: give another "
                               "--served-adapter-name, or --served-model-name")

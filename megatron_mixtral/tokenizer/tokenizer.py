@@ -87,6 +87,10 @@ class SentencePieceTokenizer(_TokenizerFile):
         added = set(self._added.values())  # control pieces of the file itself are left out by sentencepiece
         return self._model.decode([int(i) for i in ids if int(i) not in added])
 
+    def encode_aside(self, text: str, controls: bool = False) -> list[int]:
+        """As `encode`, or `encode_with_controls`: here too other threads go on meanwhile."""
+        return self.encode_with_controls(text) if controls else self.encode(text)
+
     def encode_with_controls(self, text: str) -> list[int]:
         """As `encode`, but control strings in the text become control ids, and what is between two is encoded alone."""
         controls = self.control_tokens()
@@ -96,6 +100,10 @@ class SentencePieceTokenizer(_TokenizerFile):
     def control_tokens(self) -> dict[str, int]:
         """The control pieces as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
         return dict(self._controls)
+
+    def controls_take_spaces(self) -> bool:
+        """Whether white space around a control string becomes part of it."""
+        return False
 
     @cached_property
     def _controls(self) -> dict[str, int]:
@@ -167,6 +175,13 @@ class JsonTokenizer(_TokenizerFile):
         """As `encode`, but control strings in the text become control ids (`--allow-special-in-text`)."""
         return self._with_controls.encode(text, add_special_tokens=False).ids
 
+    def encode_aside(self, text: str, controls: bool = False) -> list[int]:
+        """As `encode`, or `encode_with_controls`, while other threads go on: the library holds them for the length of a
+        text, but not for that of a batch. A batch makes threads of its own, which a fork does not survive.
+        """
+        model = self._with_controls if controls else self._model
+        return model.encode_batch([text], add_special_tokens=False)[0].ids
+
     @cached_property
     def _with_controls(self) -> Any:
         """A model of its own: another thread may be using the first one, whose setting therefore stays."""
@@ -180,6 +195,10 @@ class JsonTokenizer(_TokenizerFile):
     def control_tokens(self) -> dict[str, int]:
         """The special tokens as they are written, such as `<s>`, with their ids; `encode` takes them for text."""
         return dict(self._controls)
+
+    def controls_take_spaces(self) -> bool:
+        """Whether white space around a control string becomes part of it."""
+        return any(one.lstrip or one.rstrip for one in self._model.get_added_tokens_decoder().values())
 
     def serialized(self) -> str:
         """The tokenizer as JSON, in the form of the library's present release, whatever the form of the file."""

@@ -2,6 +2,9 @@
 
     apt-get install chromium fonts-noto-cjk fonts-noto-color-emoji
     bash tests/run.sh tests/browser          screenshots lie in $SCREENSHOTS, or in the test's own folder
+
+The answers are of 512 random words, which are up to 5,000 tokens when they come back in the next question: the fake
+engine's context holds them.
 """
 
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.chromium import FOUND, Chromium
+from helpers.events import until
 from helpers.fake_engine import WORDS, fake_generator
 from helpers.serving import serving, tokenizer_and_prompts
 
@@ -18,6 +22,14 @@ DESKTOP, PHONE = (1280, 800), (390, 844)
 CONTROL, SHIFT = 2, 8
 ANSWER = "document.querySelector('.turn.assistant:last-of-type .text').textContent"
 IDLE = "!document.querySelector('#send').hidden"
+BOX = "document.querySelector('#question').value"
+CONTEXT = 10_000
+# The list of models waits for `go()`; what is asked is kept.
+HELD_BACK = """const plain = fetch, list = new Promise((go) => { window.go = go; }); window.asked = [];
+    window.fetch = async (address, more) => {
+      if (address === 'v1/models') await list; else asked.push(JSON.parse(more.body));
+      return plain(address, more);
+    };"""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +39,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def server(parts):
-    with serving(fake_generator(parts[0], max_length=1000), parts[1]) as found:
+    with serving(fake_generator(parts[0], max_length=CONTEXT), parts[1]) as found:
         yield found
 
 
@@ -75,8 +87,7 @@ def test_a_question_is_answered_as_it_is_written_and_stopped(server, page, shots
     page.click("#stop")
     page.until(IDLE)
     page.until("document.querySelector('.turn:last-child .foot').textContent.includes('stopped')")
-    while server.engine.has_work:
-        pass
+    until(lambda: not server.engine.has_work)
     page.screenshot(shots / f"{name}-stopped.png")
     page.click("#settings")
     page.screenshot(shots / f"{name}-settings.png")
@@ -88,7 +99,7 @@ def test_a_question_is_answered_as_it_is_written_and_stopped(server, page, shots
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_with_adapters_there_are_two_models_to_choose(parts, page, shots, size):
-    with serving(fake_generator(parts[0], max_length=1000), parts[1], adapter="tuned-on-sixty-dialogues") as both:
+    with serving(fake_generator(parts[0], max_length=CONTEXT), parts[1], adapter="tuned-on-sixty-dialogues") as both:
         asked, add = [], both.engine.add
         both.engine.add = lambda name, ids, params: (asked.append(params.adapter), add(name, ids, params))
         page.open(both.address + "/", *size)
@@ -96,12 +107,19 @@ def test_with_adapters_there_are_two_models_to_choose(parts, page, shots, size):
         ask(page, "Who are you?")
         page.until(f"{IDLE} && document.querySelectorAll('.foot').length === 1")
         page.screenshot(shots / f"models-{size[0]}.png")
+        assert page.run("document.querySelector('.foot').getBoundingClientRect().bottom <= "
+                        "document.querySelector('#ask').getBoundingClientRect().top"), "what stands below is seen"
         page.run("document.querySelector('#models').value = 'tiny'; "
                  "document.querySelector('#models').dispatchEvent(new Event('change'))")
         page.until("document.title === 'tiny'")
         ask(page, "And you?")
         page.until(f"{IDLE} && document.querySelectorAll('.turn.assistant .foot').length === 2")
-        assert asked == [True, False] and page.run("document.documentElement.scrollWidth") <= size[0]
+        page.click("#settings")
+        page.click("dialog button[type=submit]")
+        page.until("!document.querySelector('dialog').open && document.activeElement.id === 'question'")
+        ask(page, "Still you?")
+        page.until(f"{IDLE} && document.querySelectorAll('.turn.assistant .foot').length === 3")
+        assert asked == [True, False, False] and page.run("document.documentElement.scrollWidth") <= size[0]
         assert page.run("getComputedStyle(document.querySelector('#model')).display") == "none"
 
 
@@ -137,7 +155,46 @@ def test_keys_the_switch_and_what_is_kept(server, page):
     page.until("document.querySelector('#stop').hidden === false")
     page.press("Escape", 27)
     page.until(IDLE)
+    assert page.run(f"[{BOX}, messages.length]") == ["waiting", 0], "no answer had begun: the question comes back"
     server.engine.gate.set()
+    page.press("Enter", 13)
+    page.until(f"{IDLE} && document.querySelectorAll('.foot').length === 1")
+    page.press("Enter", 13)
+    assert page.run(f"{IDLE} && messages.length === 2"), "nothing is not sent"
+
+
+def test_a_new_chat_has_nothing_of_an_answer_that_was_being_written(server, page):
+    """What was written would else stand before its first question, which the server refuses."""
+    server.engine.max_length = 10**9
+    page.open(server.address + "/")
+    page.until("document.title === 'tiny'")
+    page.run("document.querySelector('[name=max_tokens]').value = ''")
+    ask(page, "For ever?")
+    page.until(f"{ANSWER}.length > 30")
+    page.press("o", 79, modifiers=CONTROL | SHIFT)
+    assert page.run(f"{IDLE} && messages.length === 0 && document.querySelectorAll('.turn').length === 0")
+    page.run("document.querySelector('[name=max_tokens]').value = '5'")
+    ask(page, "And now?")
+    page.until(f"{IDLE} && document.querySelectorAll('.foot').length === 1")
+    assert page.run("messages.map((one) => one.role)") == ["user", "assistant"]
+    assert page.run("document.querySelectorAll('.turn').length") == 2
+    until(lambda: not server.engine.has_work, "the first answer goes on")
+
+
+def test_a_question_before_the_models_are_known(server, page):
+    """It waits for the list, can be stopped meanwhile, and is sent once however often Enter is pressed."""
+    page.before(HELD_BACK)
+    page.open(server.address + "/")
+    ask(page, "Already?")
+    assert page.run(f"!({IDLE}) && asked.length === 0")
+    page.press("Escape", 27)
+    page.until(IDLE)
+    assert page.run(BOX) == "Already?"
+    page.press("Enter", 13)
+    page.press("Enter", 13)
+    page.run("go()")
+    page.until(f"{IDLE} && document.querySelectorAll('.foot').length === 1")
+    assert page.run("asked.map((one) => [one.model, one.messages.length])") == [["tiny", 1]]
 
 
 def test_errors_are_sentences_and_the_question_comes_back(parts, page):

@@ -18,6 +18,10 @@ from helpers.events import HANG
 FOUND = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+class Left(AssertionError):
+    """The page was left while it was asked."""
+
+
 class Chromium:
     """One page of one browser, which ends with the block."""
 
@@ -64,6 +68,9 @@ class Chromium:
         while True:
             answer = self._message()
             if answer.get("id") == number:
+                said = answer.get("error", {}).get("message", "")
+                if "context was destroyed" in said or "Cannot find context" in said or "navigated" in said:
+                    raise Left(said)
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
             self._note(answer)
@@ -98,15 +105,29 @@ class Chromium:
                   mobile=width < 600)
         self.call("Emulation.setEmulatedMedia", features=[
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.run("window.isLeft = true")  # else the page before could be taken for the new one
         self.call("Page.navigate", url=address)
-        self.until("document.readyState === 'complete'")
+        self.until("!window.isLeft && document.readyState === 'complete'")
+
+    def before(self, script: str) -> None:
+        """Run a script in every page that is opened from now on, before its own."""
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
 
     def until(self, condition: str) -> None:
         """Look until an expression on the page is true."""
         end = time.monotonic() + HANG
-        while not self.run(condition):
-            assert time.monotonic() < end, f"waited in vain for {condition}"
+        while not self._holds(condition):
+            assert time.monotonic() < end, f"waited in vain for {condition}; the page says: {self._text()[-500:]}"
             time.sleep(0.02)
+
+    def _holds(self, condition: str) -> bool:
+        try:
+            return bool(self.run(condition))
+        except Left:
+            return False
+
+    def _text(self) -> str:
+        return str(self.run("document.body.innerText"))
 
     def type(self, text: str) -> None:
         """As from a keyboard, into what has the focus."""

@@ -59,6 +59,16 @@ def test_greedy_answers_are_those_of_transformers(server, model):
     assert plain.choices[0].text == " " + answer.choices[0].message.content, "a completion goes on from its prompt"
 
 
+def test_a_text_that_cannot_fit_is_refused_by_its_length(server):
+    """In any case it would be, but only after seconds of encoding."""
+    for path, body, least in (
+            ("/v1/completions", {"prompt": "a" * 10**6}, 62500),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 10**6}]}, 62501)):
+        status, answer = post(server, path, body)
+        said = f"characters, which are {least} tokens or more, and the context 512"
+        assert status == 400 and said in answer["error"]["message"]
+
+
 def test_streams_seeds_and_stops(server):
     """A random model writes of everything: Chinese, emoji, single bytes of characters."""
     options = {"temperature": 1.2, "seed": 11, "max_tokens": 60, "n": 2}
@@ -136,6 +146,15 @@ def test_what_is_wrong_is_one_sentence_before_the_model_is_read(tmp_path, capsys
     with socket.create_server(("127.0.0.1", 0)) as busy:
         assert commands.run("serve", ["--load", str(tmp_path), "--port", str(busy.getsockname()[1])]) == 1
     assert "cannot be opened: Address already in use" in capsys.readouterr().err.splitlines()[-1]
+    for flags, said in {("--served-adapter-name", "a"): "is of the model with adapters",
+                        ("--served-adapter-name", ""): "is of the model with adapters",
+                        ("--served-model-name", ""): "--served-model-name '' is no name that can",
+                        ("--adapter", "b", "--served-adapter-name", "two words"): "'two words' is no name that can",
+                        ("--adapter", "b", "--served-adapter-name", "m", "--served-model-name", "m"): "both called 'm'",
+                        ("--adapter", "b", "--served-model-name", "b"): "are both called 'b': give another",
+                        ("--adapter", "b", "--served-adapter-name", tmp_path.name): "are both called"}.items():
+        assert commands.run("serve", ["--load", str(tmp_path), *flags]) == 1
+        assert said in capsys.readouterr().err.splitlines()[-1]
     assert commands.run("serve", ["--load", str(tmp_path), "--api-key", "@nowhere"]) == 1
     assert "--api-key @nowhere cannot be read" in capsys.readouterr().err.splitlines()[-1]
     assert commands.run("serve", ["--load", str(tmp_path), "--request-timeout", "0"]) == 1

@@ -67,8 +67,8 @@ def test_a_server_stays_as_large_as_it_is(tmp_path):
             for one in asked:
                 one.result()
 
-        # The heap keeps what a body took once (runtime/cpu/heap.py): 16 MB to encode 200,000 letters, 40 for a MiB of
-        # them. The largest that the server takes come first, so that what still grows is a leak.
+        # The heap keeps what a body took once (runtime/cpu/heap.py). The largest that the server takes come first, so
+        # that what still grows is a leak.
         for case in LARGEST:
             assert 400 <= post(server, *case)[0] < 500, case[1][:40]
         sizes = []

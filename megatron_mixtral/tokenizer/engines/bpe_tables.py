@@ -33,6 +33,7 @@ class BpeTables:
     joins: np.ndarray  # (n, 2): last code point of a left symbol, first code point of a right symbol
     byte_ids: np.ndarray  # (256,)
     prefix: int
+    longest: int  # the most characters of a text that one id stands for
     defined: dict[str, int] = field(default_factory=dict)  # pieces that are found in a text before any merge
 
 
@@ -70,7 +71,8 @@ def sentencepiece_tables(tokenizer: SentencePieceTokenizer) -> BpeTables:
     characters = {text: index for text, index in pieces.items() if len(text) == 1} | only_parts
     prefix = PREFIX_ALWAYS if proto.normalizer_spec.add_dummy_prefix else PREFIX_NONE
     tables = _tables(len(proto.pieces), pieces | only_parts, characters, merges, byte_ids, prefix)
-    return replace(tables, defined={piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == DEFINED})
+    defined = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == DEFINED}
+    return replace(tables, defined=defined, longest=max([tables.longest, *map(len, defined)]))
 
 
 def json_tables(tokenizer: JsonTokenizer) -> BpeTables:
@@ -118,6 +120,7 @@ def _tables(
         joins=_table([_code(left) for left, _ in joins], [_code(right) for _, right in joins]),
         byte_ids=_table([byte_ids[f"<0x{byte:02X}>"] for byte in range(256)]).reshape(-1),
         prefix=prefix,
+        longest=max(map(len, symbols)),
     )
 
 

@@ -90,6 +90,17 @@ class NativeEngine:
         return np.frombuffer(ids, dtype=self._dtype), np.frombuffer(lengths, dtype=np.int64)
 
 
+def most_characters(tokenizer: Tokenizer) -> int | None:
+    """The most characters of a text that one id stands for, with or without control ids in it: a text of n characters
+    has at least n / that many ids. None for a tokenizer that these tables do not describe: it may leave characters out.
+    """
+    try:
+        longest = bpe_tables(tokenizer).longest
+    except EngineUnavailable:
+        return None
+    return None if tokenizer.controls_take_spaces() else max([longest, *map(len, tokenizer.control_tokens())])
+
+
 def load_module() -> ModuleType:
     """The module `_native_bpe`. Raises `EngineUnavailable` where it is not built, or was built from other sources."""
     try:

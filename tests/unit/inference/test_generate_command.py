@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.fake_engine import FakeEngine
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.errors import ConfigError, DataError
@@ -91,8 +92,8 @@ def test_answers_are_json_lines(tmp_path, capsys) -> None:
 def test_prompts_as_questions(tmp_path) -> None:
     write_hf_tokenizer(tmp_path)
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer.json")
-    prompts, params = cli._as_questions(Generator(None, tokenizer), "chatml", ["a", [1, 2]], [GREEDY, GREEDY])
+    prompts, params = cli._as_questions(Generator(FakeEngine(), tokenizer), "chatml", ["a", [1, 2]], [GREEDY, GREEDY])
     assert prompts == [chat_prompts(tokenizer, tmp_path, "chatml").prompt([{"role": "user", "content": "a"}]), [1, 2]]
     assert [one.stop for one in params] == [("<|im_end|>",)] * 2
     with pytest.raises(ConfigError, match="--prompt-template model: .* brings no chat template"):
-        cli._as_questions(Generator(None, tokenizer), "model", ["a"], [GREEDY])
+        cli._as_questions(Generator(FakeEngine(), tokenizer), "model", ["a"], [GREEDY])

@@ -69,6 +69,11 @@ def test_a_model_and_its_adapters(parts):
             client.completions.create(model="gpt-9", prompt="x")
     with pytest.raises(ConfigError, match="are both called 'one': give another --served-adapter-name"):
         Settings(model="one", adapter="one")
+    for wrong in ("", " ", "two words", "line\n", "a\tb", "\x1b[0m", "\u202eright", "\u00a0", "\udcff"):
+        for field, flag in (("model", "--served-model-name"), ("adapter", "--served-adapter-name")):
+            with pytest.raises(ConfigError, match=f"{flag} .* can be asked for: expected .* without spaces"):
+                Settings(**{"model": "one", field: wrong})
+    assert Settings(model="mistralai/Mixtral-8x7B:v0.1", adapter="\u6a21\u578b_\u00fc+1").names[1:]
 
 
 def test_a_completion(server, parts):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from helpers.events import until
+from helpers.events import HANG, until
 from helpers.fake_engine import fake_generator
 from helpers.serving import post, serving, tokenizer_and_prompts
 
@@ -52,6 +52,35 @@ def test_the_limit_of_time(parts):
         with pytest.raises(openai.APIError, match="longer than 0.1 s"):
             list(server.client().completions.create(model="tiny", prompt="x", stream=True))
         until(lambda: not generator.engine.has_work)
+
+
+def test_a_long_text_does_not_hold_up_short_ones(parts):
+    """Its encoding waits for the test; short texts of both kinds are encoded and answered meanwhile."""
+    generator, begun, may_go, threads = fake_generator(parts[0]), threading.Event(), threading.Event(), {}
+    encode, text = generator.encode, "word " * 30_000
+
+    def held(prompt):
+        threads[prompt] = threading.get_ident()
+        if prompt == text:
+            begun.set()
+            assert may_go.wait(HANG)
+        return encode(prompt)
+
+    generator.encode = held
+    with serving(generator, parts[1]) as server, ThreadPoolExecutor(1) as pool:
+        may_go.set()
+        assert [post(server, "/v1/completions", {"prompt": one})[0] for one in (text, "x")] == [400, 200]
+        assert len(set(threads.values())) == 2, "without this, what follows would wait for ever"
+        may_go.clear()
+        begun.clear()
+        long = pool.submit(post, server, "/v1/completions", {"prompt": text})
+        assert begun.wait(HANG)
+        assert post(server, "/v1/completions", {"prompt": "x"})[0] == 200
+        assert post(server, "/v1/chat/completions", {"messages": HELLO})[0] == 200
+        assert not long.done()
+        may_go.set()
+        status, answer = long.result()
+        assert status == 400 and "and the context 64" in answer["error"]["message"]
 
 
 def test_an_engine_that_ends_tells_everybody_who_waits(parts):
