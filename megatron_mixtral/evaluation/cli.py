@@ -75,12 +75,12 @@ def evaluate(argv: Sequence[str]) -> int:
     return launch.as_rank(work)
 
 
-def _check_place(output: Path) -> None:
+def _check_place(place: Path, flag: str = "--output") -> None:
     """`ConfigError` where nothing can be written: better now than when all is measured."""
     try:
-        disk.try_writing(output)
+        disk.try_writing(place)
     except OSError as error:
-        raise ConfigError(f"--output: nothing can be written in {output} ({error.strerror}): give a place where it "
+        raise ConfigError(f"{flag}: nothing can be written in {place} ({error.strerror}): give a place where it "
                           "can") from error
 
 
@@ -202,7 +202,9 @@ def _check_flags(args: argparse.Namespace, longest: int) -> None:
 
 
 def _check_data(args: argparse.Namespace, vocab_size: int) -> None:
-    """`DataError` for data sets that are not whole, of another vocabulary, or of another kind than the flags say."""
+    """`DataError` for data sets that are not whole, of another vocabulary, or of another kind than the flags say;
+    `ConfigError` where the index of a run's samples cannot be written.
+    """
     if args.is_instruction_dataset:
         # Without a run's rows a sample may be of any length: it is read in windows.
         check_instruction([instruction_blend(args.data_path)], vocab_size, args.seq_length or sys.maxsize, 1)
@@ -214,6 +216,9 @@ def _check_data(args: argparse.Namespace, vocab_size: int) -> None:
                 raise DataError(f"--data-path {prefix} is one of the three parts of an instruction set: give "
                                 f"--data-path {whole} --is-instruction-dataset")
     check_pretraining([blend], vocab_size, args.seq_length or 1)
+    cache = Path(args.data_cache_path or f"{blend[0][0]}_index_cache")
+    if args.seq_length is not None and not (cache.is_dir() and any(cache.iterdir())):
+        _check_place(cache, "--data-cache-path")
 
 
 def _perplexity_parser() -> argparse.ArgumentParser:

@@ -96,6 +96,8 @@ def check_inputs(inputs: Sequence[str]) -> None:
     of what are not single texts.
     """
     for path in inputs:
+        if inputs.count(path) > 1:
+            raise ConfigError(f"--input names {path} twice")
         if not Path(path).exists():
             raise ConfigError(f"--input {path} does not exist")
         if path.endswith(".txt") and not _whole(path):
@@ -126,7 +128,8 @@ def _records(path: str, key: str) -> Iterator[str]:
         counts = LineCounts()
         for found in read_records(chunk, (key,), counts):
             if isinstance(found, BadRecord):
-                raise DataError(f"{chunk.file.path}, line {lines_before(chunk) + counts.lines}: {found}")
+                raise DataError(f"{chunk.file.path}, line {lines_before(chunk) + counts.lines}: "
+                                + str(found).replace("--json-keys", "--json-key"))
             yield from filter(None, found[0])
 
 

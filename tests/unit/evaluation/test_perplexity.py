@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.datasets import write_dataset
 from helpers.models import random_hf_directory
 from helpers.vocabularies import write_letters
 
@@ -96,7 +97,7 @@ def test_texts_are_read_as_preprocessing_reads_them(tmp_path, letters) -> None:
     assert [*perplexity.texts(str(tmp_path / "b.jsonl"), "text", letters)] == [
         perplexity.Passage([bos, *letters.encode("ab")], 2), perplexity.Passage([bos, *letters.encode("c")], 1)]
     (tmp_path / "b.jsonl").write_text('{"text": "ab"}\n\n{"title": "c"}\n')
-    with pytest.raises(DataError, match="b.jsonl, line 3: no key 'text'"):
+    with pytest.raises(DataError, match=r"b.jsonl, line 3: no key 'text'.*\(choose with --json-key\)"):
         [*perplexity.texts(str(tmp_path / "b.jsonl"), "text", letters)]
     with pytest.raises(DataError, match="c.txt cannot be read"):
         [*perplexity.texts(str(tmp_path / "c.txt"), "text", letters)]
@@ -126,6 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found / "nothing").mkdir()
     (found / "empty.txt").write_text("")
     (found / "bytes.txt").write_bytes(b"a\xff")
+    write_dataset(found / "b", vocab_size=96, documents=2)
     for column in ("input_ids", "labels"):
         for suffix in (".bin", ".idx"):
             (found / f"a_packed_{column}_document{suffix}").write_bytes(b"")
@@ -144,12 +146,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("--input a.txt --stride 0", "--stride 0: expected at least 1"),
     ("--input a.txt --stride 9 --max-length 8", "--stride 9 is more than a window reads, 8 tokens (--max-length)"),
     ("--input a.txt --stride 99999", "--stride 99999 is more than a window reads, "),
+    ("--input a.txt a.txt", "--input names a.txt twice"),
     ("--input a.txt empty.txt", "empty.txt is empty: there is nothing to score"),
     ("--input bytes.txt", "bytes.txt cannot be read: 'utf-8' codec can't decode byte 0xff"),
     ("--input nothing", "--input nothing: no file of this folder ends in .jsonl"),
     ("--input a.txt --is-instruction-dataset", "--is-instruction-dataset is of data sets (--data-path)"),
     ("--data-path a_packed_labels_document", "give --data-path a --is-instruction-dataset"),
     ("--data-path a", "instruction data is read with --is-instruction-dataset"),
+    ("--data-path b --seq-length 8 --data-cache-path a.txt/x", "--data-cache-path: nothing can be written in a.txt/x"),
     ("--data-path a --seq-length 8 --split junk", "--split junk: expected the sizes of three parts, such as 98,1,1"),
     ("--data-path a --seq-length 8 --split 1,1,1,1", "--split 1,1,1,1: expected the sizes of three parts"),
     ("--data-path a --seq-length 8 --split 1.2.3,1", "--split 1.2.3,1: expected the sizes of three parts"),
