@@ -131,6 +131,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     from megatron_mixtral.training.metrics import Waiting, install
     from megatron_mixtral.training.ranks import RankSeconds, SignsOfLife
 
+    asks = evaluation.begin(asked, resolved)
     if args.rank == 0:
         args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
         where = f"{backend.device}, {backend.collectives} collectives"
@@ -143,7 +144,6 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     seconds = RankSeconds(resolved.flags.rank_seconds_interval, backend.waits(), backend.device)
     life = SignsOfLife(args.rank, args.world_size, resolved.flags.rank_timeout_seconds, os.environ)
     waiting = Waiting(seconds.begin)
-    asks = evaluation.begin(asked, resolved)
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
     saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
 
