@@ -79,11 +79,11 @@ def test_loss_and_perplexities_are_of_tokens_and_of_bytes() -> None:
 def test_of_instruction_data_the_trained_tokens_count() -> None:
     """And what stands behind the last of them is not read."""
     generator = Recorder(4)
-    some = [perplexity.Passage([1, 2, 3, 4, 5, 6, 7, 8], None, [True, False, True, False, False, True, False, False]),
+    some = [perplexity.Passage([1, 2, 3, 4, 5, 6, 7, 8], None, [True, True, False, True, False, True, False, False]),
             perplexity.Passage([9, 9, 9], None, [True, False, False])]
     found = perplexity.measure(generator, some, stride=4)
-    assert (found.passages, found.tokens, found.nats, found.size) == (2, 2, 3.0 + 6.0, None)
-    assert generator.read == len([1, 2]) + len([5]), "of the windows of 1 2 3 4 and of 5 6 7"
+    assert (found.passages, found.tokens, found.nats, found.size) == (2, 3, 2.0 + 4.0 + 6.0, None)
+    assert generator.read == len([1, 2, 3]) + len([5]), "of the windows of 1 2 3 4 and of 5 6 7"
     with pytest.raises(DataError, match="a holds nothing to score: .* of instruction data one that is trained"):
         perplexity.measure(Recorder(4), some[1:], stride=4).report("a")
 
