@@ -6,6 +6,7 @@ a run after a crash, finds the old one or the new one.
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 # What a download leaves in the place of a file, by how it begins, and the cure: nothing that is read here begins so.
@@ -62,6 +63,14 @@ def existing_parent(path: str | Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
+
+
+def try_writing(folder: str | Path) -> None:
+    """Raises `OSError` where a directory, or the one in which it would be made, takes no file. It is tried, since
+    permissions do not tell (a file system that is read-only, another user of an NFS). Leaves nothing behind.
+    """
+    with tempfile.TemporaryFile(dir=existing_parent(folder)):
+        pass
 
 
 def free_space(path: str | Path) -> int:

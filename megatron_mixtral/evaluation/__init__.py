@@ -12,6 +12,6 @@ if TYPE_CHECKING:
     from megatron_mixtral.evaluation import cli, perplexity, report
     from megatron_mixtral.evaluation.harness import Harness
     from megatron_mixtral.evaluation.mmlu import Mmlu, read_mmlu
-    from megatron_mixtral.evaluation.tasks import evaluate
+    from megatron_mixtral.evaluation.tasks import check_names, evaluate
 
 __all__, __getattr__, __dir__ = door(__name__, __file__)

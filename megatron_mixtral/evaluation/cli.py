@@ -5,6 +5,7 @@ model in any layout, and `plot-evaluation`.
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,11 +14,19 @@ from typing import Any
 
 from megatron_mixtral import disk, model
 from megatron_mixtral.command_line import Parser
-from megatron_mixtral.config import read_json
-from megatron_mixtral.data.datasets import blend_of, check_pretraining
+from megatron_mixtral.data.datasets import blend_of, check_instruction, check_pretraining, instruction_blend, sizes_of
 from megatron_mixtral.data.indexed import check_tokenizer
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.evaluation.mmlu import METHODS, SHOTS, Mmlu, read_mmlu
+from megatron_mixtral.evaluation.report import (
+    assemble,
+    check_new,
+    depends_on,
+    published,
+    read_results,
+    remarks,
+    table,
+)
 from megatron_mixtral.inference import Generator, cli
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.weights import open_source
@@ -44,17 +53,35 @@ def evaluate(argv: Sequence[str]) -> int:
         raise ConfigError(f"--data-path {args.data_path} is of the task mmlu, and --tasks is {args.tasks}")
     if args.method != METHODS[0] and questions is None:
         raise ConfigError(f"--method {args.method} is of MMLU from a folder: give --data-path DIR, and mmlu in --tasks")
-    reference = None if args.reference is None else read_json(args.reference)
+    reference = None if args.reference is None else read_results(args.reference)
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise ConfigError(f"--include-path {args.include_path} is no folder: expected one of lm-eval's YAML files")
+    if not args.resume:
+        check_new(args.output)
+    _check_place(args.output)
+    named = [one for one in tasks if questions is None or one != "mmlu"]
 
     def work() -> None:
+        if named and launch.is_first_here():
+            from megatron_mixtral.evaluation.tasks import check_names
+
+            check_names(named, args.include_path)
         generator = cli.open_generator(args, "evaluate", argv)
         with cli.leading(generator) as is_first:
             if is_first:
                 local = {} if questions is None else questions.tasks(shots, args.method)
-                _lead(generator, args, [one for one in tasks if not (local and one == "mmlu")], local, questions,
-                      reference)
+                _lead(generator, args, named, local, questions, reference)
 
     return launch.as_rank(work)
+
+
+def _check_place(place: Path, flag: str = "--output") -> None:
+    """`ConfigError` where nothing can be written: better now than when all is measured."""
+    try:
+        disk.try_writing(place)
+    except OSError as error:
+        raise ConfigError(f"{flag}: nothing can be written in {place} ({error.strerror}): give a place where it "
+                          "can") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +111,6 @@ def _lead(generator: Generator, args: argparse.Namespace, names: Sequence[str],
           reference: Mapping[str, Any] | None) -> None:
     # Only now and on rank 0 alone: lm-eval and datasets take seconds to import.
     from megatron_mixtral.evaluation.harness import Harness
-    from megatron_mixtral.evaluation.report import assemble, depends_on, published, remarks, table
     from megatron_mixtral.evaluation.tasks import evaluate as run
 
     harness, source = Harness(generator), open_source(args.load)
@@ -119,34 +145,22 @@ def perplexity(argv: Sequence[str]) -> int:
     """
     parser = _perplexity_parser()
     args = parser.parse_args(argv)
-    if bool(args.data_path) == bool(args.input):
-        raise ConfigError("expected data sets (--data-path PREFIX ...) or texts (--input FILE ...), one of the two")
-    if args.seq_length is None and (given := [flag for flag in ("samples", "split", "seed", "data_cache_path")
-                                              if getattr(args, flag) is not None]):
-        raise ConfigError(f"--{given[0].replace('_', '-')} is of samples as a run reads them: give its --seq-length")
-    if args.seq_length is not None and args.input:
-        raise ConfigError("--seq-length cuts data sets into a run's samples (--data-path); texts are read in windows "
-                          "of --max-length")
-    for flag in ("stride", "samples", "seq_length"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
+    from megatron_mixtral.evaluation.perplexity import check_inputs, validation_samples  # not needed to read the flags
+
     config = open_source(args.load).config
-    if args.seq_length is not None and args.samples is None and len(args.data_path) > 1:
-        raise ConfigError("an epoch is of one data set: of a blend, say how many --samples")
+    _check_flags(args, config.max_position_embeddings)
     if args.data_path:
-        check_pretraining([blend_of(args.data_path)], config.vocab_size, args.seq_length or 1)
-    if absent := [one for one in args.input if not Path(one).exists()]:
-        raise ConfigError(f"--input {absent[0]} does not exist")
-    if args.seq_length is not None:
-        args.max_length = args.max_length or args.seq_length
+        _check_data(args, config.vocab_size)
+    check_inputs(args.input)
+    if args.output is not None:
+        _check_place(args.output.parent)
 
     def work() -> None:
-        from megatron_mixtral.evaluation.perplexity import validation_samples
-
         generator = cli.open_generator(args, "perplexity", argv)
         cut = None
         if args.seq_length is not None:
-            cut = validation_samples(args.data_path, seq_length=args.seq_length, split=args.split or "969,30,1",
+            cut = validation_samples(args.data_path, instruction=args.is_instruction_dataset,
+                                     seq_length=args.seq_length, split=args.split or "969,30,1",
                                      seed=1234 if args.seed is None else args.seed, count=args.samples,
                                      cache=args.data_cache_path, vocab_size=config.vocab_size)
         with cli.leading(generator) as is_first:
@@ -156,12 +170,65 @@ def perplexity(argv: Sequence[str]) -> int:
     return launch.as_rank(work)
 
 
+def _check_flags(args: argparse.Namespace, longest: int) -> None:
+    """`ConfigError` for flags that do not go together; `longest` is the model's longest context. Says how long windows
+    are where the flags leave it open.
+    """
+    if bool(args.data_path) == bool(args.input):
+        raise ConfigError("expected data sets (--data-path PREFIX ...) or texts (--input FILE ...), one of the two")
+    if args.seq_length is None and (given := [flag for flag in ("samples", "split", "seed", "data_cache_path")
+                                              if getattr(args, flag) is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')} is of samples as a run reads them: give its --seq-length")
+    if args.seq_length is not None and args.input:
+        raise ConfigError("--seq-length cuts data sets into a run's samples (--data-path); texts are read in windows "
+                          "of --max-length")
+    if args.is_instruction_dataset and args.input:
+        raise ConfigError("--is-instruction-dataset is of data sets (--data-path); of texts every token counts")
+    for flag in ("stride", "samples", "seq_length"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
+    if args.seq_length is not None and args.samples is None and len(args.data_path) > 1:
+        raise ConfigError("an epoch is of one data set: of a blend, say how many --samples")
+    if args.seq_length is not None and not sizes_of(args.split)[1]:
+        raise ConfigError(f"--split {args.split} leaves nothing to validate on: give its second part a size, as in "
+                          "969,30,1")
+    if args.max_length is None:
+        args.max_length = args.seq_length or min(longest, Generator.LONGEST)
+    if args.stride is not None and args.stride > args.max_length:
+        raise ConfigError(f"--stride {args.stride} is more than a window reads, {args.max_length} tokens "
+                          "(--max-length): some would not be scored")
+    if args.output is not None and args.output.is_dir():
+        raise ConfigError(f"--output {args.output} is a folder: expected the name of a file")
+
+
+def _check_data(args: argparse.Namespace, vocab_size: int) -> None:
+    """`DataError` for data sets that are not whole, of another vocabulary, or of another kind than the flags say;
+    `ConfigError` where the index of a run's samples cannot be written.
+    """
+    if args.is_instruction_dataset:
+        # Without a run's rows a sample may be of any length: it is read in windows.
+        check_instruction([instruction_blend(args.data_path)], vocab_size, args.seq_length or sys.maxsize, 1)
+        return
+    blend = blend_of(args.data_path)
+    for prefix in blend[0]:
+        for column in ("input_ids", "attention_mask", "labels"):
+            if (whole := prefix.removesuffix(f"_packed_{column}_document")) != prefix:
+                raise DataError(f"--data-path {prefix} is one of the three parts of an instruction set: give "
+                                f"--data-path {whole} --is-instruction-dataset")
+    check_pretraining([blend], vocab_size, args.seq_length or 1)
+    cache = Path(args.data_cache_path or f"{blend[0][0]}_index_cache")
+    if args.seq_length is not None and not (cache.is_dir() and any(cache.iterdir())):
+        _check_place(cache, "--data-cache-path")
+
+
 def _perplexity_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Loss and perplexity of texts or data sets.", allow_abbrev=False)
     cli.model_flags(parser)
     group = parser.add_argument_group("perplexity")
     group.add_argument("--data-path", nargs="+", default=(), metavar="PREFIX",
                        help="data sets of preprocessing: each document by itself, or with --seq-length a run's samples")
+    group.add_argument("--is-instruction-dataset", action="store_true",
+                       help="the data sets are dialogues: each sample by itself, of which the trained tokens count")
     group.add_argument("--input", nargs="+", default=(), metavar="FILE",
                        help="texts: each .txt as one; JSON lines and Parquet as preprocessing reads them")
     group.add_argument("--json-key", default="text", metavar="KEY", help="of the texts in --input (text)")
@@ -179,23 +246,22 @@ def _perplexity_parser() -> argparse.ArgumentParser:
 
 
 def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
-    from megatron_mixtral.evaluation.perplexity import Figures, documents, measure, table, texts
-    from megatron_mixtral.evaluation.report import depends_on
+    from megatron_mixtral.evaluation.perplexity import Figures, documents, instructions, measure, texts
+    from megatron_mixtral.evaluation.perplexity import table as lines_of
 
     tokenizer, length = generator.tokenizer, generator.engine.max_length
     if tokenizer is None and args.input:
         generator.encode("")  # says what is missing
     stride = args.stride or length
-    if stride > length:
-        raise ConfigError(f"--stride {stride} is more than a window reads, {length} tokens (--max-length): some would "
-                          "not be scored")
+    instruction = args.is_instruction_dataset
+    prefixes, _ = (instruction_blend if instruction else blend_of)(args.data_path) or ([], None)
+    for prefix in prefixes if tokenizer is not None else ():
+        check_tokenizer(f"{prefix}_packed_input_ids_document" if instruction else prefix, tokenizer)
     if cut is not None:
         passages = {" ".join(args.data_path): cut}
     elif args.data_path:
-        prefixes, _ = blend_of(args.data_path)
-        for prefix in prefixes if tokenizer is not None else ():
-            check_tokenizer(prefix, tokenizer)
-        passages = {prefix: documents(prefix, tokenizer) for prefix in prefixes}
+        passages = {prefix: instructions(prefix) if instruction else documents(prefix, tokenizer)
+                    for prefix in prefixes}
     else:
         passages = {one: texts(one, args.json_key, tokenizer) for one in args.input}
     found, total = {}, Figures()
@@ -207,13 +273,14 @@ def _score(generator: Generator, args: argparse.Namespace, cut: Any) -> None:
         found["all"] = total.report("all")
     source = open_source(args.load)
     if args.output is not None:
-        depends = depends_on(source.config, Path(source.where), tokenizer, layout=str(cli.layout_of(args)),
-                             dtype=model.type_name(args.dtype, source), max_length=length, stride=stride,
-                             seq_length=args.seq_length, split=args.split, seed=args.seed, samples=args.samples,
-                             adapter=_adapter(args, source))
+        depends = depends_on(
+            source.config, Path(source.where), tokenizer, layout=str(cli.layout_of(args)),
+            dtype=model.type_name(args.dtype, source), max_length=length, stride=stride, instruction=instruction,
+            seq_length=args.seq_length, split=args.split, seed=args.seed, samples=args.samples,
+            adapter=_adapter(args, source))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         disk.write_whole(args.output, json.dumps({"results": found, "config": depends}, indent=2) + "\n")
-    print(table(found), end="", flush=True)
+    print(lines_of(found), end="", flush=True)
 
 
 def _adapter(args: argparse.Namespace, source: Any) -> Path | None:
@@ -238,6 +305,8 @@ def plot(argv: Sequence[str]) -> int:
     from megatron_mixtral.evaluation.plot import draw, figures_of
 
     output = args.output or paths[0].with_name("evaluation.png")
-    draw([(label, figures_of(read_json(path), str(path))) for label, path in zip(labels, paths, strict=True)], output)
+    _check_place(output.parent)
+    found = [figures_of(read_results(path), str(path)) for path in paths]
+    draw([*zip(labels, found, strict=True)], output)
     print(output)
     return 0

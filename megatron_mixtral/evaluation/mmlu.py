@@ -9,6 +9,7 @@ token is searched for a letter.
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,18 +148,21 @@ def read_mmlu(path: str | Path, shots: int = SHOTS) -> Mmlu:
 
 def _read_csv(path: Path) -> Iterator[Question]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(stream, strict=True)
-            for row in rows:
-                where = f"{path}, line {rows.line_num}"
-                if len(row) != len(LETTERS) + 2:
-                    raise DataError(f"{where}: {len(row)} fields, expected {len(LETTERS) + 2}: a question, four "
-                                    "choices and the letter of the right one")
-                if row[-1] not in list(LETTERS):
-                    raise DataError(f"{where}: the answer is {row[-1]!r}, expected one of {', '.join(LETTERS)}")
-                if not row[0].strip():
-                    raise DataError(f"{where}: the question is empty")
-                yield Question(row[0], tuple(row[1:-1]), LETTERS.index(row[-1]))
+        text = path.read_bytes().decode("utf-8-sig")
+        if text.count("\n") == text.count("\r\n"):
+            # Another system's copy: a line break inside of a question was converted too, and would change the prompt.
+            text = text.replace("\r\n", "\n")
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if len(row) != len(LETTERS) + 2:
+                raise DataError(f"{where}: {len(row)} fields, expected {len(LETTERS) + 2}: a question, four choices "
+                                "and the letter of the right one")
+            if row[-1] not in list(LETTERS):
+                raise DataError(f"{where}: the answer is {row[-1]!r}, expected one of {', '.join(LETTERS)}")
+            if not row[0].strip():
+                raise DataError(f"{where}: the question is empty")
+            yield Question(row[0], tuple(row[1:-1]), LETTERS.index(row[-1]))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     except csv.Error as error:

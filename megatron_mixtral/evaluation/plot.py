@@ -65,9 +65,14 @@ def rows_of(runs: Sequence[tuple[str, Found]]) -> list[tuple[str, str | None]]:
 
 
 def draw(runs: Sequence[tuple[str, Found]], output: Path) -> None:
-    """Write the picture. `runs` are (label, figures), the first one's above the others'."""
+    """Write the picture. `runs` are (label, figures), the first one's above the others'. `ConfigError` for a name whose
+    ending is no kind of pictures.
+    """
     rows = rows_of(runs)
     figure = Figure(figsize=(8.5, 1.6 + 0.21 * len(rows)), dpi=120, layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    if output.suffix.lower().removeprefix(".") not in kinds:
+        raise ConfigError(f"--output {output}: expected a name that ends in one of .{', .'.join(sorted(kinds))}")
     axes = figure.subplots()
     places = {name: -number for number, (_, name) in enumerate(rows) if name is not None}
     for name, place in places.items():

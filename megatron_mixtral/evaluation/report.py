@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mixtral.config import MixtralConfig, preset
+from megatron_mixtral.config import MixtralConfig, preset, read_json
+from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.evaluation.mmlu import CATEGORIES, CATEGORY_OF, QUESTIONS
 
 PUBLISHED = {"mixtral-8x7b": 0.706, "mixtral-8x22b": 0.778}  # MMLU, 5-shot: arXiv 2401.04088; the model's announcement
@@ -39,6 +40,44 @@ def depends_on(config: MixtralConfig, directory: Path, tokenizer: Any, adapter: 
         "checkpoint": str(directory), "checkpoint_fingerprint": fingerprint(directory), "rope_theta": config.rope_theta,
         "tokenizer_sha256": getattr(tokenizer, "sha256", None), "bos_id": getattr(tokenizer, "bos_id", None),
     } | settings
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The `results.json` of an evaluation, in lm-eval's form. `ConfigError` for a file that is no JSON, `DataError` for
+    one of another form, or without a figure.
+    """
+    whole = read_json(path)
+    tables = [whole.get(key, {}) for key in ("groups", "results")]
+    rows = [row for table in tables if isinstance(table, dict) for row in table.values()]
+    if not all(isinstance(one, dict) for one in (*tables, *rows)) or not any(map(figures_of, rows)):
+        raise DataError(f"{path} holds no figure: expected results.json of an evaluation, in lm-eval's form")
+    return whole
+
+
+def check_new(output: Path) -> None:
+    """`ConfigError` for a folder in which tasks of an evaluation are finished."""
+    if parts := [*(output / "parts").glob("*.json")]:
+        raise ConfigError(f"{output / 'parts'} holds {len(parts)} finished tasks: go on with --resume, or give another "
+                          "--output")
+
+
+def finished(output: Path, depends_on: Mapping[str, Any], resume: bool) -> dict[str, dict[str, Any]]:
+    """The parts of an evaluation that are finished, by task. `ConfigError` for such without `resume`, for one that was
+    measured otherwise, and for one that is none.
+    """
+    if not resume:
+        check_new(output)
+    parts = {}
+    for path in sorted((output / "parts").glob("*.json")):
+        parts[path.stem] = part = read_json(path)
+        if absent := {"depends_on", "lm_eval", "counts", "prompts_sha256"} - part.keys():
+            raise ConfigError(f"{path} is no finished task of an evaluation, it has no {min(absent)}: remove it")
+        was = part["depends_on"]
+        changed = [f"{key}: {was.get(key)!r} then, {depends_on.get(key)!r} now"
+                   for key in sorted(was.keys() | depends_on.keys()) if was.get(key) != depends_on.get(key)]
+        if changed:
+            raise ConfigError(f"{path} was measured otherwise: {'; '.join(changed)}; give another --output")
+    return parts
 
 
 def assemble(parts: Mapping[str, Mapping[str, Any]], depends: Mapping[str, Any], is_mmlu: bool) -> dict[str, Any]:

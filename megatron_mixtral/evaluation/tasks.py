@@ -4,11 +4,13 @@ A part has lm-eval's own results of one task, what was counted, and what they de
 set or setting is refused, not mixed in.
 """
 
+import difflib
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from megatron_mixtral import disk
-from megatron_mixtral.config import read_json
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.evaluation.harness import Harness
+from megatron_mixtral.evaluation.report import finished
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,10 @@ def evaluate(harness: Harness, tasks: Mapping[str, dict[str, Any] | str], output
     shares of the time left. Without `output` nothing is written. `ConfigError` for parts that are there already without
     `resume`, or of something else.
     """
-    kept = {} if output is None else _kept(output / "parts", depends_on, resume)
+    kept = {} if output is None else finished(output, depends_on, resume)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # for each task it explains how settings could be given
-    named = {task for name, task in tasks.items() if name not in kept and isinstance(task, str)}
-    folder = None if include is None else str(include)
-    manager = TaskManager(include_defaults=False, include_path=folder)
-    if not named <= {*manager.all_tasks}:
-        manager = TaskManager(include_path=folder)  # reads all of lm-eval's own 14,000, which takes seconds
+    named = [task for name, task in tasks.items() if name not in kept and isinstance(task, str)]
+    manager = check_names(named, include)
     sizes = {name: (sizes or {}).get(name, 1) for name in tasks if name not in kept}
     if kept:
         logger.info("%d of %d tasks are finished", len(kept.keys() & tasks.keys()), len(tasks))
@@ -69,18 +68,25 @@ def evaluate(harness: Harness, tasks: Mapping[str, dict[str, Any] | str], output
     return found
 
 
-def _kept(folder: Path, depends_on: Mapping[str, Any], resume: bool) -> dict[str, Part]:
-    parts = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-    if parts and not resume:
-        raise ConfigError(f"{folder} holds {len(parts)} finished tasks: go on with --resume, or give another --output")
-    for name, part in parts.items():
-        was = part["depends_on"]
-        changed = [f"{key}: {was.get(key)!r} then, {depends_on.get(key)!r} now"
-                   for key in sorted(was.keys() | depends_on.keys()) if was.get(key) != depends_on.get(key)]
-        if changed:
-            raise ConfigError(f"{folder / name}.json was measured otherwise: {'; '.join(changed)}; give another "
-                              "--output")
-    return parts
+def check_names(names: Iterable[str], include: Path | None) -> TaskManager:
+    """What lm-eval knows these tasks by, its own ones and those of the folder `include`. `ConfigError`, with the names
+    that are near, for one that is in neither.
+    """
+    folder = None if include is None else str(include)
+    manager = _manager(folder, False)
+    if not {*names} <= {*manager.all_tasks}:
+        manager = _manager(folder, True)
+    for name in sorted({*names} - {*manager.all_tasks}):
+        near = difflib.get_close_matches(name, manager.all_tasks, 3)
+        raise ConfigError(f"there is no task {name!r} among lm-eval's" + (f" and those of {folder}" if folder else "")
+                          + (f"; is it {' or '.join(near)}?" if near else ""))
+    return manager
+
+
+@cache
+def _manager(folder: str | None, everything: bool) -> TaskManager:
+    """With `everything` it reads lm-eval's own 14,000, too, which takes seconds."""
+    return TaskManager(include_defaults=everything, include_path=folder)
 
 
 def _one(harness: Harness, manager: TaskManager, name: str, task: dict[str, Any] | str, limit: int | None,

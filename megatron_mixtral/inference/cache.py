@@ -14,8 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_mixtral.config import MixtralConfig, ParallelLayout, engine
+from megatron_mixtral.planning import CacheShape
 
-_PAGE = 256  # tokens
+_PAGE = CacheShape.PAGE
 
 
 class Row(NamedTuple):
@@ -27,14 +28,9 @@ class Row(NamedTuple):
 
 
 def cache_bytes(config: MixtralConfig, layout: ParallelLayout, slots: int, length: int, element_size: int) -> int:
-    """Bytes on the rank with most layers: 2 (keys and values) x layers x slots x length x groups x d x element."""
+    """Bytes on the rank with most layers."""
     layers = max(len(layout.layers_of(stage, config.num_hidden_layers)) for stage in range(layout.pp))
-    groups = config.num_key_value_heads // layout.tp
-    return 2 * layers * slots * _whole_pages(length) * groups * config.head_dim * element_size
-
-
-def _whole_pages(length: int) -> int:
-    return -(-length // _PAGE) * _PAGE
+    return CacheShape(slots, length).size(config, layout.tp, layers, element_size)
 
 
 class Cache:
@@ -43,7 +39,7 @@ class Cache:
     def __init__(self, layers: int, slots: int, length: int, groups: int, head_dim: int, *, scale: float,
                  window: int | None, dtype: torch.dtype, device: torch.device) -> None:
         """`window` is the number of keys that a token sees, its own included. Allocates at once."""
-        shape = (layers, slots, _whole_pages(length), groups, head_dim)
+        shape = (layers, slots, CacheShape(slots, length).places, groups, head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.scale, self.window, self.device = scale, window, device
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_mixtral import lora, model, runtime
 from megatron_mixtral.config import Coord, MixtralConfig, ParallelLayout, read_json
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
-DEFAULT_LENGTH = 4096
 _ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -50,6 +49,8 @@ class Completion:
 
 class Generator:
     """A model, its tokenizer and an `Engine`. Every rank makes one, and calls its methods with the same arguments."""
+
+    LONGEST: ClassVar[int] = 4096  # tokens of a context, where nothing is said and the model has as many
 
     def __init__(self, engine: "Engine", tokenizer: Tokenizer | None) -> None:
         self.engine, self.tokenizer = engine, tokenizer
@@ -77,7 +78,7 @@ class Generator:
         source = open_source(directory, holds="model")
         beside = None if adapter is None else open_source(adapter, base=source.config, holds="adapters").config
         longest = source.config.max_position_embeddings
-        max_length = min(longest, DEFAULT_LENGTH) if max_length is None else max_length
+        max_length = min(longest, cls.LONGEST) if max_length is None else max_length
         if not 2 <= max_length <= longest:
             raise ConfigError(f"max_length is {max_length}, expected 2 to {longest}, the longest context of the model")
         _check_ranks(layout)

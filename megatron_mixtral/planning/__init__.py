@@ -13,6 +13,6 @@ if TYPE_CHECKING:
     from megatron_mixtral.planning.memory import fullest_stage, stage_memory
     from megatron_mixtral.planning.report import describe
     from megatron_mixtral.planning.search import RESERVED
-    from megatron_mixtral.planning.shape import RunShape
+    from megatron_mixtral.planning.shape import CacheShape, RunShape
     from megatron_mixtral.planning.step_time import Machine, model_flops_rate, predicted_step
 __all__, __getattr__, __dir__ = door(__name__, __file__)

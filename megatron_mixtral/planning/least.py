@@ -6,7 +6,7 @@ from megatron_mixtral.config import AdapterConfig, MixtralConfig, preset
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning.memory import fullest_stage, stage_memory
 from megatron_mixtral.planning.search import MEMORY_SHARE, RESERVED, Question, shapes
-from megatron_mixtral.planning.shape import RunShape
+from megatron_mixtral.planning.shape import CacheShape, RunShape
 from megatron_mixtral.planning.step_time import Machine
 
 MODELS = {"4x7B": "mixtral-4x7b", "8x7B": "mixtral-8x7b", "8x22B": "mixtral-8x22b"}
@@ -38,8 +38,9 @@ def _needs(shape: RunShape, use: str) -> float:
     """Bytes of the fullest device, without the reserve."""
     config = shape.config
     if use == "generation":
-        cached = 2 * config.num_key_value_heads * config.head_dim // shape.layout.tp * SEQUENCE
-        return max(2 * (shape.parameters_of_stage(stage).total + shape.layers_of_stage(stage) * cached)
+        cache = CacheShape(1, SEQUENCE)
+        return max(2 * shape.parameters_of_stage(stage).total
+                   + cache.size(config, shape.layout.tp, shape.layers_of_stage(stage), 2)
                    for stage in (0, shape.layout.pp - 1))  # fmt: skip
     if use != FULL:
         shape = replace(shape, adapter=AdapterConfig.of(config, rank=RANK, quantized=use == "QLoRA"))

@@ -1,7 +1,8 @@
 """Memory of one device, by kind, at the fullest moment of a step. Bytes.
 
-Weights, gradients and optimizer state are counted exactly as the engine allocates them. Activations are what the
-autograd graph keeps, counted tensor by tensor in `activations.py`; so are temporaries of the experts' backward pass.
+Weights, gradients, optimizer state and the cache of evaluations are counted exactly as they are allocated. Activations
+are what the autograd graph keeps, counted tensor by tensor in `activations.py`; so are temporaries of the experts'
+backward pass.
 Not counted: the device's context, communication buffers, fragmentation; the planner leaves room for them.
 """
 
@@ -21,6 +22,7 @@ class Memory(Summed):
     activations: float
     logits: float
     temporaries: float  # of the experts' backward pass, as far as they are not there beside the logits
+    evaluation_cache: float = 0.0  # keys and values of a run that asks its model as it learns
 
 
 def stage_memory(shape: RunShape, stage: int) -> Memory:
@@ -30,7 +32,9 @@ def stage_memory(shape: RunShape, stage: int) -> Memory:
         weights=_weights(shape, stage),
         gradients=trained.total * 4,  # fp32 whatever the weights are: small gradients add up over micro-batches
         optimizer=_optimizer(shape, trained),
-        **_within_a_pass(shape, stage))
+        **_within_a_pass(shape, stage),
+        evaluation_cache=0 if shape.cache is None else shape.cache.size(
+            shape.config, shape.layout.tp, shape.layers_of_stage(stage), shape.weight_bytes))
 
 
 def _weights(shape: RunShape, stage: int) -> float:

@@ -19,7 +19,7 @@ def describe(shape: RunShape) -> list[str]:
     stage = fullest_stage(shape)
     layout, parameters, memory = shape.layout, shape.parameters_of_stage(stage), stage_memory(shape, stage)
     volume = communication_volume(shape, stage)
-    kinds, sent = _by_kind(memory), _by_kind(volume, leave_out=0)
+    kinds, sent = _by_kind(memory), _by_kind(volume)
     return [
         f"batch: {shape.global_batch_size} x {shape.seq_length} tokens = {shape.micro_batches} micro-batch(es) of "
         f"{shape.micro_batch_size} on {layout.data_parallel} replica(s)",
@@ -50,9 +50,9 @@ def _state(shape: RunShape, stage: int) -> str:
     return f"fp32 gradients of all {trained.total / 1e6:.2f} M, summed over the replicas; {held}"
 
 
-def _by_kind(found: Memory | Volume, leave_out: float | None = None) -> str:
+def _by_kind(found: Memory | Volume) -> str:
     return ", ".join(f"{item.name.replace('_', ' ')} {human_size(getattr(found, item.name))}" for item in fields(found)
-                     if getattr(found, item.name) != leave_out)
+                     if getattr(found, item.name))
 
 
 def ranking(candidates: Sequence[Candidate], top: int) -> list[str]:

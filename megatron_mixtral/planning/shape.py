@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import ConfigError
@@ -28,6 +29,25 @@ class StageParameters(Summed):
 
 
 @dataclass(frozen=True)
+class CacheShape:
+    """A cache of keys and values: so many slots, each of so many tokens."""
+
+    slots: int
+    length: int
+    PAGE: ClassVar[int] = 256  # tokens: memory is taken in whole pages, in which the kernel for GPUs reads it
+
+    @property
+    def places(self) -> int:
+        """Tokens of a slot for which there is memory."""
+        return -(-self.length // self.PAGE) * self.PAGE
+
+    def size(self, config: MixtralConfig, tp: int, layers: int, element_size: int) -> int:
+        """Bytes on a device: 2 (keys and values) x layers x slots x places x groups x d x element."""
+        groups = config.num_key_value_heads // tp
+        return 2 * layers * self.slots * self.places * groups * config.head_dim * element_size
+
+
+@dataclass(frozen=True)
 class RunShape:
     """One run. `layout.world` must be known.
 
@@ -45,6 +65,7 @@ class RunShape:
     weight_bytes: int = 2
     distributed_optimizer: bool = True
     adapter: AdapterConfig | None = None  # what is trained, if not the whole model
+    cache: CacheShape | None = None  # of a run that asks its model as it learns; it stays allocated
 
     def __post_init__(self) -> None:
         layout, data_parallel = self.layout, self.layout.data_parallel

@@ -4,8 +4,6 @@ Nothing here imports torch or the engine, so the answer comes within a second or
 """
 
 import logging
-import re
-import tempfile
 from pathlib import Path
 
 from megatron_mixtral.data.datasets import (
@@ -15,9 +13,10 @@ from megatron_mixtral.data.datasets import (
     check_pretraining,
     identities,
     instruction_blend,
+    sizes_of,
 )
 from megatron_mixtral.data.indexed import tokenizer_of
-from megatron_mixtral.disk import free_space, human_size
+from megatron_mixtral.disk import free_space, human_size, try_writing
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.planning import RESERVED, RunShape, fullest_stage, stage_memory
 from megatron_mixtral.training.arguments import Run
@@ -95,9 +94,7 @@ def rows_trained_on(prefix: str, split: str | None) -> int:
 
 def training_share(split: str | None) -> float:
     """The training set's part of `--split 98,1,1`; the engine's default is 969, 30, 1."""
-    sizes = [float(word) for word in re.findall(r"[.0-9]+", split or "969,30,1")]  # as the engine finds them
-    if not sum(sizes):
-        raise ConfigError(f"--split {split}: expected the sizes of three parts, such as 98,1,1, one of them above 0")
+    sizes = sizes_of(split)
     return sizes[0] / sum(sizes)
 
 
@@ -121,31 +118,35 @@ def tokenizers_of(run: Run) -> list[str | None]:
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:
-    """`ConfigError` where weights, gradients and optimizer alone do not fit `device_memory` bytes; a warning where the
-    whole estimate does not.
+    """`ConfigError` where weights, gradients, optimizer and the cache of evaluations alone do not fit `device_memory`
+    bytes; a warning where the whole estimate does not.
     """
     stage = fullest_stage(shape)
     memory = stage_memory(shape, stage)
-    fixed = memory.weights + memory.gradients + memory.optimizer
+    fixed = memory.weights + memory.gradients + memory.optimizer + memory.evaluation_cache
     advice = ("raise --expert-model-parallel-size, --pipeline-model-parallel-size or --tensor-model-parallel-size, or "
               "add --use-distributed-optimizer; tools/plan_layout.py ranks what fits")
+    cache = ""
+    if memory.evaluation_cache:
+        cache = f" + {human_size(memory.evaluation_cache)} for the cache of --eval-tasks or --evaluation-prompts"
+        advice = "leave these out and measure its checkpoints with tools/evaluate_mixtral.py, or " + advice
     if fixed > device_memory:
         raise ConfigError(
             f"the run does not fit: a device of stage {stage} needs {human_size(memory.weights)} for weights + "
-            f"{human_size(memory.gradients)} for gradients + {human_size(memory.optimizer)} for the optimizer = "
+            f"{human_size(memory.gradients)} for gradients + {human_size(memory.optimizer)} for the optimizer{cache} = "
             f"{human_size(fixed)}, and has {human_size(device_memory)}: {advice}")
     whole = memory.total + (RESERVED if device_memory > 4 * RESERVED else 0)
     if whole > device_memory:
         logger.warning(
-            "the run is likely to run out of memory: with %s of activations and %s of logits a device of stage %d "
+            "the run is likely to run out of memory: with %s of activations and %s of logits%s a device of stage %d "
             "needs about %s and has %s; try --recompute-granularity, a smaller --micro-batch-size, or another layout",
-            human_size(memory.activations), human_size(memory.logits), stage, human_size(whole),
-            human_size(device_memory))
+            human_size(memory.activations), human_size(memory.logits), cache.replace(" + ", " and ", 1), stage,
+            human_size(whole), human_size(device_memory))
 
 
 def check_places(run: Run, rank: int | None = None) -> None:
     """`ConfigError` where a directory that `rank` writes into (any rank, where it is None) cannot be made, or takes no
-    file. It is tried, since permissions do not tell (a file system that is read-only, another user of an NFS).
+    file.
     """
     given, last = run.engine, run.layout.world - 1
     data = () if run.flags.is_instruction_dataset else (given.data_path, given.train_data_path)
@@ -161,8 +162,7 @@ def check_places(run: Run, rank: int | None = None) -> None:
         if place and rank in (None, writer):
             try:
                 Path(place).mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=place):
-                    pass
+                try_writing(place)
             except OSError as error:
                 raise ConfigError(f"{flag}: the run cannot write in {place} ({error.strerror}): give a directory that "
                                   "it can, or make this one writable") from error

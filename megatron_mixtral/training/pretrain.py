@@ -1,5 +1,6 @@
 """The training program: checks, arguments, one call of the engine. Two commands."""
 
+import dataclasses
 import functools
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mixtral.config import Coord, engine
-from megatron_mixtral.errors import ConfigError, DataError, RankLostError
+from megatron_mixtral.errors import ConfigError, DataError, MixtralError, RankLostError
 from megatron_mixtral.planning import RunShape, describe
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.training import adapters, arguments, data_files, engine_flags, preflight, screen
@@ -48,6 +49,7 @@ def _run(argv: list[str]) -> None:
     shape = preflight.shape_of(resolved)
     if resolved.flags.dry_run:
         logger.info("%s", resolved)
+        shape = _with_cache_or_why_not(resolved, shape)
         for line in describe(shape) if shape is not None else ["needs: give --seq-length and --micro-batch-size"]:
             logger.info("%s", line)
         if resolved.flags.train_epochs is not None:
@@ -64,7 +66,10 @@ def _run(argv: list[str]) -> None:
             logger.info("steps   %s", said)
     preflight.check_places(resolved, rank)
     asked = evaluation.read(resolved)
+    if rank is None:
+        evaluation.check_names(asked)
     if shape is not None:
+        shape = _with_cache(resolved, shape, asked)
         preflight.check_disk(resolved, shape)
     save = Path(resolved.engine.save) if resolved.engine.save else None
     if save is not None and rank != 0:
@@ -77,6 +82,20 @@ def _run(argv: list[str]) -> None:
     finally:
         if held is not None:
             held.release()
+
+
+def _with_cache(run: Run, shape: RunShape, asked: evaluation.Plan | None) -> RunShape:
+    """The run's shape, with what it takes to ask its model as it learns."""
+    return shape if asked is None else dataclasses.replace(shape, cache=asked.cache(run.config))
+
+
+def _with_cache_or_why_not(run: Run, shape: RunShape | None) -> RunShape | None:
+    """The same for a dry run; tokenizer, prompts and questions need not be there yet."""
+    try:
+        return None if shape is None else _with_cache(run, shape, evaluation.read(run))
+    except MixtralError as error:
+        logger.info("evaluation: its cache is counted once this is mended: %s", error)
+        return shape
 
 
 def _epochs_or_why_not(run: Run, shape: RunShape) -> str:
@@ -112,6 +131,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     from megatron_mixtral.training.metrics import Waiting, install
     from megatron_mixtral.training.ranks import RankSeconds, SignsOfLife
 
+    asks = evaluation.begin(asked, resolved)
     if args.rank == 0:
         args.data_identity = preflight.identify_data(resolved)  # goes into every checkpoint
         where = f"{backend.device}, {backend.collectives} collectives"
@@ -124,7 +144,6 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
     seconds = RankSeconds(resolved.flags.rank_seconds_interval, backend.waits(), backend.device)
     life = SignsOfLife(args.rank, args.world_size, resolved.flags.rank_timeout_seconds, os.environ)
     waiting = Waiting(seconds.begin)
-    asks = None if asked is None else evaluation.Evaluation(asked, resolved)
     tuned = None if resolved.adapter is None else adapters.AdapterRun(resolved.flags, resolved.adapter, args)
     saves_at_signals = functools.cache(end_at_signals(args.exit_signal))
 

@@ -3,6 +3,7 @@
 Ranks are started three times; each set works off a list of layouts, and the tests look at what came out.
 """
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from helpers.ranks import run_ranks
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral.config import ParallelLayout
+from megatron_mixtral.inference import SamplingParams
 
 LAYOUTS = {  # name: (ranks, layout, options of the generator)
     "tp1": (1, {}, {}),
@@ -178,6 +180,40 @@ def test_examples_and_choices_are_read_once(name, found, expected) -> None:
     assert counts["requested"] > 3.5 * counts["distinct"] > 5 * counts["read"]
     assert 0 <= counts["read"] + counts["kept"] - counts["distinct"] <= generated
     assert counts["truncated"] == 3  # two that are scored, one that is continued
+
+
+def caches(rank: int, folder: str, sizes: dict[str, Any], plan: Any) -> tuple[int, int]:
+    """(stage of this rank, bytes of the cache that a run's evaluations take there)."""
+    from megatron_mixtral.config import MixtralConfig
+    from megatron_mixtral.inference import Generator
+    from megatron_mixtral.training.metrics.evaluation import Evaluation
+
+    layout = ParallelLayout(**sizes)
+    generator = Generator.from_pretrained(f"{folder}/hf", layout, max_length=64)
+    evaluation = Evaluation(plan, SimpleNamespace(layout=layout, config=MixtralConfig.from_hf_dir(f"{folder}/hf")))
+    evaluation.watch(generator.engine._stage.model)
+    cache = evaluation._make().engine._stage.cache
+    return layout.coord_of(rank).pp, cache.keys.nbytes + cache.values.nbytes
+
+
+@pytest.mark.parametrize("sizes", [
+    {"pp": 2, "first": 1, "world": 2}, {"tp": 2, "pp": 2, "first": 1, "world": 4}], ids=str)
+def test_a_run_plans_the_cache_of_its_evaluations(sizes, folder) -> None:
+    """To the byte, on every stage, of which the last has more layers."""
+    from megatron_mixtral.config import MixtralConfig
+    from megatron_mixtral.planning import RunShape, stage_memory
+    from megatron_mixtral.training.metrics.evaluation import Plan
+    from megatron_mixtral.training.metrics.questions import Questions
+
+    config, layout = MixtralConfig.from_hf_dir(folder / "hf"), ParallelLayout(**sizes)
+    plan = Plan([[5] * 9], [SamplingParams(max_tokens=20)], Questions(["after"], None, None, None, 384), None,
+                SimpleNamespace(eos_id=2))
+    plain = RunShape(config, layout, 64, 1, layout.data_parallel, weight_bytes=4)
+    shape = dataclasses.replace(plain, cache=plan.cache(config))
+    for stage, taken in run_ranks(layout.world, caches, str(folder), sizes, plan):
+        planned = stage_memory(shape, stage)
+        assert planned.evaluation_cache == taken == planned.total - stage_memory(plain, stage).total > 0
+        assert taken == 2 * (1, 3)[stage] * 8 * 512 * (2 // layout.tp) * 8 * 4
 
 
 def test_a_hundred_questions_of_a_subject(found) -> None:

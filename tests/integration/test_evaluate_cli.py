@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.adapters import write_adapter
@@ -117,3 +118,38 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_files(tmp_path: Path) ->
     assert run_ranks(1, evaluate, str(tmp_path), "--output other --resume --limit 2 --tasks after", "") == [1], \
         "MMLU's folder, and mmlu is not among the tasks"
     assert not (tmp_path / "other").exists()
+
+
+def evaluate_until_killed(rank: int, folder: str, words: str, dying: int) -> int:
+    """The same, of several ranks, one of which is killed at its first step after a task is finished."""
+    from megatron_mixtral.inference.engine import Engine
+
+    step = Engine.step
+
+    def watched(engine: Engine) -> Any:
+        if rank == dying and [*Path(folder, "killed", "parts").glob("*.json")]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(engine)
+
+    Engine.step = watched
+    return evaluate(rank, folder, words, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 1])
+def test_an_evaluation_of_which_a_rank_was_killed_goes_on(dying: int, tmp_path: Path) -> None:
+    write_letters(tiny_hf_mixtral(tmp_path / "hf"))
+    write_mmlu(tmp_path / "mmlu", ["anatomy", "sociology"])
+    write_task(tmp_path / "tasks")
+    (tmp_path / "reference.json").write_text('{"results": {"after": {"acc,none": 0.1234}}}')
+    words = "--tensor-model-parallel-size 2 --output"
+    assert run_ranks(2, evaluate_until_killed, str(tmp_path), f"{words} whole", -1) == [0, 0]
+    with pytest.raises(RankError, match=f"rank {dying} died"):
+        run_ranks(2, evaluate_until_killed, str(tmp_path), f"{words} killed", dying)
+    # A rank that waits inside of a step for rank 0 makes that one still.
+    assert len([*(tmp_path / "killed/parts").glob("*.json")]) in (1, 2) and not [*(tmp_path / "killed").glob("*.*")]
+    assert run_ranks(2, evaluate_until_killed, str(tmp_path), f"{words} killed --resume", -1) == [0, 0]
+    files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    assert len(files) == 5
+    for name in files:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

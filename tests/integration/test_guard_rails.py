@@ -1,5 +1,6 @@
 """What cannot work is refused before the first step: the sentence, and within five seconds of processor time."""
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 from helpers.datasets import write_dataset
 
 from megatron_mixtral.config import CONFIG_FILE, preset
+from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import ConfigError
-from megatron_mixtral.planning import RunShape
+from megatron_mixtral.planning import CacheShape, RunShape, stage_memory
 from megatron_mixtral.training import preflight
 from megatron_mixtral.training.arguments import resolve
 
@@ -96,3 +98,11 @@ def test_memory_that_may_not_suffice_is_a_warning(caplog: pytest.LogCaptureFixtu
     assert "likely to run out of memory" in caplog.text
     with pytest.raises(ConfigError, match="the run does not fit: a device of stage 0 needs"):
         preflight.check_memory(run, fixed - 1)
+    caplog.clear()
+    cached = dataclasses.replace(run, cache=CacheShape(8, 4096))
+    cache = stage_memory(cached, 0).evaluation_cache
+    preflight.check_memory(cached, fixed + cache)
+    assert f"and {human_size(cache)} for the cache of --eval-tasks or --evaluation-prompts a device of" in caplog.text
+    with pytest.raises(ConfigError, match="for the optimizer . .* for the cache of --eval-tasks or --evaluation-prompts"
+                       ".*leave these out and measure its checkpoints with tools/evaluate_mixtral.py, or raise"):
+        preflight.check_memory(cached, fixed + cache - 1)

@@ -10,7 +10,7 @@ import pytest
 from helpers import datasets
 from helpers.program import pretrain
 
-from megatron_mixtral.data.datasets import cache_folder
+from megatron_mixtral.data.datasets.index_cache import cache_folder
 from megatron_mixtral.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

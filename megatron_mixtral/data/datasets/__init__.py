@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from megatron_mixtral._door import door
 
 if TYPE_CHECKING:
-    from megatron_mixtral.data.datasets.blend import blend_of, check_pretraining
-    from megatron_mixtral.data.datasets.index_cache import cache_folder, identities
+    from megatron_mixtral.data.datasets.blend import blend_of, check_pretraining, sizes_of
+    from megatron_mixtral.data.datasets.index_cache import identities
     from megatron_mixtral.data.datasets.instruction import build_instruction, row_tensors
     from megatron_mixtral.data.datasets.instruction_files import (
         InstructionFiles,

@@ -3,13 +3,15 @@
 Training asks before the engine is imported; `pretraining.py` builds what was asked for.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_mixtral.data.indexed import IndexFile
-from megatron_mixtral.errors import DataError
+from megatron_mixtral.errors import ConfigError, DataError
 
 Blend = tuple[list[str], list[float] | None]
+SPLIT = "969,30,1"  # the engine's own, where none is given
 DOCUMENTS_CHECKED = 64  # of each data set, for its vocabulary: a wrong tokenizer shows at once
 
 
@@ -54,6 +56,20 @@ def _check_pair(prefix: str, ending: str) -> None:
                 hint = "; instruction data is read with --is-instruction-dataset"
             raise DataError(f"--data-path: {prefix}{ending}{suffix} does not exist (a data set is named by its prefix, "
                             f"without .bin or .idx){hint}")
+
+
+def sizes_of(split: str | None) -> tuple[float, float, float]:
+    """The sizes of training, validation and test set in `--split 98,1,1`, read as the engine reads it, which stops with
+    a traceback where there are more. `ConfigError` where there is none.
+    """
+    try:
+        sizes = [float(word) for word in re.findall(r"[.0-9]+", split or SPLIT)]
+    except ValueError:  # 1.2.3
+        sizes = []
+    if len(sizes) > 3 or not sum(sizes):
+        raise ConfigError(f"--split {split}: expected the sizes of three parts, such as 98,1,1, one of them above 0")
+    training, validation, test = [*sizes, 0.0, 0.0][:3]
+    return training, validation, test
 
 
 def prefixes_of(blends: Iterable[Blend | None]) -> list[str]:

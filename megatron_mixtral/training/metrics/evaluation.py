@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_mixtral.config import MixtralConfig
 from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.inference import Completion, Generator, SamplingParams, cli
+from megatron_mixtral.planning import CacheShape
+from megatron_mixtral.runtime import launch
 from megatron_mixtral.tokenizer import Tokenizer, load_tokenizer
 from megatron_mixtral.training.metrics import questions
 from megatron_mixtral.training.metrics.questions import Questions
@@ -42,6 +45,12 @@ class Plan:
         """Tokens that the longest prompt and its continuation take together."""
         return max((len(ids) + (one.max_tokens or MAX_TOKENS)
                     for ids, one in zip(self.ids, self.params, strict=True)), default=0)
+
+    def cache(self, config: MixtralConfig) -> CacheShape:
+        """What it takes to ask: it stays allocated."""
+        slots = MAX_SLOTS if self.questions is not None else min(MAX_SLOTS, len(self.ids))
+        length = max(self.longest + 1, 0 if self.questions is None else self.questions.length)
+        return CacheShape(slots, min(length, config.max_position_embeddings + 1))
 
 
 def check(run: "Run") -> str | None:
@@ -83,6 +92,21 @@ def read(run: "Run") -> Plan | None:
     tokenizer = load_tokenizer("HuggingFaceTokenizer", run.engine.tokenizer_model or flags.tokenizer_name_or_path)
     ids, params = ([], []) if flags.evaluation_prompts is None else _read_prompts(run, tokenizer)
     return Plan(ids, params, questions.read(run, tokenizer), flags.evaluation_interval, tokenizer)
+
+
+def check_names(plan: Plan | None) -> None:
+    """`ConfigError` for a task in `--eval-tasks` that there is none of. Imports lm-eval, and with it torch."""
+    if plan is not None and plan.questions is not None and plan.questions.names:
+        from megatron_mixtral.evaluation import check_names
+
+        check_names(plan.questions.names, plan.questions.include)
+
+
+def begin(plan: Plan | None, run: "Run") -> "Evaluation | None":
+    """What asks the run's model, before that is built. Rank 0 also looks whether there are the tasks: it will ask."""
+    if launch.is_first_here():
+        check_names(plan)
+    return None if plan is None else Evaluation(plan, run)
 
 
 def _read_prompts(run: "Run", tokenizer: Tokenizer) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -166,11 +190,8 @@ class Evaluation:
     def _make(self) -> Generator:
         from megatron_mixtral.inference import Engine  # imports the engine
 
-        plan = self._plan
-        slots = MAX_SLOTS if plan.questions is not None else min(MAX_SLOTS, len(plan.ids))
-        length = max(plan.longest + 1, 0 if plan.questions is None else plan.questions.length)
-        engine = Engine(self._model, self._run.layout, plan.tokenizer, max_slots=slots,
-                        max_length=min(length, self._run.config.max_position_embeddings + 1),
+        plan, cache = self._plan, self._plan.cache(self._run.config)
+        engine = Engine(self._model, self._run.layout, plan.tokenizer, max_slots=cache.slots, max_length=cache.length,
                         stop_token_ids=self._stop_ids())
         return Generator(engine, plan.tokenizer)
 

@@ -53,6 +53,9 @@ def read(run: "Run", tokenizer: Tokenizer) -> Questions | None:
     if flags.eval_data_path is not None and "mmlu" not in names:
         raise ConfigError(f"--eval-data-path {flags.eval_data_path} is of the task mmlu, and --eval-tasks is "
                           f"{flags.eval_tasks}")
+    if flags.eval_include_path is not None and not Path(flags.eval_include_path).is_dir():
+        raise ConfigError(f"--eval-include-path {flags.eval_include_path} is no folder: expected one of lm-eval's YAML "
+                          "files")
     mmlu = None if flags.eval_data_path is None else read_mmlu(flags.eval_data_path)
     return Questions([name for name in names if mmlu is None or name != "mmlu"], mmlu,
                      None if flags.eval_include_path is None else Path(flags.eval_include_path), flags.eval_limit,

@@ -22,7 +22,8 @@ def summary(run: Run, shape: RunShape | None, where: str, memory: int, identitie
         planned = stage_memory(shape, fullest_stage(shape))
         yield (f"memory  {human_size(planned.total)} planned of {human_size(memory)}: weights "
                f"{human_size(planned.weights)}, optimizer {human_size(planned.gradients + planned.optimizer)}, "
-               f"activations {human_size(planned.activations + planned.logits + planned.temporaries)}")
+               f"activations {human_size(planned.activations + planned.logits + planned.temporaries)}"
+               + (f", cache of evaluations {human_size(planned.evaluation_cache)}" if planned.evaluation_cache else ""))
     yield from _data(run, shape, identities, steps)
     if run.engine.save and run.flags.log_level != "debug":
         yield f"logs    {run.engine.save}/logs/latest/rank_N.log: all that the ranks print"

@@ -115,6 +115,15 @@ def test_all_forms_of_a_folder_hold_the_same(folder, tmp_path) -> None:
     assert (hub.subjects, hub.digest()) == (whole.subjects, whole.digest())
 
 
+def test_a_copy_of_another_system_holds_the_same(folder) -> None:
+    """With a byte-order mark, and CRLF also inside of questions."""
+    whole = read_mmlu(folder)
+    for path in folder.rglob("*.csv"):
+        text = path.read_bytes().replace(b"\r\n", b"\n")
+        path.write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert read_mmlu(folder).digest() == whole.digest()
+
+
 @pytest.mark.parametrize(("file", "text", "sentence"), [
     ("test/anatomy_test.csv", "q,a,b,c,d,A\nq,a,b,c,A\n", "anatomy_test.csv, line 2: 5 fields, expected 6"),
     ("test/anatomy_test.csv", "q,a,b,c,d,A\n\"q\nr\",a,b,c,d,E\n", "line 3: the answer is 'E', expected one of A"),

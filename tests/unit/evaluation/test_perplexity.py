@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.datasets import write_dataset
 from helpers.models import random_hf_directory
 from helpers.vocabularies import write_letters
 
@@ -75,6 +76,18 @@ def test_loss_and_perplexities_are_of_tokens_and_of_bytes() -> None:
         perplexity.measure(Recorder(4, broken=True), some, stride=4)
 
 
+def test_of_instruction_data_the_trained_tokens_count() -> None:
+    """And what stands behind the last of them is not read."""
+    generator = Recorder(4)
+    some = [perplexity.Passage([1, 2, 3, 4, 5, 6, 7, 8], None, [True, True, False, True, False, True, False, False]),
+            perplexity.Passage([9, 9, 9], None, [True, False, False])]
+    found = perplexity.measure(generator, some, stride=4)
+    assert (found.passages, found.tokens, found.nats, found.size) == (2, 3, 2.0 + 4.0 + 6.0, None)
+    assert generator.read == len([1, 2, 3]) + len([5]), "of the windows of 1 2 3 4 and of 5 6 7"
+    with pytest.raises(DataError, match="a holds nothing to score: .* of instruction data one that is trained"):
+        perplexity.measure(Recorder(4), some[1:], stride=4).report("a")
+
+
 def test_texts_are_read_as_preprocessing_reads_them(tmp_path, letters) -> None:
     bos = letters.bos_id
     (tmp_path / "a.txt").write_text("one\ntwo é", encoding="utf-8")
@@ -82,9 +95,9 @@ def test_texts_are_read_as_preprocessing_reads_them(tmp_path, letters) -> None:
     [whole] = perplexity.texts(str(tmp_path / "a.txt"), "text", letters)
     assert whole.ids == [bos, *letters.encode("one\ntwo é")] and whole.size == 10
     assert [*perplexity.texts(str(tmp_path / "b.jsonl"), "text", letters)] == [
-        ([bos, *letters.encode("ab")], 2), ([bos, *letters.encode("c")], 1)]
+        perplexity.Passage([bos, *letters.encode("ab")], 2), perplexity.Passage([bos, *letters.encode("c")], 1)]
     (tmp_path / "b.jsonl").write_text('{"text": "ab"}\n\n{"title": "c"}\n')
-    with pytest.raises(DataError, match="b.jsonl, line 3: no key 'text'"):
+    with pytest.raises(DataError, match=r"b.jsonl, line 3: no key 'text'.*\(choose with --json-key\)"):
         [*perplexity.texts(str(tmp_path / "b.jsonl"), "text", letters)]
     with pytest.raises(DataError, match="c.txt cannot be read"):
         [*perplexity.texts(str(tmp_path / "c.txt"), "text", letters)]
@@ -100,8 +113,8 @@ def test_documents_begin_with_one_bos_and_their_bytes_are_those_of_their_text(tm
     writer.close()
     prefix = str(tmp_path / "data")
     assert [*perplexity.documents(prefix, letters)] == [
-        ([bos, *letters.encode(text), eos], len(text)) for text in texts]
-    assert [*perplexity.documents(prefix, None)] == [(rows[0], None), (rows[1], None)]
+        perplexity.Passage([bos, *letters.encode(text), eos], len(text)) for text in texts]
+    assert [*perplexity.documents(prefix, None)] == [perplexity.Passage(row, None) for row in rows]
     without = SimpleNamespace(bos_id=None, decode=letters.decode)
     assert [one.size for one in perplexity.documents(prefix, without)] == [3, 5], "the first token is not scored"
 
@@ -111,6 +124,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("perplexity")
     random_hf_directory(found / "hf", dataclasses.replace(preset("tiny"), vocab_size=96, num_hidden_layers=1))
     (found / "a.txt").write_text("a")
+    (found / "nothing").mkdir()
+    (found / "empty.txt").write_text("")
+    (found / "bytes.txt").write_bytes(b"a\xff")
+    write_dataset(found / "b", vocab_size=96, documents=2)
+    for column in ("input_ids", "labels"):
+        for suffix in (".bin", ".idx"):
+            (found / f"a_packed_{column}_document{suffix}").write_bytes(b"")
     return found
 
 
@@ -124,6 +144,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("--input absent.txt", "--input absent.txt does not exist"),
     ("--data-path absent", "absent.bin does not exist"),
     ("--input a.txt --stride 0", "--stride 0: expected at least 1"),
+    ("--input a.txt --stride 9 --max-length 8", "--stride 9 is more than a window reads, 8 tokens (--max-length)"),
+    ("--input a.txt --stride 99999", "--stride 99999 is more than a window reads, "),
+    ("--input a.txt a.txt", "--input names a.txt twice"),
+    ("--input a.txt empty.txt", "empty.txt is empty: there is nothing to score"),
+    ("--input bytes.txt", "bytes.txt cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    ("--input nothing", "--input nothing: no file of this folder ends in .jsonl"),
+    ("--input a.txt --is-instruction-dataset", "--is-instruction-dataset is of data sets (--data-path)"),
+    ("--data-path a_packed_labels_document", "give --data-path a --is-instruction-dataset"),
+    ("--data-path a", "instruction data is read with --is-instruction-dataset"),
+    ("--data-path b --seq-length 8 --data-cache-path a.txt/x", "--data-cache-path: nothing can be written in a.txt/x"),
+    ("--data-path a --seq-length 8 --split junk", "--split junk: expected the sizes of three parts, such as 98,1,1"),
+    ("--data-path a --seq-length 8 --split 1,1,1,1", "--split 1,1,1,1: expected the sizes of three parts"),
+    ("--data-path a --seq-length 8 --split 1.2.3,1", "--split 1.2.3,1: expected the sizes of three parts"),
+    ("--data-path a --seq-length 8 --split 100", "--split 100 leaves nothing to validate on"),
+    ("--input a.txt --output a.txt/x", "--output: nothing can be written in a.txt (Not a directory)"),
+    ("--input a.txt --output .", "--output . is a folder: expected the name of a file"),
 ])
 def test_what_cannot_be_is_refused_before_a_rank_is_started(flags, sentence, folder, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)

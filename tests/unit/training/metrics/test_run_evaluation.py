@@ -9,8 +9,11 @@ import pytest
 import torch
 from helpers.mmlu import write_mmlu
 
+from megatron_mixtral import __main__ as commands
+from megatron_mixtral.disk import human_size
 from megatron_mixtral.errors import MixtralError
 from megatron_mixtral.inference import SamplingParams
+from megatron_mixtral.runtime import launch
 from megatron_mixtral.tokenizer import mixtral_tokenizer_path
 from megatron_mixtral.training.arguments import resolve
 from megatron_mixtral.training.metrics import evaluation, questions
@@ -75,11 +78,45 @@ def test_prompts_that_cannot_be(tmp_path, text, flags, said) -> None:
     ([*TOKENIZER, "--eval-tasks", "arc", "--eval-data-path", "x"], "is of the task mmlu, and --eval-tasks is arc"),
     ([*TOKENIZER, "--eval-tasks", "mmlu", "--eval-data-path", "absent"], "absent holds no MMLU"),
     ([*TOKENIZER, "--eval-tasks", "arc", "--overlap-param-gather"], "--eval-tasks does not go with --overlap-param"),
+    ([*TOKENIZER, "--eval-tasks", "arc", "--eval-include-path", "absent"], "--eval-include-path absent is no folder"),
 ], ids=lambda value: None if isinstance(value, list) else value[:20])
 def test_tasks_that_cannot_be(flags, said) -> None:
     with pytest.raises(MixtralError) as error:
         plan(*flags)
     assert said in str(error.value)
+
+
+def test_a_misspelt_task_ends_a_run_before_its_ranks_are_started(monkeypatch, capsys) -> None:
+    def started(*arguments: Any) -> None:
+        raise AssertionError("ranks are started")
+
+    monkeypatch.setattr(launch, "take_part", started)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    argv = ["--model", "tiny", "--tensor-model-parallel-size", "2", "--mock-data", "--seq-length", "64",
+            "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3", *TOKENIZER, "--eval-tasks", "hellasway"]
+    assert commands.run("pretrain", argv) == 1
+    assert "error: there is no task 'hellasway' among lm-eval's; is it hellaswag" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_the_cache(tmp_path, caplog) -> None:
+    """Of questions 8 slots of 4,096 tokens or the model's context, of prompts no more than they take."""
+    argv = ["--model", "mixtral-8x7b", "--tensor-model-parallel-size", "2", "--seq-length", "64", "--micro-batch-size",
+            "1", "--bf16", "--dry-run", *TOKENIZER]
+
+    def said(*flags: str) -> str:
+        caplog.clear()
+        assert commands.run("pretrain", [*argv, *flags]) == 0
+        return next(line for line in caplog.messages if line.startswith("memory per device: "))
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": [5, 6], "max_tokens": 300}\n"Once"')
+    with caplog.at_level("INFO"):
+        assert "cache" not in said()
+        assert f"evaluation cache {human_size(2 * 32 * 8 * 4096 * 4 * 128 * 2)}" in said("--eval-tasks", "arc")
+        assert f"evaluation cache {human_size(2 * 32 * 2 * 512 * 4 * 128 * 2)}" in said(
+            "--evaluation-prompts", str(tmp_path / "prompts.jsonl"))
+        assert "cache" not in said("--evaluation-prompts", "absent.jsonl")
+        assert "its cache is counted once this is mended: the prompts of absent.jsonl cannot be read" in caplog.text
 
 
 def test_figures_are_of_groups_and_of_tasks_that_are_in_none() -> None:
