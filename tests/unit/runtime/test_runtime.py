@@ -99,7 +99,10 @@ def test_cuda_reads_its_order_of_kernels_when_it_is_first_asked(first: Callable[
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA GB300", 2500.0), ("NVIDIA B300 SXM6 AC", 2250.0), ("NVIDIA GeForce RTX 4090", 165.2),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
-    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 503.8), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 480.0), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8), ("NVIDIA H200 NVL", 835.5),
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H800 PCIe", None), ("NVIDIA GH200 480GB", 989.4),
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.4), ("NVIDIA H20", 148.0),
     ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA GB200", 2500.0), ("NVIDIA GeForce GTX 1080", None),
 ])
