@@ -15,7 +15,7 @@ out="${1:-gpu_first_run}"
 out="${out%/}"
 here=benchmarks/gpu
 : "${PARTS:=environment probe tests run step}" "${STEPS:=40}" "${CANDIDATES:=ours stock transformers autocast te}"
-: "${LIMIT_ENVIRONMENT:=60}" "${LIMIT_PROBE:=240}" "${LIMIT_TESTS:=300}" "${LIMIT_RUN:=300}" "${LIMIT_STEP:=600}"
+: "${LIMIT_ENVIRONMENT:=120}" "${LIMIT_PROBE:=240}" "${LIMIT_TESTS:=300}" "${LIMIT_RUN:=300}" "${LIMIT_STEP:=600}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 part_environment() { python "$here/environment.py" --json "$out/environment.json"; }

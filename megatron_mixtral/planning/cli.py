@@ -116,7 +116,12 @@ def _nothing_fits(too_large: list[Candidate], question: Question) -> str:
 
 
 def _what_would(question: Question) -> str:
-    """More devices, or, where the whole model was to be trained or a base is not packed, less that is trained."""
+    """A power of two of these devices, which more layouts divide; more devices; less that is trained, where the whole
+    model was to be trained, or a base that is not packed.
+    """
+    part = 2 ** (question.machine.devices.bit_length() - 1)
+    if part < question.machine.devices and search.any_fits(search.with_devices(question, part)):
+        return f"{part} of them are enough: {question.machine.devices} allow few layouts"
     count = search.enough_devices(question)
     said = f"{count} such devices are enough" if count else f"{search.MOST_DEVICES} such devices are not enough either"
     rank = question.adapter.rank if question.adapter else least.RANK

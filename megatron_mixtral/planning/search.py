@@ -76,11 +76,16 @@ def enough_devices(question: Question) -> int | None:
     each = 18.0 if adapter is None else 0.5 if adapter.quantized else 2.0  # bytes of a parameter, at least
     count = 2 * machine.devices
     while count <= MOST_DEVICES:
-        larger = replace(question, machine=replace(machine, devices=count))
-        if question.config.total_parameters * each < count * room(machine) and any_fits(larger):
+        enough = question.config.total_parameters * each < count * room(machine)
+        if enough and any_fits(with_devices(question, count)):
             return count
         count *= 2
     return None
+
+
+def with_devices(question: Question, count: int) -> Question:
+    """The same of another number of devices."""
+    return replace(question, machine=replace(question.machine, devices=count))
 
 
 def room(machine: Machine) -> float:

@@ -74,6 +74,10 @@ def test_what_does_not_fit_is_answered_with_what_would() -> None:
     assert "layouts fit 8 devices" in next(cli.lines([*asked, "--devices", "8", "--lora-rank", "16", "--qlora"]))
     with pytest.raises(ConfigError, match=r"; 32 such devices are enough, or adapters on these .*16 --qlora\)"):
         list(cli.lines([*asked, "--devices", "8", "--lora-rank", "16"]))
+    # 1,000 is 8 x 125: eight ways to cut the experts, of which 17.6 billion parameters with gradients are 105 GB.
+    with pytest.raises(ConfigError, match="needs 122 GB a device; 512 of them are enough: 1000 allow few layouts$"):
+        list(cli.lines(["--model", "8x22b", "--devices", "1000", "--global-batch-size", "1000"]))
+    assert "layouts fit 512" in next(cli.lines(["--model", "8x22b", "--devices", "512", "--global-batch-size", "1000"]))
     with pytest.raises(ConfigError, match="needs .* GB a device; 4096 such devices are not enough either$"):
         list(cli.lines([*asked, "--devices", "8", "--device-memory", "4"]))
 

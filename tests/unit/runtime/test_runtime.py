@@ -1,5 +1,6 @@
 """The machine: detection, replacements, and the process group of a start."""
 
+import dataclasses
 import importlib
 import mmap
 import os
@@ -78,6 +79,19 @@ def test_what_compiled_functions_need_is_asked_for(tmp_path: Path, monkeypatch: 
         gpu.check_compiler()
     (tmp_path / "Python.h").touch()
     gpu.check_compiler()
+
+
+def test_a_torch_whose_checkpoints_the_engine_cannot_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.15's properties of a tensor, in the words of its source: one field more, with which none is made."""
+    from torch.distributed.checkpoint import metadata
+
+    here = backend.Backend("cpu", "gloo", False, "")
+    here.check_checkpoints()
+    fields = [("strides", tuple[int, ...] | None, dataclasses.field(default=None))]
+    monkeypatch.setattr(metadata, "TensorProperties", dataclasses.make_dataclass(
+        "TensorProperties", fields, bases=(metadata.TensorProperties,)))
+    with pytest.raises(ConfigError, match=r"torch 2[.].*cannot read .*install torch>=2.11,<2.14, or .* without --save"):
+        here.check_checkpoints()
 
 
 @pytest.mark.parametrize("first", [backend.detect, backend.device_memory])
