@@ -63,6 +63,7 @@ def of_library() -> dict[str, Any]:
         if backend.device == "cuda":
             found |= {"groups_are_fast": gpu.groups_are_fast(torch.bfloat16), "peak_tflops": runtime.peak_tflops()}
         backend.check_compiler()
+        backend.check_checkpoints()
     except MixtralError as refusal:
         return {"refused": str(refusal)}
     return found

@@ -4,17 +4,18 @@
 #
 #     source examples/environment.sh && bash benchmarks/gpu/first_run.sh [FOLDER]
 #
-# FOLDER (gpu_first_run) gets a text and, of most parts, a JSON file each, and summary.json. Each part has a limit of its
-# own, in seconds, and one that fails leaves the others: LIMIT_ENVIRONMENT LIMIT_PROBE LIMIT_TESTS LIMIT_RUN LIMIT_STEP.
+# FOLDER (gpu_first_run) gets a text and, of most parts, a JSON file each, and summary.json; FOLDER.tar.gz is all of them,
+# to be sent. Each part has a limit of its own, in seconds, and one that fails leaves the others: LIMIT_ENVIRONMENT LIMIT_PROBE LIMIT_TESTS LIMIT_RUN LIMIT_STEP.
 # PARTS="probe step" runs these alone. The exit status is the number of parts that failed.
 # shellcheck disable=SC2329 # the parts are called by their names
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 out="${1:-gpu_first_run}"
+out="${out%/}"
 here=benchmarks/gpu
 : "${PARTS:=environment probe tests run step}" "${STEPS:=40}" "${CANDIDATES:=ours stock transformers autocast te}"
-: "${LIMIT_ENVIRONMENT:=60}" "${LIMIT_PROBE:=240}" "${LIMIT_TESTS:=300}" "${LIMIT_RUN:=300}" "${LIMIT_STEP:=600}"
+: "${LIMIT_ENVIRONMENT:=120}" "${LIMIT_PROBE:=240}" "${LIMIT_TESTS:=300}" "${LIMIT_RUN:=300}" "${LIMIT_STEP:=600}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 part_environment() { python "$here/environment.py" --json "$out/environment.json"; }
@@ -57,4 +58,6 @@ for name in $PARTS; do
         $((SECONDS - began))
 done
 (IFS=,; printf '{"parts": [%s]}\n' "${rows[*]}") >"$out/summary.json"
+tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
+printf '\n%s part(s) failed. To send: %s.tar.gz (%s)\n' "$failed" "$out" "$(du -h "$out.tar.gz" | cut -f 1)"
 exit "$failed"

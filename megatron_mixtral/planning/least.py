@@ -1,5 +1,6 @@
 """The least hardware for each use of the published Mixtrals: the smallest number of devices on which it fits."""
 
+import math
 from dataclasses import replace
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, preset
@@ -49,7 +50,7 @@ def _needs(shape: RunShape, use: str) -> float:
 
 def least_hardware(memories: tuple[float, ...]) -> list[str]:
     """The table in Markdown: a row for each model and use, a column for each size of device, in GB."""
-    if not memories or min(memories) <= 0:
+    if not memories or not all(0 < memory < math.inf for memory in memories):
         raise ConfigError(f"sizes of devices must be positive, found {memories}")
     lines = ["| | " + " | ".join(f"{memory:g} GB" for memory in memories) + " |", "|---" * (len(memories) + 1) + "|"]
     for name, known in MODELS.items():

@@ -1,7 +1,8 @@
 """The layouts that a machine allows for a model and a batch, those that fit in memory, and the fastest of them."""
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import ConfigError
@@ -12,6 +13,7 @@ from megatron_mixtral.planning.step_time import Machine, StepTime, predicted_ste
 MEMORY_SHARE = 0.92  # of a device's memory that a run may plan with: fragmentation
 CONTEXT_SIZES = (1, 2, 4, 8, 16)
 RESERVED = 4e9  # bytes of a device for its context and communication buffers
+MOST_DEVICES = 4096  # that are tried to find enough
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,49 @@ def plan(question: Question) -> tuple[list[Candidate], list[Candidate]]:
     return sorted(fits.values(), key=lambda one: one.step.total), sorted(rest, key=lambda one: one.needs)
 
 
+def any_fits(question: Question) -> bool:
+    """Whether some layout fits, however slow: the smallest micro-batch, no virtual stages, which hold more."""
+    smallest = replace(question, micro_batch_sizes=(min(question.micro_batch_sizes),))
+    return any(stage_memory(shape, fullest_stage(shape)).total <= room(question.machine)
+               for shape in shapes(smallest) if shape.layout.vpp == 1)
+
+
+def enough_devices(question: Question) -> int | None:
+    """The first on which a layout fits of 2, 4, 8 ... times as many devices; None up to `MOST_DEVICES`."""
+    machine, adapter = question.machine, question.adapter
+    each = 18.0 if adapter is None else 0.5 if adapter.quantized else 2.0  # bytes of a parameter, at least
+    count = 2 * machine.devices
+    while count <= MOST_DEVICES:
+        enough = question.config.total_parameters * each < count * room(machine)
+        if enough and any_fits(with_devices(question, count)):
+            return count
+        count *= 2
+    return None
+
+
+def with_devices(question: Question, count: int) -> Question:
+    """The same of another number of devices."""
+    return replace(question, machine=replace(question.machine, devices=count))
+
+
+def room(machine: Machine) -> float:
+    """Bytes of a device that a run may plan with."""
+    return machine.device_memory * 1e9 * MEMORY_SHARE - RESERVED
+
+
+def least_batch(question: Question) -> int:
+    """The smallest global batch that some layout divides; it divides every multiple of it too."""
+    size, found = min(question.micro_batch_sizes), []
+    for layout in layouts(question.config, question.machine):
+        with contextlib.suppress(ConfigError):  # sequences that it does not cut evenly
+            found.append(RunShape(question.config, layout, question.seq_length, size, size * layout.data_parallel,
+                                  adapter=question.adapter).global_batch_size)
+    return min(found)
+
+
 def shapes(question: Question) -> Iterator[RunShape]:
     """Every run that layout and batch arithmetic allow, with tensor parallelism inside a node."""
-    for layout in _layouts(question.config, question.machine):
+    for layout in layouts(question.config, question.machine):
         for micro_batch in question.micro_batch_sizes:
             for recompute in RECOMPUTE:
                 try:
@@ -73,7 +115,8 @@ def shapes(question: Question) -> Iterator[RunShape]:
                     break  # the batch does not divide, nor the blocks of 4 bits
 
 
-def _layouts(config: MixtralConfig, machine: Machine) -> Iterator[ParallelLayout]:
+def layouts(config: MixtralConfig, machine: Machine) -> Iterator[ParallelLayout]:
+    """Every layout of the model on the machine."""
     for pp in divisors(config.num_hidden_layers):
         for vpp in divisors(config.num_hidden_layers // pp) if pp > 1 else (1,):
             for tp in divisors(config.num_key_value_heads):
@@ -81,7 +124,9 @@ def _layouts(config: MixtralConfig, machine: Machine) -> Iterator[ParallelLayout
                     for etp in {1, tp} if ep > 1 else {tp}:
                         for cp in CONTEXT_SIZES:
                             layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, world=machine.devices)
-                            if tp <= machine.devices_per_node and machine.devices % layout.min_world == 0:
+                            if machine.devices % layout.min_world or not machine.in_nodes(tp):
+                                continue
+                            if config.intermediate_size % layout.etp == 0:
                                 yield layout.validate(config)
 
 

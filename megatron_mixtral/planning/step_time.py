@@ -51,9 +51,20 @@ class Machine:
                  "intra_node_gbps": device.link}  # fmt: skip
         return cls(**sheet | given)
 
+    def in_nodes(self, span: int) -> bool:
+        """Whether every group of `span` neighbouring ranks, the first from rank 0 on, lies in one node."""
+        alone = self.devices <= self.devices_per_node
+        return span <= self.devices_per_node and (alone or self.devices_per_node % span == 0)
+
     def link(self, span: int) -> float:
-        """Bytes per second of a group of neighbouring ranks that spans `span` of them."""
-        inside = span <= self.devices_per_node
+        """Bytes per second of the groups of `span` neighbouring ranks; the slowest of them counts."""
+        return self._rate(self.in_nodes(span))
+
+    def link_to(self, distance: int) -> float:
+        """Bytes per second to the rank that is so many further, of a device that begins a node."""
+        return self._rate(distance < self.devices_per_node)
+
+    def _rate(self, inside: bool) -> float:
         return (self.intra_node_gbps if inside else self.inter_node_gbps) * 1e9 / 8 * LINK_SHARE
 
 
@@ -179,7 +190,7 @@ def _within_layers(shape: RunShape, machine: Machine, volume: Volume) -> dict[st
         "expert_tensor": volume.expert_tensor / machine.link(layout.etp),
         "expert": IMBALANCE * volume.expert / machine.link(layout.etp * layout.ep),
         "context": volume.context / machine.link(layout.tp * layout.cp),
-        "pipeline": UNCOVERED_PIPELINE * volume.pipeline / machine.link(replicas_span + 1),
+        "pipeline": UNCOVERED_PIPELINE * volume.pipeline / machine.link_to(replicas_span),
     }
 
 

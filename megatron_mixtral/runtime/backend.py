@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -45,6 +46,17 @@ class Backend:
         if missing:
             raise ConfigError(f"torch.compile needs {' and '.join(missing)}, not found here: install what is missing, "
                               "or go without compiled functions by --disable-jit-fuser, which is slower")
+
+    def check_checkpoints(self) -> None:
+        """`ConfigError` with a torch for which the pinned engine writes distributed checkpoints that it cannot read: it
+        makes a tensor of every property that torch notes, and torch 2.15 notes strides, which no tensor is made with.
+        """
+        from torch.distributed.checkpoint.metadata import TensorProperties
+
+        if "strides" in TensorProperties.__dataclass_fields__:
+            raise ConfigError(f"torch {torch.__version__}: megatron-core {version('megatron-core')} cannot read the "
+                              "distributed checkpoints that it writes there; install torch>=2.11,<2.14, or train "
+                              "without --save and --load")
 
     def waits(self) -> Waits:
         """A counter of the seconds that this process waits in collectives; one for each process."""

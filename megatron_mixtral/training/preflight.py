@@ -5,6 +5,7 @@ Nothing here imports torch or the engine, so the answer comes within a second or
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from megatron_mixtral.data.datasets import (
     InstructionFiles,
@@ -115,6 +116,14 @@ def tokenizers_of(run: Run) -> list[str | None]:
     blend = None if run.flags.is_instruction_dataset else blend_of(given.data_path or given.train_data_path)
     noted = tokenizer_of(blend[0][0]) if blend else None
     return [*places, noted and noted.get("path")]
+
+
+def check_backend(run: Run, backend: Any) -> None:
+    """`ConfigError` where this machine's `runtime.Backend` lacks what the run needs of it."""
+    if not run.engine.named.get("--disable-jit-fuser"):
+        backend.check_compiler()
+    if run.engine.save or run.engine.load:
+        backend.check_checkpoints()
 
 
 def check_memory(shape: RunShape, device_memory: int) -> None:

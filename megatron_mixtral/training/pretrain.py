@@ -118,8 +118,7 @@ def _train(resolved: Run, argv: list[str], shape: RunShape | None, held: Lease |
         preflight.check_memory(shape, memory)
     backend = runtime.ready(training=True)
     engine_flags.check_device(resolved.engine.named, backend.device)
-    if not resolved.engine.named.get("--disable-jit-fuser"):
-        backend.check_compiler()
+    preflight.check_backend(resolved, backend)
     args = _engine_args(resolved, argv, backend)
 
     from megatron.core.enums import ModelType

@@ -16,6 +16,7 @@ from helpers import fake_gpu, rehearsal
 
 QUIET = ("empty", "new_empty", "detach", "lift", "_unsafe_view", "_reshape_alias", "alias", "wait_tensor")
 SEQUENCES = 2  # of a micro-batch, 4,096 tokens each
+UPDATING = "optimizer and clipping, once a step"
 
 
 def tensors_of(value: Any) -> list[Any]:
@@ -87,7 +88,7 @@ def watch(account: Account, vocabulary: int, width: int) -> Any:
                 tensors = tensors_of((args, kwargs, out))
                 formula = known.get(function._overloadpacket)
                 flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
-                part = "optimizer, clipping" if updating else part_of(name, tensors, vocabulary, width)
+                part = UPDATING if updating else part_of(name, tensors, vocabulary, width)
                 account.add(part, flops, tensors)
             return out
 
@@ -117,21 +118,31 @@ def step(layers: int, device: Any) -> dict[str, list[float]]:
     return account.parts
 
 
+def table(device: Any) -> list[str]:
+    """In Markdown, as docs/performance.md has it."""
+    one, two = step(1, device), step(2, device)
+    rows = {part: [b - a for a, b in zip(one.get(part, [0.0] * 3), two[part], strict=True)] for part in two}
+    updating = rows.pop(UPDATING)
+
+    def line(part: str, row: list[float], bound: str) -> str:
+        return f"| {part} | {row[0] / 1e12:.2f} | {row[1] / 1e9:.2f} | {1e3 * row[2]:.2f} | {bound} |"
+
+    def bound(row: list[float]) -> str:
+        return "products" if math.isclose(row[0] / device.tflops / 1e12, row[2], rel_tol=0.3) else "memory"
+
+    parts = sorted((item for item in rows.items() if item[1][2] > 1e-6), key=lambda item: -item[1][2])
+    whole = [sum(row[index] for _, row in parts) for index in range(3)]
+    return ["| part | TFLOP | GB | at least ms | bound by |", "|---|---|---|---|---|",
+            *(line(part, row, bound(row)) for part, row in parts),
+            line("forward and backward", whole, "").replace("|  |", "| |"), line(UPDATING, updating, bound(updating))]
+
+
 def main(names: list[str]) -> int:
     rehearsal.start()
     from megatron_mixtral.config import hardware
 
     for name in names or ["h100-sxm"]:
-        device = hardware.DEVICES[name]
-        one, two = step(1, device), step(2, device)
-        print(f"\n| a layer on {name} | TFLOP | GB | at least ms | of it bound by |\n|---|---|---|---|---|")
-        rows = {part: [b - a for a, b in zip(one.get(part, [0.0] * 3), two[part], strict=True)] for part in two}
-        rows = {part: row for part, row in rows.items() if row[2] > 1e-6}
-        for part, (flops, size, seconds) in sorted(rows.items(), key=lambda item: -item[1][2]):
-            bound = "products" if math.isclose(flops / device.tflops / 1e12, seconds, rel_tol=0.3) else "memory"
-            print(f"| {part} | {flops / 1e12:.2f} | {size / 1e9:.2f} | {1e3 * seconds:.2f} | {bound} |")
-        total = [sum(row[index] for row in rows.values()) for index in range(3)]
-        print(f"| all | {total[0] / 1e12:.2f} | {total[1] / 1e9:.2f} | {1e3 * total[2]:.2f} | |")
+        print("\n".join(table(hardware.named(name))))
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ echo "$@"
     out = tmp_path / "out"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LIMIT_PROBE": "1",
                                 "PARTS": "environment probe tests step", "CANDIDATES": "ours stock"}
-    done = subprocess.run(["bash", "benchmarks/gpu/first_run.sh", str(out)], cwd=ROOT, env=environment,
+    done = subprocess.run(["bash", "benchmarks/gpu/first_run.sh", f"{out}/"], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 2, done.stdout + done.stderr
     parts = json.loads((out / "summary.json").read_text())["parts"]
@@ -94,3 +95,6 @@ echo "$@"
                                                               ("step", 0)]
     assert (out / "step.txt").read_text() == f"benchmarks/train_step.py --only ours stock --json {out}/step.json\n"
     assert "probe: FAILED with 124" in done.stdout
+    assert f"2 part(s) failed. To send: {out}.tar.gz" in done.stdout
+    with tarfile.open(f"{out}.tar.gz") as sent:
+        assert {"out/summary.json", "out/probe.txt", "out/step.txt"} < set(sent.getnames())

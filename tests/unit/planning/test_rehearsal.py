@@ -132,6 +132,16 @@ def test_experts_are_grouped_where_a_gpu_is_fast_at_it(found: dict[str, Any]) ->
     assert older["mm"] == found["one"]["flops"]["mm"] + found["one"]["flops"]["_grouped_mm"]
 
 
+def test_the_page_has_the_least_times_of_the_rehearsed_step() -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    done = subprocess.run([sys.executable, "-m", "helpers.roofline", "h100-sxm"], env=environment, capture_output=True,
+                          text=True)
+    table = "\n".join(line for line in done.stdout.splitlines() if line.startswith("|"))
+    assert table.count("\n") == 10, done.stderr[-2000:]
+    assert table in (ROOT / "docs/performance.md").read_text("utf-8"), f"put this into docs/performance.md:\n{table}"
+
+
 def idle_share(orders: list[str], vpp: int) -> float:
     """Idle time over time at work of stages that take their passes in these orders, a backward pass twice as long as a
     forward one. Each waits for the stage before it (after it, backward); the k-th pass is that of micro-batch and chunk

@@ -1,5 +1,6 @@
 """The machine: detection, replacements, and the process group of a start."""
 
+import dataclasses
 import importlib
 import mmap
 import os
@@ -80,6 +81,19 @@ def test_what_compiled_functions_need_is_asked_for(tmp_path: Path, monkeypatch: 
     gpu.check_compiler()
 
 
+def test_a_torch_whose_checkpoints_the_engine_cannot_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.15's properties of a tensor, in the words of its source: one field more, with which none is made."""
+    from torch.distributed.checkpoint import metadata
+
+    here = backend.Backend("cpu", "gloo", False, "")
+    here.check_checkpoints()
+    fields = [("strides", tuple[int, ...] | None, dataclasses.field(default=None))]
+    monkeypatch.setattr(metadata, "TensorProperties", dataclasses.make_dataclass(
+        "TensorProperties", fields, bases=(metadata.TensorProperties,)))
+    with pytest.raises(ConfigError, match=r"torch 2[.].*cannot read .*install torch>=2.11,<2.14, or .* without --save"):
+        here.check_checkpoints()
+
+
 @pytest.mark.parametrize("first", [backend.detect, backend.device_memory])
 def test_cuda_reads_its_order_of_kernels_when_it_is_first_asked(first: Callable[[], object],
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +113,10 @@ def test_cuda_reads_its_order_of_kernels_when_it_is_first_asked(first: Callable[
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA GB300", 2500.0), ("NVIDIA B300 SXM6 AC", 2250.0), ("NVIDIA GeForce RTX 4090", 165.2),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
-    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 503.8), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 480.0), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8), ("NVIDIA H200 NVL", 835.5),
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H800 PCIe", None), ("NVIDIA GH200 480GB", 989.4),
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.4), ("NVIDIA H20", 148.0),
     ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA GB200", 2500.0), ("NVIDIA GeForce GTX 1080", None),
 ])

@@ -257,7 +257,7 @@ def test_a_flag_is_dropped_with_its_value() -> None:
     assert without(["--tokenizer-type=X", "--b", "1"], "--tokenizer-type") == ["--b", "1"]
 
 
-def test_a_gpu_run_asks_for_a_compiler_unless_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_asks_for_what_it_needs_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_mixtral import runtime
     from megatron_mixtral.training import pretrain
 
@@ -267,12 +267,17 @@ def test_a_gpu_run_asks_for_a_compiler_unless_nothing_is_compiled(monkeypatch: p
         def check_compiler(self) -> None:
             raise ConfigError("no compiler")
 
+        def check_checkpoints(self) -> None:
+            raise ConfigError("unreadable")
+
     def engine_args(*arguments: object) -> None:
         raise ConfigError("went on")
 
     monkeypatch.setattr(runtime, "ready", lambda training: Backend(), raising=False)
     monkeypatch.setattr(runtime, "device_memory", lambda: 1, raising=False)
     monkeypatch.setattr(pretrain, "_engine_args", engine_args)
-    for flags, sentence in (([], "no compiler"), (["--disable-jit-fuser"], "went on")):
+    plain = ["--disable-jit-fuser"]
+    for flags, sentence in (([], "no compiler"), (plain, "went on"),
+                            ([*plain, "--save", "here", "--save-interval", "1"], "unreadable")):
         with pytest.raises(ConfigError, match=sentence):
             pretrain._train(resolve(["--model", "tiny", *flags], {}), [], None, None, None, None)

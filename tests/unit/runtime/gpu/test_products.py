@@ -37,7 +37,7 @@ def operands(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_bf16_gradients_in_an_fp32_buffer_are_nearer_to_fp64(gpu: Any) -> None:
-    """Of eight micro-batches: the product that is rounded before it is added, as the engine adds it, is 1.5e-3 off."""
+    """Of eight micro-batches: the product that is rounded before it is added, as the engine adds it, is 1.7e-3 off."""
     exact = torch.zeros(64, 96, dtype=torch.float64)
     into, rounded = torch.zeros(64, 96), torch.zeros(64, 96)
     for seed in range(8):
