@@ -100,7 +100,8 @@ def tuning(tmp_path: Path, last: str = "") -> dict[str, str]:
     from helpers.models import tiny_hf_mixtral
     from helpers.vocabularies import train_sentencepiece
 
-    hf = tiny_hf_mixtral(tmp_path / "hf", vocab_size=1000, hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+    hf = tiny_hf_mixtral(tmp_path / "hf", vocab_size=1000, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                         max_position_embeddings=256)
     train_sentencepiece(hf / "tokenizer.model")
     (tmp_path / "raw.jsonl").write_text("".join(RECORD % (number, number) for number in range(12)) + last)
     return {"HF_CHECKPOINT": str(hf), "DATA": str(tmp_path / "raw.jsonl"), "SAVE_DIR": str(tmp_path / "run")}
@@ -111,9 +112,11 @@ def test_two_nodes_tune(slurm, tmp_path):
     """One prepares the data, the other waits for them."""
     given = READY | {"MASTER_ADDR": "127.0.0.1", "MODEL": "tiny", "METHOD": "qlora", "GPUS_PER_NODE": "1",
                      "SEQ_LENGTH": "64", "TRAIN_EPOCHS": "1", "GLOBAL_BATCH_SIZE": "2"}
-    slurm.ask("sbatch", "--wait", f"--output={tmp_path}/log", "--cpus-per-task=1", "examples/slurm/finetune.sbatch",
-              "--evaluation-questions", "What is 3?", cwd=ROOT, **given, **tuning(tmp_path))
+    slurm.ask("sh", "-c", 'sbatch "$@" || true', "sbatch", "--wait", f"--output={tmp_path}/log", "--cpus-per-task=1",
+              "examples/slurm/finetune.sbatch", "--evaluation-questions", "What is 3?", cwd=ROOT, **given,
+              **tuning(tmp_path))
     log, save = (tmp_path / "log").read_text(), tmp_path / "run"
+    assert (save / "metrics.jsonl").exists(), log[-3000:]
     steps = [json.loads(line)["iteration"] for line in (save / "metrics.jsonl").read_text().splitlines()]
     assert steps and steps == list(range(1, len(steps) + 1)), log[-3000:]
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(len(steps))
