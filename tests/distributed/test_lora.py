@@ -119,8 +119,8 @@ def kinds(hf: Path, adapter: Path, batches: torch.Tensor) -> Callable[[str], dic
     *(pytest.param(name, [*KINDS], id=name, marks=pytest.mark.slow) for name in SHARED)])
 def test_sequences_cut_over_ranks_train_as_whole_ones(layout: str, names: list[str], hf: Path, adapter: Path,
                                                       batches: torch.Tensor, kinds: Callable) -> None:
-    """Gradients within 1e-6 of the same layout's without context parallelism, and as PEFT's. Experts that get few tokens have
-    gradients so small that Adam's quotient tells them apart: 1e-4.
+    """Gradients within 1e-6 of the same layout's without context parallelism, and as PEFT's. Experts that get few
+    tokens have gradients so small that Adam's quotient tells them apart: 1e-4.
     """
     sizes, world = LAYOUTS[layout]
     whole = {axis: size for axis, size in sizes.items() if axis != "cp"}

@@ -208,8 +208,8 @@ def test_other_ranks_wait_for_the_first(place: Path, tmp_path: Path) -> None:
     assert found == [True]
 
 
-def failing(wanted: raw_data.InstructionOptions) -> None:
-    raise DataError("raw.jsonl, line 3: no dialogue")
+def failing(*options: object) -> None:
+    raise DataError("raw.jsonl, line 3: no dialogue" if options else "it waits")
 
 
 class Clock:
@@ -228,10 +228,10 @@ class Clock:
 
 def test_what_ends_the_first_ends_the_others_of_its_start(place: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    """And those of no other start, which would be ended by what is mended: of another step, after Slurm has started the
-    job again, of a torchrun whose starts have all one name. There a note counts that is new, or stays.
+    """And those of no other start: of another step, of the job that Slurm has started again, of a torchrun whose starts
+    have all one name. There a note counts that is new, or stays.
     """
-    data = wanted(place, tmp_path)
+    data, told = wanted(place, tmp_path), "raw.jsonl, line 3: no dialogue"
 
     def first(environ: dict[str, str]) -> None:
         with monkeypatch.context() as broken, pytest.raises(DataError, match="line 3"):
@@ -244,16 +244,12 @@ def test_what_ends_the_first_ends_the_others_of_its_start(place: Path, tmp_path:
             raw_data.make(data, False, lease.this_process(environ))
         return clock.now
 
-    def goes_on() -> None:
-        raise DataError("it waits")
-
-    told = "raw.jsonl, line 3: no dialogue"
     first(STEP)
     other({**STEP, "MASTER_ADDR": "10.0.0.1"}, pytest.fail, told)  # nodes call the first one by different names
     for environ in ({**STEP, "SLURM_STEP_ID": "4"}, {**STEP, "SLURM_RESTART_COUNT": "1"}, TORCHRUN, {}):
-        other(environ, goes_on, "it waits")
+        other(environ, failing, "it waits")
     first(TORCHRUN)
-    other(TORCHRUN, goes_on, "it waits")
+    other(TORCHRUN, failing, "it waits")
     assert other(TORCHRUN, lambda: first(TORCHRUN), told) < 1
     assert other(TORCHRUN, lambda: None, told) > lease.STILL
     raw_data.make(data, True, ME)
@@ -267,12 +263,11 @@ def test_a_task_of_srun_ends_when_the_first_fails(place: Path, tmp_path: Path) -
         file.write("no record\n")
 
     def task(rank: int) -> tuple[subprocess.Popen, Path]:
-        node = tmp_path / f"node{rank}"
-        node.mkdir()
+        (node := tmp_path / f"node{rank}").mkdir()
         given = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD"))}
-        given |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
-                  "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "TMPDIR": str(node),
-                  "SLURM_STEP_NODELIST": "node[0-1]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "PYTHONPATH": str(ROOT)}
+        given |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank),
+                  "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_STEP_NODELIST": "node[0-1]",
+                  "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "TMPDIR": str(node), "PYTHONPATH": str(ROOT)}
         words = ["finetune", "tiny_lora_openai_json_e20", "--hf-checkpoint", tmp_path / "place" / "hf", "--input",
                  tmp_path / "place" / "raw.jsonl", "--save", tmp_path / "save", "--seq-length", "64",
                  "--global-batch-size", "2"]
