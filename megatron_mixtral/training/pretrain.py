@@ -37,9 +37,11 @@ def run(argv: Sequence[str]) -> int:
     return launch.as_rank(partial(_run, list(argv)))
 
 
-def check(argv: Sequence[str]) -> None:
-    """`MixtralError` for a command line that cannot run, as far as it is known without its data."""
-    evaluation.check(arguments.resolve(list(argv), os.environ))
+def check(argv: Sequence[str]) -> Run:
+    """The run of a command line. `MixtralError` for one that cannot be, as far as it is known without its data."""
+    resolved = arguments.resolve(list(argv), os.environ)
+    evaluation.check(resolved)
+    return resolved
 
 
 def _run(argv: list[str]) -> None:

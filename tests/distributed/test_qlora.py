@@ -10,7 +10,8 @@ from helpers.models import nf4_rounded, tiny_hf_mixtral
 from helpers.ranks import run_ranks
 
 LAYOUTS = {"tp1": ({}, 1), "tp2": ({"tp": 2}, 2), "ep2": ({"ep": 2}, 2), "tp2-ep2": ({"tp": 2, "ep": 2, "etp": 1}, 2),
-           "tp2-ep2-etp2": ({"tp": 2, "ep": 2, "etp": 2}, 4)}
+           "tp2-ep2-etp2": ({"tp": 2, "ep": 2, "etp": 2}, 4), "cp2": ({"cp": 2}, 2), "ep2-cp2": ({"ep": 2, "cp": 2}, 2),
+           "tp2-cp2": ({"tp": 2, "cp": 2}, 4)}
 EVERY_DAY = ("tp2-ep2",)
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}  # shares of a row are whole blocks
 

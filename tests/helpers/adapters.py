@@ -4,8 +4,10 @@ The referee is PEFT on a Mixtral of `transformers` whose experts are plain linea
 transformers 5 PEFT trains another model.
 """
 
+import itertools
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +90,13 @@ def pieces_of(chunks: list[Any], layout: dict[str, int], values: Any) -> dict[st
 
 
 def train(rank: int, hf: str, adapter: str, layout: dict[str, int], batches: torch.Tensor, *, optimizer: bool = True,
-          overlap: bool = False, packed: bool = False, **options: Any) -> dict[str, Any]:
-    """The raw gradients of the first batch, and losses, norms and adapters of Adam's steps on all (`optimizer`)."""
+          overlap: bool = False, lengths: tuple[int, ...] | None = None, masks: torch.Tensor | None = None,
+          **options: Any) -> dict[str, Any]:
+    """The raw gradients of the first batch, and losses, norms and adapters of Adam's steps on all (`optimizer`).
+
+    `batches` [steps, B, S + 1]. Each row is packed samples of these `lengths`, which do not see one another, or one
+    sample. `masks` [B, S] are 1.0 where a row of each batch is trained; by default it is everywhere.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     def wrap(distributed: bool) -> tuple[list[Any], list[Any]]:
@@ -100,38 +107,50 @@ def train(rank: int, hf: str, adapter: str, layout: dict[str, int], batches: tor
         return chunks, [DistributedDataParallel(chunks[0].config, ddp, chunk, disable_bucketing=index > 0)
                         for index, chunk in enumerate(chunks)]
 
-    step = _packed_loss if packed else engine._forward_loss
+    bounds = None if lengths is None else torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    step, rows = partial(_forward_loss, bounds), partial(_micro_batches, bounds, masks)
     chunks, wrapped = wrap(distributed=False)
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    engine._schedule(wrapped, engine._micro_batches(batches[0]), step, forward_only=False)
+    engine._schedule(wrapped, rows(batches[0]), step, forward_only=False)
     found = {"gradients": pieces_of(chunks, layout, lambda one: one.main_grad)}
     if optimizer:
         chunks, wrapped = wrap(distributed=True)
-        found |= _adam(wrapped, batches, step)
+        found |= _adam(wrapped, [rows(batch) for batch in batches], step)
         found["adapters"] = pieces_of(chunks, layout, lambda one: one)
     return found
 
 
-def _packed_loss(iterator: Any, model: Any) -> Any:
-    """The engine's forward step where each row is two samples of half its length, which do not see one another."""
-    from functools import partial
+def _micro_batches(bounds: torch.Tensor | None, masks: torch.Tensor | None,
+                   batch: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's rows of a batch, each a micro-batch; of each this context-parallel rank's chunks."""
+    from megatron.core import parallel_state as mpu
 
+    from megatron_mixtral.training import micro_batch
+
+    masks = torch.ones(batch[:, 1:].shape) if masks is None else masks
+    own, of = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    return [micro_batch.own_chunks({"tokens": row[None, :-1].contiguous(), "labels": row[None, 1:].contiguous(),
+                                    "loss_mask": mask[None]}, bounds)
+            for row, mask in zip(batch.chunk(of)[own], masks.chunk(of)[own], strict=True)]
+
+
+def _forward_loss(bounds: torch.Tensor | None, iterator: Any, model: Any) -> Any:
+    """The engine's forward step, as `micro_batch` has it."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_mixtral.training import masked_sum
+    from megatron_mixtral.training import micro_batch
 
-    batch = next(iterator)
-    half = batch["tokens"].shape[1] // 2
-    bounds = torch.tensor([0, half, 2 * half], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=half,
-                             max_seqlen_kv=half)
-    losses = model(batch["tokens"], torch.arange(half).repeat(2)[None], None, labels=batch["labels"],
-                   packed_seq_params=packed)
-    return losses, partial(masked_sum, loss_mask_bs=torch.ones_like(batch["labels"]))
+    batch, packed = dict(next(iterator)), None
+    if bounds is not None:
+        longest = int(bounds.diff().max())
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest,
+                                 max_seqlen_kv=longest)
+    places = torch.arange(batch["tokens"].shape[1])[None]  # rotary embeddings count for themselves
+    return micro_batch._forward(model, {**batch, "position_ids": places, "packed_seq_params": packed})
 
 
-def _adam(wrapped: list[Any], batches: torch.Tensor, step: Any) -> dict[str, Any]:
+def _adam(wrapped: list[Any], batches: list[list[dict[str, torch.Tensor]]], step: Any) -> dict[str, Any]:
     from megatron.core import parallel_state as mpu
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -149,11 +168,11 @@ def _adam(wrapped: list[Any], batches: torch.Tensor, step: Any) -> dict[str, Any
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        reduced = engine._schedule(wrapped, engine._micro_batches(batch), step, forward_only=False)
+        reduced = engine._schedule(wrapped, batch, step, forward_only=False)
         norms.append(float(optimizer.step()[1]))
         if mpu.is_pipeline_last_stage(ignore_virtual=True):
             total = torch.stack([one["lm loss"] for one in reduced]).sum(0)
-            torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+            torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
             losses.append(float(total[0] / total[1]))
     return {"losses": losses, "norms": norms}
 
@@ -250,23 +269,29 @@ class _Experts(torch.nn.Module):
         return out
 
 
-def peft_train(hf: Path, adapter: Path, batches: torch.Tensor, packed: bool = False) -> dict[str, Any]:
-    """As `train`, of the whole batch in one process. Packed samples are rows of their own."""
+def peft_train(hf: Path, adapter: Path, batches: torch.Tensor, lengths: tuple[int, ...] | None = None,
+               masks: torch.Tensor | None = None, calculate_per_token_loss: bool = False,
+               **same: Any) -> dict[str, Any]:
+    """As `train`, of the whole batch in one process. Packed samples are read each by itself. A step's loss is the mean
+    of its rows' means, or that of all trained tokens; the one that is noted is the latter. `same` changes nothing.
+    """
     from safetensors.torch import load_file
 
     model = peft_model(hf, adapter)
     named = {name: model.get_parameter(inside(name)) for name in load_file(adapter / "adapter_model.safetensors")}
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    masks = torch.ones(batches[0][:, 1:].shape) if masks is None else masks
     found: dict[str, Any] = {"losses": [], "norms": []}
     for batch in batches:
         optimizer.zero_grad()
-        tokens = batch[:, :-1].reshape(2 * len(batch) if packed else len(batch), -1)
-        logits = model(tokens).logits
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
-        loss.backward()
+        samples = [batch[:, :-1]] if lengths is None else batch[:, :-1].split(lengths, dim=1)
+        logits = torch.cat([model(sample).logits for sample in samples], dim=1)
+        losses = masks * torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        of_rows, whole = (losses.sum(1) / masks.sum(1)).mean(), losses.sum() / masks.sum()
+        (whole if calculate_per_token_loss else of_rows).backward()
         found.setdefault("gradients", {name: one.grad.clone() for name, one in named.items()})
         found["norms"].append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
-        found["losses"].append(float(loss.detach()))
+        found["losses"].append(float(whole.detach()))
         optimizer.step()
     return found | {"adapters": {name: one.detach() for name, one in named.items()}}

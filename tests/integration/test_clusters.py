@@ -92,6 +92,51 @@ def test_two_nodes_train(kind, slurm, tmp_path):
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
+RECORD = '{"messages": [{"role": "user", "content": "What is %d?"}, {"role": "assistant", "content": "It is %d."}]}\n'
+
+
+def tuning(tmp_path: Path, last: str = "") -> dict[str, str]:
+    """A model, dialogues with `last` behind them, and what names both to the scripts of fine-tuning."""
+    from helpers.models import tiny_hf_mixtral
+    from helpers.vocabularies import train_sentencepiece
+
+    hf = tiny_hf_mixtral(tmp_path / "hf", vocab_size=1000, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                         max_position_embeddings=256)
+    train_sentencepiece(hf / "tokenizer.model")
+    (tmp_path / "raw.jsonl").write_text("".join(RECORD % (number, number) for number in range(12)) + last)
+    return {"HF_CHECKPOINT": str(hf), "DATA": str(tmp_path / "raw.jsonl"), "SAVE_DIR": str(tmp_path / "run")}
+
+
+@pytest.mark.slow
+def test_two_nodes_tune(slurm, tmp_path):
+    """One prepares the data, the other waits for them."""
+    given = READY | {"MASTER_ADDR": "127.0.0.1", "MODEL": "tiny", "METHOD": "qlora", "GPUS_PER_NODE": "1",
+                     "SEQ_LENGTH": "64", "TRAIN_EPOCHS": "1", "GLOBAL_BATCH_SIZE": "2"}
+    slurm.ask("sh", "-c", 'sbatch "$@" || true', "sbatch", "--wait", f"--output={tmp_path}/log", "--cpus-per-task=1",
+              "examples/slurm/finetune.sbatch", "--evaluation-questions", "What is 3?", cwd=ROOT, **given,
+              **tuning(tmp_path))
+    log, save = (tmp_path / "log").read_text(), tmp_path / "run"
+    assert (save / "metrics.jsonl").exists(), log[-3000:]
+    steps = [json.loads(line)["iteration"] for line in (save / "metrics.jsonl").read_text().splitlines()]
+    assert steps and steps == list(range(1, len(steps) + 1)), log[-3000:]
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(len(steps))
+    assert "data parallel 2" in log and len(list((save / "data" / "reports").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_tasks_of_srun_end_when_the_first_cannot_prepare_the_data(slurm, tmp_path):
+    """Slurm itself is told to end none of them. Each is on a node of its own, and so says why itself."""
+    given = tuning(tmp_path, last="no record\n")
+    words = ["finetune", "tiny_lora_openai_json_e20", "--hf-checkpoint", given["HF_CHECKPOINT"], "--input",
+             given["DATA"], "--save", given["SAVE_DIR"], "--seq-length", "64", "--global-batch-size", "2"]
+    task = (f"export TMPDIR={tmp_path}/node$SLURM_PROCID; mkdir $TMPDIR; "
+            f'exec "$0" -m megatron_mixtral "$@" 2> {tmp_path}/said.$SLURM_PROCID')
+    said = slurm.ask("sh", "-c", 'srun --nodes=2 --ntasks=2 --kill-on-bad-exit=0 "$@" || true', "srun", "sh", "-c",
+                     task, sys.executable, *words, cwd=ROOT, **READY)
+    ends = [(tmp_path / f"said.{rank}").read_text().splitlines()[-1] for rank in range(2)]
+    assert ends[0] == ends[1] and "raw.jsonl" in ends[0] and ends[0].startswith("error: "), (ends, said)
+
+
 # -- containers and clouds ---------------------------------------------------------------------------------------------
 
 

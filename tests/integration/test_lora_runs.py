@@ -27,7 +27,7 @@ RECIPE = ["--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size"
           "--lr-decay-style", "cosine", "--min-lr", "1e-4", "--lr-warmup-iters", "2", "--weight-decay", "0",
           "--clip-grad", "1.0", "--eval-iters", "0", "--train-iters", str(STEPS), "--lora-rank", str(RANK),
           "--lora-alpha", "8"]
-SIZES = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
+SIZES = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size", "cp": "--context-parallel-size",
          "ep": "--expert-model-parallel-size", "etp": "--expert-tensor-parallel-size",
          "vpp": "--num-virtual-stages-per-pipeline-rank"}
 LAYOUTS = {  # name: (sizes, ranks)
@@ -35,9 +35,10 @@ LAYOUTS = {  # name: (sizes, ranks)
     "ep2": ({"ep": 2}, 2), "dp2": ({}, 2),
     "tp2-ep2": ({"tp": 2, "ep": 2, "etp": 1}, 2), "etp2": ({"tp": 2, "ep": 2, "etp": 2}, 4),
     "three": ({"tp": 2, "pp": 2, "ep": 2, "etp": 1}, 4),
+    "cp2": ({"cp": 2}, 2), "ep2-cp2": ({"ep": 2, "cp": 2}, 2),
 }
 PAIRS = [("one", "tp2-ep2"), ("one", "pp2"), ("tp2-ep2", "one"), ("ep2", "tp2"), ("vpp2", "dp2"), ("dp2", "three"),
-         ("three", "vpp2"), ("etp2", "ep2")]
+         ("three", "vpp2"), ("etp2", "ep2"), ("cp2", "one"), ("ep2-cp2", "tp2"), ("one", "ep2-cp2")]
 EVERY_DAY = PAIRS[:1]
 
 
@@ -81,7 +82,7 @@ def whole(start: list[str], folder: Path) -> Callable[[str], tuple[Outcome, Path
         if layout not in made:
             place = folder / f"whole-{layout}"
             more = ["--save", str(place / "save"), "--save-interval", str(SAVED)]
-            if "vpp" not in LAYOUTS[layout][0]:
+            if not {"vpp", "cp"} & LAYOUTS[layout][0].keys():  # which answer no prompts
                 more += ["--export-hf-interval", str(STEPS), "--evaluation-prompts", str(_prompts(folder)),
                          "--evaluation-interval", str(SAVED), "--tokenizer-model", str(mixtral_tokenizer_path())]
             made[layout] = (run(layout, [*start, *more], place), place / "save")
@@ -253,7 +254,9 @@ RECOMPUTED = ["--recompute-granularity", "full", "--recompute-method", "uniform"
     pytest.param(_one_expert_skipped, "one", [], "adapters have no gradient after the first step, first "
                  "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1.lora_B", marks=pytest.mark.slow),
     pytest.param(_nothing_is_stepped, "one", [], "adapters have not changed", marks=pytest.mark.slow),
-], ids=["no hook", "no hook, pp2", "one expert skipped", "no step"])
+    pytest.param(_one_expert_skipped, "ep2-cp2", [], "adapters have no gradient after the first step, first "
+                 "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1.lora_B", marks=pytest.mark.slow),
+], ids=["no hook", "no hook, pp2", "one expert skipped", "no step", "one expert skipped, ep2-cp2"])
 def test_what_is_not_trained_ends_the_run(fault: Callable, layout: str, flags: list[str], words: str,
                                           start: list[str], tmp_path: Path) -> None:
     sizes, world = LAYOUTS[layout]

@@ -3,7 +3,8 @@
 glibc hands blocks above its threshold (32 MiB at most) and the top of its heap back to the kernel when they are freed,
 and the kernel clears new pages, four KiB at a time, when the next step asks for the same blocks again: 16,000 page
 faults or more in a step of a small model, up to a tenth of its time. Kept, the blocks serve the next step. In turn the
-process's resident memory stays at its peak. `cpu.enable()` calls it.
+process's resident memory stays at its peak, and that is higher: what lives on lies between freed blocks, which then do
+not fit the next large one. docs/finetuning.md has figures of a run whose blocks are large. `cpu.enable()` calls it.
 """
 
 import ctypes

@@ -43,6 +43,7 @@ class Holder:
     job: str | None  # the same for all ranks and restarts of one torchrun or step of srun
     restart: int
     since: str  # for the reader
+    may_recur: bool = True  # whether a later start may have the same job: torchrun's name may be the user's, or "none"
 
 
 def this_process(environ: Mapping[str, str]) -> Holder:
@@ -56,8 +57,9 @@ def this_process(environ: Mapping[str, str]) -> Holder:
     place = f"{boot} {os.readlink('/proc/self/ns/pid')}"
     started = _started(os.getpid())
     assert started is not None, "this process runs"
+    may_recur = "TORCHELASTIC_RUN_ID" in environ or "SLURM_STEP_ID" not in environ
     return Holder(uuid.uuid4().hex, host, place, os.getpid(), started, job, int(restart),
-                  time.strftime("%Y-%m-%d %H:%M:%S"))
+                  time.strftime("%Y-%m-%d %H:%M:%S"), may_recur)
 
 
 def acquire(save: Path, me: Holder, still: float = STILL, clock: Callable[[], float] = time.monotonic,
@@ -84,6 +86,10 @@ def refuse_if_held(save: Path, me: Holder, clock: Callable[[], float] = time.mon
     """`CheckpointError` where a run other than this job's own is seen to be alive; for ranks whose rank 0 acquires."""
     _wait(str(save / NAME), me, WATCHED, clock, sleep, beside=True)
 
+
+def same_start(one: Holder, other: Holder) -> bool:
+    """Whether they are ranks of one job, which has not been started again between them."""
+    return _same_job(one, other) and one.restart == other.restart
 
 
 class Lease:

@@ -2,6 +2,7 @@
 it becomes both.
 """
 
+import os
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from megatron_mixtral.data.instruction import InstructionOptions
 from megatron_mixtral.errors import ConfigError
 from megatron_mixtral.runtime import launch
 from megatron_mixtral.training import data_files, pretrain
+from megatron_mixtral.training.checkpoints import lease
 from megatron_mixtral.training.flags import parse
 from megatron_mixtral.training.recipes import book, raw_data, recipe
 
@@ -93,9 +95,15 @@ def _prepare(name: str, typed: list[str], out: list[_Job]) -> None:
         for line in job.commands() if first else ():
             print(line, flush=True)
         return
-    pretrain.check(job.training)  # before any data are made for it
+    try:
+        run = pretrain.check(job.training)  # before any data are made for it
+    except ConfigError as error:
+        if job.questions is not None and "--evaluation-" in str(error):
+            error.add_note(f"{name} asks it: to ask nothing, take evaluation-questions and evaluation-interval out of "
+                           "a copy of the recipe")
+        raise
     if job.data is not None:
-        raw_data.make(job.data, first)
+        raw_data.make(job.data, first, lease.this_process({**os.environ, **run.ranks.to_train()}))
     if job.questions is not None:
         job.questions.write()
 

@@ -10,7 +10,8 @@ import json
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,15 @@ from megatron_mixtral.data.corpus import list_inputs
 from megatron_mixtral.data.datasets import instruction_blend
 from megatron_mixtral.data.indexed import tokenizer_of
 from megatron_mixtral.data.instruction import InstructionOptions, preprocess_instructions
-from megatron_mixtral.errors import ConfigError, DataError
+from megatron_mixtral.errors import ConfigError, DataError, MixtralError
 from megatron_mixtral.tokenizer import chat, chat_prompts, load_tokenizer
+from megatron_mixtral.training.checkpoints import lease
 
 logger = logging.getLogger(__name__)
 
 KEY = "KEY"  # in a dry run, in the place of a hash of files that are not there yet
 _SECONDS = 0.5  # between looks for a data set that another process makes
+_FAILED = ".failed"  # behind a set's prefix: why rank 0 of a start could not make it
 
 
 def add_flags(parser: Parser) -> Parser:
@@ -86,23 +89,55 @@ def _sha256(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def make(wanted: InstructionOptions, first: bool) -> None:
-    """Preprocess, unless the set is there. The `first` process does it, the others wait for it. Errors as
-    `preprocess_instructions`.
+def make(wanted: InstructionOptions, first: bool, me: lease.Holder) -> None:
+    """Preprocess, unless the set is there. The `first` process of a start does it, the others wait for it. Errors as
+    `preprocess_instructions`: where the first has one, `DataError` with its sentence in all others of `me`'s job.
     """
-    if is_whole(wanted.output_prefix):
-        if first:
-            logger.info("data    %s is there already, of these files, tokenizer, template and length",
-                        wanted.output_prefix)
-        return
+    prefix = wanted.output_prefix
     if first:
-        Path(wanted.output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        preprocess_instructions(wanted)
+        with _told(prefix, me):
+            if is_whole(prefix):
+                logger.info("data    %s is there already, of these files, tokenizer, template and length", prefix)
+            else:
+                preprocess_instructions(wanted)
         return
-    logger.info("waits for rank 0, which preprocesses into %s; every node has to see that folder",
-                wanted.output_prefix)
-    while not is_whole(wanted.output_prefix):
+    if not is_whole(prefix):
+        logger.info("waits for rank 0, which preprocesses into %s; every node has to see that folder", prefix)
+    # A note that is there already is of an earlier start, which rank 0 takes away, if both can have the same name.
+    before, began = _failure(prefix, me) if me.may_recur else None, time.monotonic()
+    while not is_whole(prefix):
+        why = _failure(prefix, me)
+        if why is not None and (why != before or time.monotonic() - began > lease.STILL):
+            raise DataError(why[1])
         time.sleep(_SECONDS)
+
+
+@contextmanager
+def _told(prefix: str, me: lease.Holder) -> Iterator[None]:
+    """Leave a note of what goes wrong in the context, for the ranks that wait: srun ends none of them when another
+    fails. A note of an earlier start is taken away first.
+    """
+    note = Path(prefix + _FAILED)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        sentence = str(error) if isinstance(error, MixtralError) else (
+            f"rank 0 could not make {prefix}: {type(error).__name__}: {error}")
+        with suppress(OSError):  # of a full disk, say: the error itself is what counts
+            disk.write_whole(note, json.dumps({"sentence": sentence, "rank 0": dataclasses.asdict(me)}))
+        raise
+
+
+def _failure(prefix: str, me: lease.Holder) -> tuple[str, str] | None:
+    """(the token of rank 0 of this start, its sentence), where it has left a note."""
+    try:
+        found = json.loads(Path(prefix + _FAILED).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    first = lease.Holder(**found["rank 0"])
+    return (first.token, found["sentence"]) if lease.same_start(first, me) else None
 
 
 def is_whole(prefix: str) -> bool:

@@ -1,24 +1,30 @@
 """Recipes: those that come along, how a file becomes a command line, and what is refused in it."""
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import threading
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.events import HANG
+from helpers.events import HANG, until
 from helpers.models import TINY, random_hf_directory
 
 from examples.quickstart.hf_tokenizer import write_hf_tokenizer
 from megatron_mixtral import __main__ as commands
 from megatron_mixtral.config import MixtralConfig, preset
 from megatron_mixtral.data.datasets import InstructionFiles
-from megatron_mixtral.errors import ConfigError
+from megatron_mixtral.errors import ConfigError, DataError
 from megatron_mixtral.training import arguments, preflight
+from megatron_mixtral.training.checkpoints import lease
 from megatron_mixtral.training.recipes import book, raw_data, recipe
 
+ROOT = Path(__file__).resolve().parents[4]
 QLORA = "mixtral_8x7b_instruct_qlora_oasst1_e3"
 RECORD = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "Yes, number %d."}]}\n'
 
@@ -154,6 +160,10 @@ def test_a_switch_says_no_only_where_it_can(tmp_path: Path) -> None:
 
 # -- raw data ----------------------------------------------------------------------------------------------
 
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}  # of every start alike
+ME = lease.this_process(STEP)
+
 
 def wanted(place: Path, folder: Path, *more: str, length: int = 64) -> raw_data.InstructionOptions:
     raw, rest = raw_data.split(["--input", str(place / "raw.jsonl"), "--pack", "--workers", "1", *more])
@@ -163,11 +173,11 @@ def wanted(place: Path, folder: Path, *more: str, length: int = 64) -> raw_data.
 
 def test_an_equal_data_set_is_used_again_and_another_is_not(place: Path, tmp_path: Path) -> None:
     first = wanted(place, tmp_path)
-    raw_data.make(first, first=True)
+    raw_data.make(first, True, ME)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert len(InstructionFiles(first.output_prefix)) and raw_data.is_whole(first.output_prefix)
     again = wanted(place, tmp_path)
-    raw_data.make(again, first=True)
+    raw_data.make(again, True, ME)
     assert again == first and files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     other = tmp_path / "other"
     shutil.copytree(place, other)
@@ -188,24 +198,99 @@ def test_other_ranks_wait_for_the_first(place: Path, tmp_path: Path) -> None:
     data, found = wanted(place, tmp_path), []
 
     def wait() -> None:
-        raw_data.make(data, first=False)
+        raw_data.make(data, False, ME)
         found.append(raw_data.is_whole(data.output_prefix))
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    raw_data.make(data, first=True)
+    raw_data.make(data, True, ME)
     waiting.join(HANG)
     assert found == [True]
+
+
+def failing(*options: object) -> None:
+    raise DataError("raw.jsonl, line 3: no dialogue" if options else "it waits")
+
+
+class Clock:
+    """Seconds that pass while somebody sleeps; something may happen meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.now, self._meanwhile = 0.0, meanwhile
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._meanwhile()
+
+
+def test_what_ends_the_first_ends_the_others_of_its_start(place: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of no other start: of another step, of the job that Slurm has started again, of a torchrun whose starts
+    have all one name. There a note counts that is new, or stays.
+    """
+    data, told = wanted(place, tmp_path), "raw.jsonl, line 3: no dialogue"
+
+    def first(environ: dict[str, str]) -> None:
+        with monkeypatch.context() as broken, pytest.raises(DataError, match="line 3"):
+            broken.setattr(raw_data, "preprocess_instructions", failing)
+            raw_data.make(data, True, lease.this_process(environ))
+
+    def other(environ: dict[str, str], sleep: Callable[[], object], sentence: str) -> float:
+        with monkeypatch.context() as watched, pytest.raises(DataError, match=f"^{sentence}$"):
+            watched.setattr(raw_data, "time", clock := Clock(sleep))
+            raw_data.make(data, False, lease.this_process(environ))
+        return clock.now
+
+    first(STEP)
+    other({**STEP, "MASTER_ADDR": "10.0.0.1"}, pytest.fail, told)  # nodes call the first one by different names
+    for environ in ({**STEP, "SLURM_STEP_ID": "4"}, {**STEP, "SLURM_RESTART_COUNT": "1"}, TORCHRUN, {}):
+        other(environ, failing, "it waits")
+    first(TORCHRUN)
+    other(TORCHRUN, failing, "it waits")
+    assert other(TORCHRUN, lambda: first(TORCHRUN), told) < 1
+    assert other(TORCHRUN, lambda: None, told) > lease.STILL
+    raw_data.make(data, True, ME)
+    assert raw_data.is_whole(data.output_prefix) and not list(tmp_path.glob("*.failed"))
+
+
+def test_a_task_of_srun_ends_when_the_first_fails(place: Path, tmp_path: Path) -> None:
+    """Two processes as srun starts them on two nodes, of which it ends none when the other fails."""
+    shutil.copytree(place, tmp_path / "place")
+    with (tmp_path / "place" / "raw.jsonl").open("a") as file:
+        file.write("no record\n")
+
+    def task(rank: int) -> tuple[subprocess.Popen, Path]:
+        (node := tmp_path / f"node{rank}").mkdir()
+        given = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD"))}
+        given |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank),
+                  "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_STEP_NODELIST": "node[0-1]",
+                  "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "TMPDIR": str(node), "PYTHONPATH": str(ROOT)}
+        words = ["finetune", "tiny_lora_openai_json_e20", "--hf-checkpoint", tmp_path / "place" / "hf", "--input",
+                 tmp_path / "place" / "raw.jsonl", "--save", tmp_path / "save", "--seq-length", "64",
+                 "--global-batch-size", "2"]
+        with (node / "log").open("w") as log:
+            return subprocess.Popen([sys.executable, "-m", "megatron_mixtral", *map(str, words)], env=given,
+                                    stdout=log, stderr=log), node / "log"
+
+    other, said = task(1)
+    until(lambda: "waits for rank 0" in said.read_text() or other.poll() is not None)
+    first, reason = task(0)
+    assert (first.wait(HANG), other.wait(HANG)) == (1, 1)
+    sentence = reason.read_text().splitlines()[-1].removeprefix("error: ")
+    assert "raw.jsonl" in sentence and said.read_text().splitlines()[-1].endswith(sentence), said.read_text()
 
 
 def test_a_data_set_without_its_report_is_made_again(place: Path, tmp_path: Path) -> None:
     """The report comes last; without it, a run was ended between."""
     data = wanted(place, tmp_path)
-    raw_data.make(data, first=True)
+    raw_data.make(data, True, ME)
     [report] = (tmp_path / "reports").iterdir()
     report.unlink()
     assert not raw_data.is_whole(data.output_prefix)
-    raw_data.make(data, first=True)
+    raw_data.make(data, True, ME)
     assert raw_data.is_whole(data.output_prefix) and report.is_file()
 
 
@@ -247,6 +332,7 @@ def test_a_dry_run_prints_commands_that_do_the_same(place: Path, tmp_path: Path,
     ("--input nowhere.json", "nowhere.json"),
     ("--eval-limit 5", "--eval-limit needs --eval-tasks NAMES"),
     ("--tensor-model-parallel-size 3", "set --tensor-model-parallel-size to one of"),
+    ("--context-parallel-size 2", "tiny_lora_openai_json_e20 asks it: to ask nothing, take evaluation-questions and"),
 ])
 def test_what_cannot_be_is_a_sentence(words: str, sentence: str, place: Path, tmp_path: Path,
                                       capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
