@@ -209,11 +209,12 @@ def test_adapters_alone_are_trained() -> None:
     assert packed.weights == whole.weights - linears * (2 - 0.53125)
 
 
-def test_the_table_of_the_page_is_the_planners() -> None:
-    from docs.figures import draw_memory
+def test_the_tables_of_the_pages_are_the_planners() -> None:
+    from docs.figures import draw_memory, table_32k
 
-    page = (Path(__file__).parents[3] / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    assert "\n".join(draw_memory.table()) in page
+    for page, program in (("finetuning.md", draw_memory), ("parallelism.md", table_32k)):
+        text = (Path(__file__).parents[3] / "docs" / page).read_text(encoding="utf-8")
+        assert "\n".join(program.table()) in text, f"put what {program.__name__} prints into docs/{page}"
 
 
 @pytest.mark.parametrize(("rank", "micro", "known"), [(64, 4, 51.0), (64, 16, 65.5), (16, 4, 38.0)])
