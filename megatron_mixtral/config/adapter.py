@@ -50,8 +50,9 @@ class AdapterConfig(MixtralConfig):
             raise ConfigError(f"--lora-target-modules {','.join(ROUTER)}: the base is a {self.model_type} and has "
                               "no router; leave it out")
         if ("w1" in self.targets) != ("w3" in self.targets):
-            raise ConfigError("--lora-target-modules: w1 and w3 are one matrix in transformers 5, where PEFT loads "
-                              "adapters of both or of neither; name both, or none")
+            where = "transformers 5, where PEFT loads" if self.dense_config is None else "the engine, which has"
+            raise ConfigError(f"--lora-target-modules: w1 and w3 (gate and up) are one matrix in {where} adapters of "
+                              "both or of neither; name both, or none")
         object.__setattr__(self, "targets", tuple(name for name in known if name in self.targets))
 
     @classmethod

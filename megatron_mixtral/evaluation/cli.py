@@ -128,7 +128,8 @@ def _lead(generator: Generator, args: argparse.Namespace, names: Sequence[str],
     if reference is None:
         reference = published(source.config, "acc,none" if args.method == METHODS[0] else "exact_match,letter")
     text = table(whole, reference)
-    text += "".join(f"\n{remark}\n" for remark in remarks(whole, questions is not None))
+    said = remarks(whole, questions is not None, source.config.model_type)
+    text += "".join(f"\n{remark}\n" for remark in said)
     tokens = whole["tokens"]
     text += (f"\nTokens: {tokens['read']} read for {tokens['requests']} requests of {tokens['requested']}; "
              f"{tokens['distinct']} without last tokens asked again, {tokens['kept']} found in the cache.\n")

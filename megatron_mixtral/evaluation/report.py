@@ -163,13 +163,15 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) and not math.isnan(value) else ""
 
 
-def remarks(whole: Mapping[str, Any], is_mmlu: bool) -> list[str]:
-    """A sentence for each thing that makes figures differ from others' of the same model."""
+def remarks(whole: Mapping[str, Any], is_mmlu: bool, model_type: str = "mixtral") -> list[str]:
+    """A sentence for each thing that makes figures differ from others' of the same model. A dense `model_type` has
+    rotary bases of its own.
+    """
     config, tokens, found = whole["config"], whole["tokens"], []
     if config["bos_id"] is None:
-        found.append("The tokenizer has no BOS, so no context begins with one: Mixtral was trained with it, and scores "
-                     "less without. Check --tokenizer-model.")
-    if config["rope_theta"] != _ROTARY_BASE:
+        found.append("The tokenizer has no BOS, so no context begins with one: the model was trained with it, and "
+                     "scores less without. Check --tokenizer-model.")
+    if model_type == "mixtral" and config["rope_theta"] != _ROTARY_BASE:
         found.append(f"The model's rotary base is {config['rope_theta']:g}, Mixtral's is {_ROTARY_BASE:g}: with 10000 "
                      "the 8x7B is known to score about 0.66 instead of 0.706.")
     if tokens["truncated"]:

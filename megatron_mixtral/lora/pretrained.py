@@ -33,6 +33,7 @@ def from_pretrained(base: str | Path, adapter: str | Path, layout: ParallelLayou
     elif config.base != (found := fingerprint(source)):
         raise CheckpointError(f"{adapter} holds adapters of the base {config.base} ({config.base_name}), and {base} is "
                               f"{found}: on another base they mean nothing")
+    config.check_blocks(layout)
     layout = initialize(layout, source.config)
     coord = layout.coord_of(torch.distributed.get_rank())
     rows = ShardPlan(source.config, layout, coord).vocab_rows

@@ -98,9 +98,10 @@ def _check_overlap(flags: Flags, given: EngineFlags, layout: ParallelLayout) -> 
         return
     dispatcher = given.named.get("--moe-token-dispatcher-type", "alltoall")
     wrong = {
-        "--recompute-granularity full runs whole layers again, which cannot be taken apart: use selective, with "
+        "--recompute-granularity full, of whole layers, which cannot be taken apart: use selective, with "
         "--recompute-modules moe_act layernorm": given.recompute_granularity == "full",
-        "--recompute-modules moe runs the exchange again: recompute moe_act instead": "moe" in given.recompute_modules,
+        "--recompute-modules moe, which repeats the exchange: recompute moe_act instead":
+            "moe" in given.recompute_modules,
         "weights in fp32: give --bf16 or --fp16": not (given.bf16 or given.fp16),
         "one expert-parallel rank, which exchanges nothing: give --expert-model-parallel-size 2 or more":
             layout.ep == 1,

@@ -142,13 +142,17 @@ def check(folder: Path, name: str, cases: dict[str, dict[str, Any]], replicas: b
     found = run_ranks(world, steps, paths, {**sizes, "cp": parts}, cases)
     wanted = run_ranks(world if replicas else world // parts, steps, paths, sizes, cases)
     wanted *= 1 if replicas else parts
-    for ours, theirs in zip(found, wanted, strict=True):
-        for case in cases:
+    for case in cases:
+        losses, gaps = [], {}
+        for ours, theirs in zip(found, wanted, strict=True):
             one, other = ours[case], theirs[case]
-            assert one.loss == pytest.approx(other.loss, abs=2e-6), case
+            losses += [] if other.loss is None else [abs(one.loss - other.loss)]
             assert max(float(gradient.abs().max()) for gradient in other.gradients.values()) > 1e-2
             for key, gradient in other.gradients.items():
-                assert (one.gradients[key] - gradient).abs().max() < 1e-6, (case, key)
+                gaps[key] = max(gaps.get(key, 0.0), float((one.gradients[key] - gradient).abs().max()))
+        worst = max(gaps, key=gaps.__getitem__)
+        print(f"{name} {case}: loss {max(losses):.1e}, gradients {gaps[worst]:.1e} ({worst})")
+        assert max(losses) < 2e-6 and gaps[worst] < 1e-6, case
 
 
 def test_a_sequence_on_two_ranks_is_that_of_one(folder: Path) -> None:

@@ -110,6 +110,7 @@ def test_sequences_on_several_ranks_equal_transformers(name: str, checkpoints: d
                if one is not None]
     assert results
     for losses, norms in results:
+        print(f"{name}: loss {losses[0] - reference['losses'][0]:.1e}, norm {norms[0] - reference['norms'][0]:.1e}")
         assert losses[:1] == pytest.approx(reference["losses"][:1], abs=1e-5)
         assert norms[:1] == pytest.approx(reference["norms"][:1], abs=1e-5)
         assert losses == pytest.approx(reference["losses"], abs=1e-4)

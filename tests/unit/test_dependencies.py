@@ -48,6 +48,7 @@ MACHINE_EXCEPTIONS = {
     ("__main__.py", "os.environ"),  # RANK, and what has to be set before numpy is imported
     ("data/cli.py", "os.environ"),  # handed to a pure function
     ("training/pretrain.py", "os.environ"),  # handed to a pure function, before torch is imported
+    ("training/recipes/cli.py", "os.environ"),  # the same
     ("training/pretrain.py", "torch.cuda.current_device"),  # the engine's name of this rank's device; runtime answers
 }
 ENGINE_EXCEPTIONS = {

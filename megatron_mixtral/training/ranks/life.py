@@ -1,9 +1,11 @@
 """A rank that stands still ends the run, with its name and everybody's stack, in place of a wait without an end.
 
 From the end of the first step each rank counts up a number in the store of the process group, from a thread of its own,
-and looks at the next rank's. Where that has not moved for the time that is set, it says so in the store, and every
-rank ends. Time is counted in looks: whoever was stopped himself, or starved, has not looked. The process that keeps the
-store may be what stands still; then no look comes back, which a second thread sees.
+and looks at the next rank's. Where that has not moved for the time that is set, it says so in the store. Every rank
+that reads it there says it in its log, waits until the others have, and ends: the first that ended would take the
+connections of the others along, who would know of no more than that. Time is counted in looks: whoever was stopped
+himself, or starved, has not looked. The process that keeps the store may be what stands still; then no look comes back,
+which a second thread sees.
 
 What makes the next rank's thread stop is a stopped or frozen process or a lost node. A rank that computes without an
 end goes on counting: for that there is the timeout of collectives, `--distributed-timeout-minutes`.
@@ -18,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -27,7 +30,8 @@ from megatron_mixtral.runtime import launch
 logger = logging.getLogger(__name__)
 
 LOOKS = 10  # in the time that is set
-_STILL, _ENDED = "life/still", b"ended"
+PATIENCE = 3  # looks that a rank waits for the others, once it has said which one stands still
+_STILL, _SAID, _ENDED = "life/still", "life/said", b"ended"
 STACKS = signal.SIGUSR2  # has a rank write the stacks of its threads into its log
 
 
@@ -38,7 +42,7 @@ class SignsOfLife:
                  end: Callable[[], None] = lambda: os._exit(1)) -> None:
         """`environ` is the process's; `end` is how it ends when a rank stands still."""
         self._environ = environ
-        self._rank, self._next, self._end = rank, (rank + 1) % world, end
+        self._rank, self._next, self._world, self._end = rank, (rank + 1) % world, world, end
         self._every = limit / LOOKS if world > 1 else 0.0
         self._limit, self._over = limit, threading.Event()
         self._looks, self._step = 0, 0
@@ -51,13 +55,18 @@ class SignsOfLife:
                 faulthandler.register(STACKS, file=sys.stderr, all_threads=True)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """The others look no longer for this one. Its threads end here, unless a store holds them that answers no more:
-        one that is inside the store's code while the interpreter is taken down would abort the process.
+        one that is inside the store's code while the interpreter is taken down would abort the process. Whoever fails
+        before he has looked says which rank stands still, too.
         """
         self._over.set()
         for thread in self._threads:
             thread.join(timeout=5.0)
+        if kind is not None and issubclass(kind, Exception) and not any(one.is_alive() for one in self._threads):
+            with suppress(RuntimeError):  # the store went with another rank
+                if self._store is not None and (said := self._read(_STILL)):
+                    self._stop(*json.loads(said))
         if self._store is not None:
             with suppress(Exception):  # the store went with another rank
                 self._store.set(f"life/{self._rank}", _ENDED)
@@ -89,7 +98,7 @@ class SignsOfLife:
                     self._store.set(_STILL, json.dumps(still))
             except RuntimeError:  # the store went with another rank, which ends this one too
                 return
-            if still is not None:
+            if still is not None and not self._over.is_set():
                 return self._stop(*still)
             seen, self._looks = now, count
 
@@ -105,21 +114,26 @@ class SignsOfLife:
             if unchanged > 2 * LOOKS:  # the others' word first
                 by_torchrun = self._environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
                 keeper = "torchrun" if by_torchrun else "rank 0"
-                return self._say(f"{keeper} on {self._environ.get('MASTER_ADDR')}, "
-                                 f"which keeps the store of the ranks, has not answered for {2 * self._limit:g} s")
+                self._say(f"{keeper} on {self._environ.get('MASTER_ADDR')}, "
+                          f"which keeps the store of the ranks, has not answered for {2 * self._limit:g} s")
+                return self._end()
 
     def _stop(self, rank: int, host: str, process: int, last: str) -> None:
         step = last.partition(" ")[2]
+        self._say(f"rank {rank} on {host} (process {process}) has given no sign of life for {self._limit:g} s, the "
+                  f"last after step {step}: it was stopped, or its node stands still")
+        with suppress(RuntimeError):  # the store went with a rank that has waited long enough
+            said, left = self._store.add(_SAID, 1), LOOKS * PATIENCE
+            while said < self._world - 1 and (left := left - 1):
+                time.sleep(self._every / LOOKS)
+                said = self._store.add(_SAID, 0)
         if host == socket.gethostname() and process != os.getpid():
             with suppress(OSError):  # so that its log has its stack; it can go nowhere without the others
                 os.kill(process, STACKS)
                 os.kill(process, signal.SIGCONT)
-        self._say(f"rank {rank} on {host} (process {process}) has given no sign of life for {self._limit:g} s, the "
-                  f"last after step {step}: it was stopped, or its node stands still")
+        self._end()
 
     def _say(self, sentence: str) -> None:
-        if self._over.is_set():
-            return
         sys.stderr.write(f"{sentence}. The stacks of this rank's threads:\n")
         with suppress(ValueError, AttributeError, OSError):
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -127,4 +141,3 @@ class SignsOfLife:
             logger.error("%s. The run ends here; each rank's log has its stacks. The same command goes on from the "
                          "last checkpoint", sentence)
         sys.stderr.flush()
-        self._end()

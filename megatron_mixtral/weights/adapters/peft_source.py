@@ -113,10 +113,13 @@ class PeftSource(TensorSource):
         model = base or self._base(named)
         ours = {target_in(model, name): name for name in AdapterConfig.targets}
         targets = self._targets(said.get("target_parameters") or ())
-        return AdapterConfig.of(
-            model, rank=rank, alpha=float(alpha), base_name=named,
-            targets=tuple(ours.get(name, name) for name in targets), base=identity.get("base"),
-            quantized=bool(identity.get("quantized")))
+        try:
+            return AdapterConfig.of(
+                model, rank=rank, alpha=float(alpha), base_name=named,
+                targets=tuple(ours.get(name, name) for name in targets), base=identity.get("base"),
+                quantized=bool(identity.get("quantized")))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def _base(self, named: Any) -> MixtralConfig:
         if (self.where / CONFIG_FILE).is_file():

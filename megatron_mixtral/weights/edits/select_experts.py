@@ -25,6 +25,9 @@ class SelectedExperts(TensorSource):
 
     def __init__(self, source: TensorSource, experts: Sequence[int] | Sequence[Sequence[int]]) -> None:
         old = source.config
+        if old.dense_config is not None:
+            raise ConfigError(f"{source.where} is a {old.model_type}, whose layers have one MLP and no experts to "
+                              "select; upcycle makes a Mixtral of several out of it")
         each = experts if isinstance(experts[0], Sequence) else [experts] * old.num_hidden_layers
         self.experts = [list(layer) for layer in each]
         if len(self.experts) != old.num_hidden_layers:

@@ -114,7 +114,7 @@ def model_card(source: TensorSource) -> str:
     if kind == "mixtral":
         size += (f", {config.active_parameters / 1e6:.1f} M of them for a token; {config.num_local_experts} experts in "
                  f"each of {config.num_hidden_layers} layers")
-    rows = {"parameters": size, "made from": f"{source.where.parent.name}/{source.where.name}"}
+    rows = {"parameters": size, "made from": str(Path(*source.where.parts[-2:]))}
     sums = source.where / INTEGRITY
     if sums.is_file():
         rows[f"sha256 of its {INTEGRITY}"] = hashlib.sha256(sums.read_bytes()).hexdigest()

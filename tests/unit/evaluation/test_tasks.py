@@ -122,6 +122,7 @@ def test_what_could_explain_a_gap_is_said() -> None:
     bos, base, cut, limit = report.remarks(whole, is_mmlu=False)
     assert "no BOS" in bos and "rotary base is 10000, Mixtral's is 1e+06" in base
     assert "3 of 8 contexts were longer than 512 tokens" in cut and "first 2 questions" in limit
+    assert report.remarks(whole, is_mmlu=False, model_type="llama") == [bos, cut, limit], "its base is its own"
     whole |= {"config": depends(), "tokens": {"truncated": 0, "requests": 8}}
     assert report.remarks(whole, is_mmlu=False) == []
 

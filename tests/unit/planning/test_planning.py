@@ -209,11 +209,11 @@ def test_adapters_alone_are_trained() -> None:
     assert packed.weights == whole.weights - linears * (2 - 0.53125)
 
 
-def test_the_table_of_the_page_is_the_planners() -> None:
+def test_the_table_of_tuning_is_the_planner_s() -> None:
     from docs.figures import draw_memory
 
-    page = (Path(__file__).parents[3] / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    assert "\n".join(draw_memory.table()) in page
+    text = (Path(__file__).parents[3] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    assert "\n".join(draw_memory.table()) in text, "put what docs/figures/draw_memory.py prints into docs/finetuning.md"
 
 
 @pytest.mark.parametrize(("rank", "micro", "known"), [(64, 4, 51.0), (64, 16, 65.5), (16, 4, 38.0)])

@@ -69,7 +69,7 @@ def test_own_checkpoint_wins_over_starting_weights(tmp_path: Path) -> None:
      "convention megatron, where --moe-aux-loss-coeff 0.01 "),
     *[(["--model", "tiny", "--overlap-moe-expert-parallel-comm", *words.split()], 4, sentence) for words, sentence in (
         ("--recompute-granularity full --recompute-method uniform", "does not go together with --recompute-granularity "
-         "full runs whole layers again, .*: use selective"),
+         "full, of whole layers, .*: use selective"),
         ("--recompute-granularity selective --recompute-modules moe", "recompute moe_act instead"),
         ("--expert-model-parallel-size 2", "weights in fp32: give --bf16"), ("--bf16", "one expert-parallel rank"),
         ("--bf16 --expert-model-parallel-size 2 --pipeline-model-parallel-size 2", "without virtual stages"),

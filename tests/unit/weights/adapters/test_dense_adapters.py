@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.dense import reference, tiny_dense
 from helpers.models import tensors_of
+from safetensors.torch import save_file
 
 from megatron_mixtral.config import AdapterConfig, MixtralConfig
 from megatron_mixtral.errors import ConfigError
@@ -50,7 +51,12 @@ def test_peft_and_the_merged_model_say_the_same(kind, tmp_path):
     assert (merged - beside).abs().max() < 1e-5
     back = open_source(tmp_path / "peft")
     assert back.config == adapters.config
-    assert len(tensors_of(tmp_path / "peft")) == len(hf_tensors(adapters.config)) == 4 * 7 * 2
+    tensors = tensors_of(tmp_path / "peft")
+    assert len(tensors) == len(hf_tensors(adapters.config)) == 4 * 7 * 2
+    save_file({name: one for name, one in tensors.items() if "gate_proj" not in name},
+              tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"peft/adapter_config.json: .*w1 and w3 \(gate and up\) are one matrix"):
+        open_source(tmp_path / "peft")
 
 
 def test_an_internlm2_has_no_adapters_of_q_k_and_v_alone(tmp_path):

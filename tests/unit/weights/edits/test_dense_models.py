@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from megatron_mixtral.config import CONFIG_FILE, MixtralConfig, ParallelLayout
 from megatron_mixtral.errors import CheckpointError, ConfigError
 from megatron_mixtral.weights import cli, convert, hf_tensors, open_sink, open_source
-from megatron_mixtral.weights.edits import UpcycledSource
+from megatron_mixtral.weights.edits import SelectedExperts, UpcycledSource
 from megatron_mixtral.weights.inspection import inspect
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}
@@ -138,6 +138,8 @@ def test_files_that_do_not_fit_are_refused(models, tmp_path):
     convert(open_source(models["llama"]), open_sink(tmp_path / "mg", "torch"))
     with pytest.raises(ConfigError, match="model_type is internlm2, but the checkpoint's is llama"):
         convert(open_source(tmp_path / "mg"), open_sink(tmp_path / "back", template=models["internlm2"]))
+    with pytest.raises(ConfigError, match="is a llama, whose layers have one MLP and no experts to select"):
+        SelectedExperts(open_source(models["llama"]), [0])
     # A Mixtral of one expert is no dense model.
     one = tiny_hf_mixtral(tmp_path / "one", num_local_experts=1, num_experts_per_tok=1)
     assert_same_weights(there_and_back(one, tmp_path / "of-one", {}), one)

@@ -263,7 +263,7 @@ def test_a_folder_saved_by_automodel_is_named_with_its_cure(hf, tmp_path):
     assert str(tmp_path / "bare") in str(error.value) and "embed_tokens.weight" in str(error.value)
 
 
-def test_an_export_has_a_card_and_the_settings_of_generation(hf: Path, tmp_path: Path) -> None:
+def test_an_export_has_a_card_and_the_settings_of_generation(hf: Path, tmp_path: Path, monkeypatch) -> None:
     """Of weights that were never trained here it claims no training; the hub reads its head as YAML."""
     (hf / "generation_config.json").unlink(missing_ok=True)
     copy(hf, tmp_path / "out")
@@ -272,6 +272,9 @@ def test_an_export_has_a_card_and_the_settings_of_generation(hf: Path, tmp_path:
     assert head["library_name"] == "transformers" and head["pipeline_tag"] == "text-generation"
     assert f"| made from | {tmp_path.name}/hf |" in card and "| versions | megatron_mixtral " in card
     assert "steps" not in card and str(tmp_path) not in card
+    monkeypatch.chdir(tmp_path)
+    copy(Path("hf"), tmp_path / "beside")
+    assert "| made from | hf |" in (tmp_path / "beside" / "README.md").read_text()
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == json.loads((hf / "config.json").read_text())["eos_token_id"]
     (hf / "generation_config.json").write_text('{"temperature": 0.5}')
