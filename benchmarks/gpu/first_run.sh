@@ -5,7 +5,8 @@
 #     source examples/environment.sh && bash benchmarks/gpu/first_run.sh [FOLDER]
 #
 # FOLDER (gpu_first_run) gets a text and, of most parts, a JSON file each, and summary.json; FOLDER.tar.gz is all of them,
-# to be sent. Each part has a limit of its own, in seconds, and one that fails leaves the others: LIMIT_ENVIRONMENT LIMIT_PROBE LIMIT_TESTS LIMIT_RUN LIMIT_STEP.
+# to be sent. Each part has a limit of its own, in seconds, and one that fails leaves the others: LIMIT_ENVIRONMENT
+# LIMIT_PROBE LIMIT_TESTS LIMIT_RUN LIMIT_STEP.
 # PARTS="probe step" runs these alone. The exit status is the number of parts that failed.
 # shellcheck disable=SC2329 # the parts are called by their names
 set -euo pipefail
