@@ -14,7 +14,7 @@ from helpers.models import TINY, random_hf_directory
 from megatron_mixtral.config import MixtralConfig, ParallelLayout
 from megatron_mixtral.weights import cli, convert, hf_tensors, open_source
 from megatron_mixtral.weights.conversion import compare
-from megatron_mixtral.weights.formats import DistSink, HFSource, RankDirSink
+from megatron_mixtral.weights.formats import DistSink, HFSink, HFSource, RankDirSink
 from megatron_mixtral.weights.inspection import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,13 +41,17 @@ def test_every_format_is_known(hf, tmp_path):
 def test_the_program_says_what_is_wrong(hf, tmp_path):
     source = HFSource(hf)
     convert(source, RankDirSink(tmp_path / "mg", ParallelLayout(tp=2)), verify=True)
+    convert(source, HFSink(tmp_path / "hf2"), verify=True)
     path = tmp_path / "mg/release/mp_rank_01/model_optim_rng.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4  # in the middle of some tensor: only its checksum can tell
-    path.write_bytes(data)
-    assert inspect(tmp_path / "mg").problem is None
-    assert "not what the conversion wrote" in inspect(tmp_path / "mg", deep=True).problem
-    path.write_bytes(data[:-1000])
+    # In the middle of some tensor: only a checksum can tell, torch's or, where a format has none, the conversion's.
+    for folder, file, said in (("mg", path, "is not what was saved"),
+                               ("hf2", tmp_path / "hf2/model.safetensors", "not what the conversion wrote")):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+        assert inspect(tmp_path / folder).problem is None
+        assert said in inspect(tmp_path / folder, deep=True).problem
+    path.write_bytes(path.read_bytes()[:-1000])
     done = subprocess.run([sys.executable, str(ROOT / "tools/checkpoint/inspect_checkpoint.py"), str(tmp_path / "mg")],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "NOT WHOLE" in done.stdout and str(path) in done.stdout
