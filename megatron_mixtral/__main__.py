@@ -82,8 +82,13 @@ def run(name: str, argv: Sequence[str]) -> int:
     expected = MixtralError if name in ("pretrain", "finetune") else (MixtralError, OSError)
     room, function, _ = COMMANDS[name]
     try:
-        return operator.attrgetter(function)(importlib.import_module(f"megatron_mixtral.{room}"))(argv)
+        status = operator.attrgetter(function)(importlib.import_module(f"megatron_mixtral.{room}"))(argv)
+        sys.stdout.flush()
+        return status
     except expected as error:
+        if isinstance(error, BrokenPipeError):  # who reads the output has enough of it, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import operator
+import os
 import re
 import subprocess
 import sys
@@ -111,6 +112,16 @@ def test_an_interrupted_command_says_so(ending, capsys):
     ending(KeyboardInterrupt(), "convert")
     assert commands.run("convert", []) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_word():
+    """As `megatron-mixtral recipes list | head` does."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-m", "megatron_mixtral", "recipes", "list"], cwd=ROOT, stdout=theirs,
+                          stderr=subprocess.PIPE, text=True, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_preprocessing_has_one_thread_before_numpy_is_there():
