@@ -69,7 +69,8 @@ class CausalAttention(torch.nn.Module):
         s, k = q_bnsd.shape[2], k_bgkd.shape[2]
         windowed = self._windowed(k)
         plain = s == k and not windowed
-        mask = None if plain or (s == 1 and not windowed) else self._mask(s, k, q_bnsd.device)
+        like = q_bnsd.device, q_bnsd.dtype
+        mask = None if plain or (s == 1 and not windowed) else _mask(s, k, self.window, like)
         return torch.nn.functional.scaled_dot_product_attention(
             q_bnsd, k_bgkd, v_bgkd, attn_mask=mask, is_causal=plain, scale=self.scale,
             enable_gqa=q_bnsd.shape[1] != k_bgkd.shape[1])
@@ -142,10 +143,18 @@ class CausalAttention(torch.nn.Module):
             out.append(self._attend(*(x.transpose(0, 1)[None] for x in (part_tnd, k_tgd, v_tgd)))[0].transpose(0, 1))
         return torch.cat(out).flatten(1)
 
-    def _mask(self, s: int, k: int, device: torch.device) -> torch.Tensor:
-        """[s, k], True where query i (at position k - s + i) may look at key j."""
-        causal = torch.ones(s, k, dtype=torch.bool, device=device).tril(k - s)
-        return causal if self.window is None else causal.triu(k - s - self.window + 1)
+
+@functools.lru_cache(maxsize=4)
+def _mask(s: int, k: int, window: int | None, like: tuple[torch.device, torch.dtype]) -> torch.Tensor:
+    """[s, k], added to the scores: 0 where query i (at position k - s + i) may look at key j, else -inf. One for all
+    layers: each would keep its own for the backward pass, and one of bits would become numbers in each.
+    """
+    device, dtype = like
+    with torch.inference_mode(False):  # or training could not use it after a generation
+        seen = torch.ones(s, k, dtype=torch.bool, device=device).tril(k - s)
+        if window is not None:
+            seen = seen.triu(k - s - window + 1)
+        return torch.zeros(s, k, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def _lengths(packed: PackedSeqParams, bounds: torch.Tensor, tokens: int) -> list[int]:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(folder: Path, *argv: str, stdin: str = "") -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("RANK", "WORLD_SIZE", "PYTHONWARNINGS")}
     return subprocess.run([sys.executable, str(ROOT / "tools" / "generate_mixtral.py"), *argv], cwd=folder, input=stdin,
                           env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, text=True,
                           capture_output=True, timeout=600)
