@@ -104,7 +104,10 @@ class Probe:
         q, k, v = (x.permute(1, 2, 0, 3) for x in wide)
         k, v = (x.repeat_interleave(one.heads // one.groups, dim=1) for x in (k, v))
         scores = (q @ k.transpose(2, 3)) * module.scale
-        exact = (scores.masked_fill(~module._mask(s, s, found.device), float("-inf")).softmax(3) @ v)
+        places = torch.arange(s, device=scores.device)
+        back = places[:, None] - places  # how far key j lies behind query i
+        seen = (back >= 0) if module.window is None else (back >= 0) & (back < module.window)
+        exact = scores.masked_fill(~seen, float("-inf")).softmax(3) @ v
         exact = exact.permute(2, 0, 1, 3).flatten(2)
         expected = torch.autograd.grad((exact * weight).sum(), wide)
         figures = within(3e-2, output=off(found, exact), gradients=max(map(off, gradients, expected)))
